@@ -1,0 +1,5 @@
+//! A disk in memory that can crash.
+
+/// A disk in memory that can crash.
+#[derive(Debug)]
+pub struct SimDisk {}

@@ -1,0 +1,40 @@
+//! Identities and positions. Plain numbers on the wire, distinct types here.
+
+use std::fmt;
+
+/// A position in the history of the keyspace. The first write makes 2; a
+/// revision is never used twice and never goes down.
+pub type Revision = u64;
+
+/// A Raft term.
+pub type Term = u64;
+
+/// A position in the Raft log; the first entry has 1.
+pub type Index = u64;
+
+/// Milliseconds of log time: elapsed, not the date. See [`crate::clock`].
+pub type LogTime = u64;
+
+/// A member of the cluster; never 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId(pub u64);
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}", self.0)
+    }
+}
+
+/// A session, which is an etcd lease; positive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionId(pub i64);
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}", self.0)
+    }
+}
+
+/// A number that a node gives to a request of its own clients; unique within
+/// one start of the process, growing.
+pub type RequestNumber = u64;

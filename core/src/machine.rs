@@ -1,0 +1,184 @@
+//! The seam to what is replicated: a [`Machine`] gives commands on the keyspace
+//! their meaning.
+//!
+//! A machine holds no truth of its own. Its state is keys; what it keeps in
+//! memory is an index derived from them. A command runs in two steps: first
+//! [`Machine::execute`] reads the index and writes to an overlay, which is kept
+//! or dropped as a whole; then, if it was kept, [`Machine::settle`] updates the
+//! index from the changed keys and says who waits no longer. `settle` is also
+//! called when a session ends or a plain transaction writes, so that there is
+//! one place that decides who holds what.
+//!
+//! Everything here must be deterministic: the same entries give the same state
+//! on every node. No clock, no random numbers, no iteration in hash order.
+
+use std::fmt;
+
+use bytes::Bytes;
+
+use crate::{
+    ids::{LogTime, Revision, SessionId},
+    keyspace::{Change, Keyspace, Overlay},
+    session::{EndReason, Session, Sessions},
+    system::{ForcedRelease, System},
+};
+
+/// A place in a queue: the revision at which the waiter's key was created. It
+/// names the waiting request until it is resolved.
+pub type Place = Revision;
+
+/// What is replicated. See the module for the contract.
+pub trait Machine: fmt::Debug + PartialEq + Sized {
+    /// A decoded command.
+    type Command: fmt::Debug;
+    /// The result of a command that succeeded.
+    type Reply: fmt::Debug + Clone + PartialEq;
+    /// The result of a command that changed nothing.
+    type Rejection: fmt::Debug + Clone + PartialEq;
+    /// What `execute` tells `settle` about why it changed keys.
+    type Note: fmt::Debug;
+    /// What is pushed to a session.
+    type Event: fmt::Debug + Clone + PartialEq;
+    /// A question answered from state without changing it.
+    type Query: fmt::Debug;
+    /// The answer to a query.
+    type Answer: fmt::Debug + Clone + PartialEq;
+
+    /// The index for a keyspace, made from its keys alone. The result must equal
+    /// the index that incremental updates led to.
+    fn rebuild(keyspace: &Keyspace) -> Self;
+
+    /// Decodes a command. `None` for anything this version does not know in
+    /// full, unknown fields included: the node then stops.
+    fn decode(bytes: Bytes) -> Option<Self::Command>;
+
+    /// Runs a command against `context`. On `Err` nothing of it remains.
+    fn execute(
+        &self,
+        context: &mut Context<'_>,
+        command: Self::Command,
+    ) -> Result<Executed<Self>, Self::Rejection>;
+
+    /// When the next timer is due, in log time.
+    fn next_due(&self) -> Option<LogTime>;
+
+    /// Runs the first due timer. Called only while `next_due` has passed; must
+    /// move it on.
+    fn fire(&self, context: &mut Context<'_>) -> Self::Note;
+
+    /// Takes note of changed keys, and says what follows from them.
+    fn settle(&mut self, changes: &[Change], cause: Cause<'_, Self::Note>) -> Settled<Self>;
+
+    /// Answers a query.
+    fn query(&self, state: View<'_>, query: Self::Query) -> Self::Answer;
+}
+
+/// What `execute` made of a command.
+#[derive(Debug)]
+pub struct Executed<M: Machine> {
+    /// The result, now or later.
+    pub outcome: Outcome<M::Reply>,
+    /// Passed on to `settle`.
+    pub note: M::Note,
+}
+
+/// A result, now or later.
+#[derive(Debug)]
+pub enum Outcome<R> {
+    /// The command is done.
+    Done(R),
+    /// The answer comes when `settle` resolves this place, which may be in this
+    /// very command.
+    Waiting(Place),
+}
+
+/// Why keys changed.
+#[derive(Debug)]
+pub enum Cause<'a, N> {
+    /// A transaction on plain keys.
+    Txn,
+    /// A session ended.
+    SessionEnded(EndReason),
+    /// A command or timer of the machine.
+    Machine(&'a N),
+}
+
+/// What follows from changed keys.
+#[derive(Debug)]
+pub struct Settled<M: Machine> {
+    /// Places whose waiting is over.
+    pub resolved: Vec<(Place, Result<M::Reply, M::Rejection>)>,
+    /// What sessions are told.
+    pub events: Vec<(SessionId, M::Event)>,
+}
+
+impl<M: Machine> Default for Settled<M> {
+    fn default() -> Self {
+        Self { resolved: Vec::new(), events: Vec::new() }
+    }
+}
+
+/// What a query sees.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    /// The keys.
+    pub keyspace: &'a Keyspace,
+    /// The live sessions.
+    pub sessions: &'a Sessions,
+    /// The rest of the replicated state.
+    pub system: &'a System,
+}
+
+/// What a command reads and writes. All writes are kept or dropped together.
+#[derive(Debug)]
+pub struct Context<'a> {
+    /// The keys, with this command's writes on top.
+    pub overlay: Overlay<'a>,
+    sessions: &'a Sessions,
+    system: &'a System,
+    pub(crate) staged: Staged,
+}
+
+/// Writes of a command beside keys.
+#[derive(Debug, Default)]
+pub(crate) struct Staged {
+    pub(crate) acknowledged: Option<(SessionId, u64)>,
+    pub(crate) cancelled: Option<(SessionId, u64)>,
+    pub(crate) forced: Option<ForcedRelease>,
+}
+
+impl<'a> Context<'a> {
+    pub(crate) fn new(keyspace: &'a Keyspace, sessions: &'a Sessions, system: &'a System) -> Self {
+        Self { overlay: keyspace.overlay(), sessions, system, staged: Staged::default() }
+    }
+
+    /// Log time of the entry that is applied.
+    pub fn now(&self) -> LogTime {
+        self.system.log_time()
+    }
+
+    /// A live session, or why there is none.
+    pub fn session(&self, id: SessionId) -> Result<&'a Session, EndReason> {
+        self.sessions.get(id).ok_or_else(|| self.system.end_reason(id))
+    }
+
+    /// The forced release of a grant, if it is still on record.
+    pub fn forced_release(&self, token: Revision) -> Option<&'a ForcedRelease> {
+        self.system.forced_release(token)
+    }
+
+    /// Refuses every request of `session` up to `request` from now on.
+    pub fn acknowledge(&mut self, session: SessionId, request: u64) {
+        self.staged.acknowledged = Some((session, request));
+    }
+
+    /// Refuses this one request of `session` from now on.
+    pub fn cancel(&mut self, session: SessionId, request: u64) {
+        self.staged.cancelled = Some((session, request));
+    }
+
+    /// Puts a forced release on record, for the victim that was not listening.
+    pub fn record_forced_release(&mut self, record: ForcedRelease) {
+        self.staged.forced = Some(record);
+    }
+}

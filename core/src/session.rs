@@ -1,0 +1,111 @@
+//! The replicated side of sessions: which are alive, and which of their
+//! requests must not run any more. Who is alive is decided by the leader (see
+//! [`crate::liveness`]); here is only what its decisions led to.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::ids::{LogTime, Revision, SessionId};
+
+/// Why a session is not alive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndReason {
+    /// Its client did not renew it in time.
+    Expired,
+    /// Its client closed it.
+    Closed,
+    /// Its lease was revoked through the etcd API.
+    Revoked,
+    /// There is no record of it: it never was, or ended long ago.
+    Unknown,
+}
+
+/// A live session.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Session {
+    /// How long it lives without a renewal.
+    pub ttl_ms: u64,
+    /// What people see in lists.
+    pub name: String,
+    /// Free for the client, in order of key.
+    pub metadata: BTreeMap<String, String>,
+    /// The revision of the keyspace when it was opened.
+    pub opened_revision: Revision,
+    /// When it was opened.
+    pub opened_at: LogTime,
+    /// Which of its requests are over.
+    pub requests: RequestWindow,
+}
+
+/// The numbered requests of a session that must not run (again).
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RequestWindow {
+    acknowledged: u64,
+    cancelled: BTreeSet<u64>,
+}
+
+impl RequestWindow {
+    /// Whether this request is over: acknowledged or cancelled.
+    pub fn is_over(&self, request: u64) -> bool {
+        request <= self.acknowledged || self.cancelled.contains(&request)
+    }
+
+    /// Whether a cancellation can still be noted; see
+    /// [`crate::limits::CANCELLED_REQUESTS_MAX`].
+    pub fn is_full(&self) -> bool {
+        self.cancelled.len() >= crate::limits::CANCELLED_REQUESTS_MAX
+    }
+
+    pub(crate) fn acknowledge(&mut self, request: u64) {
+        if request > self.acknowledged {
+            self.acknowledged = request;
+            self.cancelled = self.cancelled.split_off(&(request + 1));
+        }
+    }
+
+    pub(crate) fn cancel(&mut self, request: u64) {
+        if !self.is_over(request) {
+            self.cancelled.insert(request);
+        }
+    }
+}
+
+/// All live sessions.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sessions {
+    live: BTreeMap<SessionId, Session>,
+}
+
+impl Sessions {
+    /// A live session.
+    pub fn get(&self, id: SessionId) -> Option<&Session> {
+        self.live.get(&id)
+    }
+
+    /// All live sessions in order of id.
+    pub fn iter(&self) -> impl Iterator<Item = (SessionId, &Session)> {
+        self.live.iter().map(|(id, session)| (*id, session))
+    }
+
+    /// How many are alive.
+    pub fn len(&self) -> usize {
+        self.live.len()
+    }
+
+    /// Whether none is alive.
+    pub fn is_empty(&self) -> bool {
+        self.live.is_empty()
+    }
+
+    pub(crate) fn get_mut(&mut self, id: SessionId) -> Option<&mut Session> {
+        self.live.get_mut(&id)
+    }
+
+    pub(crate) fn insert(&mut self, id: SessionId, session: Session) {
+        let before = self.live.insert(id, session);
+        assert!(before.is_none(), "session id {id} given out twice");
+    }
+
+    pub(crate) fn remove(&mut self, id: SessionId) -> Option<Session> {
+        self.live.remove(&id)
+    }
+}

@@ -1,0 +1,115 @@
+//! The system table: replicated state without revisions, invisible to ranges.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::{
+    ids::{LogTime, NodeId, Revision, SessionId},
+    limits,
+    session::EndReason,
+};
+
+/// A member as the log knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublishedMember {
+    /// Its name.
+    pub name: String,
+    /// Where clients reach it.
+    pub client_urls: Vec<String>,
+    /// The highest apply version its binary supports.
+    pub apply_version: u32,
+}
+
+/// A grant that an operator took from its holder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ForcedRelease {
+    /// Whose grant it was.
+    pub session: SessionId,
+    /// The token of the grant.
+    pub token: Revision,
+    /// What was held, in the machine's own words.
+    pub lock: String,
+    /// The owner inside the session.
+    pub owner: String,
+    /// What the operator said.
+    pub reason: String,
+}
+
+/// The system table.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct System {
+    /// Raised by every entry; never goes down.
+    log_time: LogTime,
+    /// The date of the newest entry, for display.
+    date_ms: u64,
+    /// Sessions opened so far, from which ids are made.
+    sessions_opened: u64,
+    members: BTreeMap<NodeId, PublishedMember>,
+    /// The newest at the back; bounded.
+    ended: VecDeque<(SessionId, EndReason)>,
+    ended_by_id: BTreeMap<SessionId, EndReason>,
+    /// By token; bounded.
+    forced: BTreeMap<Revision, ForcedRelease>,
+}
+
+impl System {
+    /// Log time of the newest entry.
+    pub fn log_time(&self) -> LogTime {
+        self.log_time
+    }
+
+    /// The date of the newest entry in milliseconds since 1970; for display.
+    pub fn date_ms(&self) -> u64 {
+        self.date_ms
+    }
+
+    /// Members that have served, in order of id.
+    pub fn members(&self) -> &BTreeMap<NodeId, PublishedMember> {
+        &self.members
+    }
+
+    /// Why a session that is not alive ended, as far as it is on record.
+    pub fn end_reason(&self, id: SessionId) -> EndReason {
+        self.ended_by_id.get(&id).copied().unwrap_or(EndReason::Unknown)
+    }
+
+    /// The forced release of the grant with this token, if on record.
+    pub fn forced_release(&self, token: Revision) -> Option<&ForcedRelease> {
+        self.forced.get(&token)
+    }
+
+    /// The forced releases on record that this session suffered.
+    pub fn forced_releases_of(&self, session: SessionId) -> impl Iterator<Item = &ForcedRelease> {
+        self.forced.values().filter(move |record| record.session == session)
+    }
+
+    pub(crate) fn stamp(&mut self, log_time: LogTime, date_ms: u64) {
+        self.log_time = self.log_time.max(log_time);
+        self.date_ms = date_ms;
+    }
+
+    pub(crate) fn count_session(&mut self) -> u64 {
+        self.sessions_opened += 1;
+        self.sessions_opened
+    }
+
+    pub(crate) fn publish(&mut self, node: NodeId, member: PublishedMember) {
+        self.members.insert(node, member);
+    }
+
+    pub(crate) fn record_end(&mut self, id: SessionId, reason: EndReason) {
+        self.ended.push_back((id, reason));
+        self.ended_by_id.insert(id, reason);
+        if self.ended.len() > limits::ENDED_SESSIONS_KEPT
+            && let Some((oldest, _)) = self.ended.pop_front()
+        {
+            self.ended_by_id.remove(&oldest);
+        }
+    }
+
+    pub(crate) fn record_forced(&mut self, record: ForcedRelease) {
+        self.forced.insert(record.token, record);
+        if self.forced.len() > limits::FORCED_RELEASES_KEPT {
+            self.forced.pop_first();
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! Compiles the schemas with protox, so that no `protoc` is needed.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+use prost::Message as _;
+
+const SCHEMAS: [&str; 5] = [
+    "conclave/v1/session.proto",
+    "conclave/v1/lock.proto",
+    "conclave/v1/cluster.proto",
+    "conclave/internal/entry.proto",
+    "conclave/internal/peer.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=conclave");
+    let descriptors = protox::compile(SCHEMAS, ["."])?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    // The reflection service answers with these.
+    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    let grpc = env::var_os("CARGO_FEATURE_GRPC").is_some();
+    tonic_prost_build::configure()
+        .build_client(grpc)
+        .build_server(grpc)
+        .bytes(".")
+        .compile_fds(descriptors)?;
+    Ok(())
+}
