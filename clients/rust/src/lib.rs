@@ -1,1 +1,3 @@
 //! skeleton
+pub mod requests;
+pub mod session_state;
