@@ -127,15 +127,16 @@ pub(crate) enum Failure {
     /// The cluster's answer; no attempt elsewhere would change it.
     Refused(Error),
     /// This server cannot; the attempt certainly had no effect. `leader` is
-    /// its hint.
+    /// its hint; `is_reached`: it told us so itself.
     NotApplied {
         message: String,
+        is_reached: bool,
         leader: Option<String>,
     },
     /// This server would, but has too much to do; the attempt had no effect.
     Overloaded { message: String },
-    /// The attempt may have had its effect.
-    Unknown { message: String },
+    /// The attempt may have had its effect. `is_reached` as above.
+    Unknown { message: String, is_reached: bool },
 }
 
 impl Failure {
@@ -143,7 +144,7 @@ impl Failure {
     pub(crate) fn into_error(self, may_have_applied: bool) -> Error {
         match self {
             Failure::Refused(error) => error,
-            Failure::Unknown { message } => Error::OutcomeUnknown { message },
+            Failure::Unknown { message, .. } => Error::OutcomeUnknown { message },
             Failure::NotApplied { message, .. } | Failure::Overloaded { message }
                 if may_have_applied =>
             {
@@ -158,20 +159,25 @@ impl Failure {
 impl From<Status> for Failure {
     fn from(status: Status) -> Failure {
         let message = || status.message().to_owned();
-        let Some(info) = status.get_details_error_info().filter(|info| info.domain == ERROR_DOMAIN)
+        let Some(info) = status
+            .get_details_error_info()
+            .filter(|info| info.domain == ERROR_DOMAIN)
         else {
             return unexplained(&status);
         };
         match info.reason.as_str() {
-            "NOT_LEADER" => Failure::NotApplied {
+            "NOT_LEADER" | "SHUTTING_DOWN" => Failure::NotApplied {
                 message: message(),
+                is_reached: true,
                 leader: info.metadata.get("leader").cloned(),
             },
-            "SHUTTING_DOWN" => Failure::NotApplied { message: message(), leader: None },
             // The cancelled requests make room when others are acknowledged.
             "OVERLOADED" | "TOO_MANY_CANCELLED" => Failure::Overloaded { message: message() },
             // A server with an internal error goes down; what it began may be done.
-            "OUTCOME_UNKNOWN" | "INTERNAL" => Failure::Unknown { message: message() },
+            "OUTCOME_UNKNOWN" | "INTERNAL" => Failure::Unknown {
+                message: message(),
+                is_reached: true,
+            },
             _ => Failure::Refused(refusal(info.reason, message())),
         }
     }
@@ -201,7 +207,11 @@ fn refusal(reason: String, message: String) -> Error {
 fn unexplained(status: &Status) -> Failure {
     let message = describe(status);
     if never_connected(status) {
-        return Failure::NotApplied { message, leader: None };
+        return Failure::NotApplied {
+            message,
+            is_reached: false,
+            leader: None,
+        };
     }
     match status.code() {
         Code::Unknown
@@ -209,9 +219,15 @@ fn unexplained(status: &Status) -> Failure {
         | Code::Cancelled
         | Code::DeadlineExceeded
         | Code::Aborted
-        | Code::Internal => Failure::Unknown { message },
+        | Code::Internal => Failure::Unknown {
+            message,
+            is_reached: false,
+        },
         Code::ResourceExhausted => Failure::Overloaded { message },
-        code => Failure::Refused(Error::Server { reason: format!("{code:?}"), message }),
+        code => Failure::Refused(Error::Server {
+            reason: format!("{code:?}"),
+            message,
+        }),
     }
 }
 
@@ -241,8 +257,10 @@ mod tests {
     use super::*;
 
     fn explained(code: Code, reason: &str, metadata: &[(&str, &str)]) -> Failure {
-        let metadata: HashMap<String, String> =
-            metadata.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let metadata: HashMap<String, String> = metadata
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect();
         let details = ErrorDetails::with_error_info(reason, ERROR_DOMAIN, metadata);
         Status::with_error_details(code, "in words", details).into()
     }

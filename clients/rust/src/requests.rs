@@ -71,15 +71,6 @@ pub struct Release {
     may_have_applied: bool,
 }
 
-/// The cluster's word on a release.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReleaseAnswer {
-    /// Given up.
-    Released,
-    /// That grant is not held.
-    NotHolder,
-}
-
 impl Requests {
     /// Takes the next number. It is in flight until [`Requests::end`].
     pub fn begin(&mut self) -> u64 {
@@ -93,6 +84,11 @@ impl Requests {
         self.in_flight.remove(&request);
     }
 
+    /// Whether no number is in flight.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight.is_empty()
+    }
+
     /// The watermark: every number up to it is over.
     pub fn acknowledged(&self) -> u64 {
         self.in_flight.first().map_or(self.last, |first| first - 1)
@@ -102,7 +98,10 @@ impl Requests {
 impl Acquire {
     /// An acquire with a number from [`Requests::begin`].
     pub fn new(request: u64) -> Acquire {
-        Acquire { request, withdrawn: false }
+        Acquire {
+            request,
+            withdrawn: false,
+        }
     }
 
     /// Its number.
@@ -112,7 +111,11 @@ impl Acquire {
 
     /// What to send now.
     pub fn message(&self) -> Message {
-        if self.withdrawn { Message::Cancel } else { Message::Acquire }
+        if self.withdrawn {
+            Message::Cancel
+        } else {
+            Message::Acquire
+        }
     }
 
     /// Nobody waits for it any more: from now on only cancels are sent, until
@@ -149,13 +152,17 @@ impl Release {
     }
 
     /// An attempt to release ended. If an earlier one may have had its effect,
-    /// then not being the holder any more *is* that effect.
-    pub fn ended<R>(&mut self, outcome: Outcome<ReleaseAnswer, R>) -> Next<ReleaseAnswer, R> {
+    /// then a refusal for not being the holder any more *is* that effect.
+    pub fn ended<R>(
+        &mut self,
+        outcome: Outcome<(), R>,
+        is_not_holder: impl FnOnce(&R) -> bool,
+    ) -> Next<(), R> {
         match outcome {
-            Outcome::Answered(ReleaseAnswer::NotHolder) if self.may_have_applied => {
-                Next::Done(Ok(ReleaseAnswer::Released))
+            Outcome::Answered(()) => Next::Done(Ok(())),
+            Outcome::Refused(refusal) if self.may_have_applied && is_not_holder(&refusal) => {
+                Next::Done(Ok(()))
             }
-            Outcome::Answered(answer) => Next::Done(Ok(answer)),
             Outcome::Refused(refusal) => Next::Done(Err(refusal)),
             Outcome::NotApplied => Next::Repeat,
             Outcome::Unknown => {
@@ -175,25 +182,40 @@ mod tests {
     #[test]
     fn a_repeated_release_that_finds_nothing_has_released() {
         let mut release = Release::new();
-        let not_holder = || Outcome::<_, ()>::Answered(ReleaseAnswer::NotHolder);
-        assert_eq!(release.ended(not_holder()), Next::Done(Ok(ReleaseAnswer::NotHolder)));
-        assert_eq!(release.ended(Outcome::<_, ()>::NotApplied), Next::Repeat);
-        assert_eq!(release.ended(not_holder()), Next::Done(Ok(ReleaseAnswer::NotHolder)));
-        assert_eq!(release.ended(Outcome::<_, ()>::Unknown), Next::Repeat);
-        assert_eq!(release.ended(not_holder()), Next::Done(Ok(ReleaseAnswer::Released)));
+        let mut ended = |outcome| release.ended(outcome, |refusal| *refusal == "not holder");
+        assert_eq!(ended(Outcome::NotApplied), Next::Repeat);
+        let not_holder = Outcome::Refused("not holder");
+        assert_eq!(ended(not_holder.clone()), Next::Done(Err("not holder")));
+        assert_eq!(ended(Outcome::Unknown), Next::Repeat);
+        assert_eq!(ended(Outcome::Refused("over")), Next::Done(Err("over")));
+        assert_eq!(ended(not_holder), Next::Done(Ok(())));
     }
 
     #[test]
     fn a_withdrawn_acquire_ends_only_by_the_answer_to_its_cancel() {
-        let granted = || Outcome::<_, ()>::Answered(Granted { key: Bytes::new(), token: 7 });
+        let granted = || {
+            Outcome::<_, ()>::Answered(Granted {
+                key: Bytes::new(),
+                token: 7,
+            })
+        };
         let mut acquire = Acquire::new(1);
         assert_eq!(acquire.message(), Message::Acquire);
-        assert!(matches!(acquire.acquire_ended(granted()), Next::Done(Ok(_))));
+        assert!(matches!(
+            acquire.acquire_ended(granted()),
+            Next::Done(Ok(_))
+        ));
         acquire.withdraw();
         assert_eq!(acquire.message(), Message::Cancel);
         assert_eq!(acquire.acquire_ended(granted()), Next::Repeat);
-        assert_eq!(acquire.cancel_ended(Outcome::<_, ()>::Unknown), Next::Repeat);
-        assert_eq!(acquire.cancel_ended(Outcome::<_, ()>::Answered(())), Next::Done(Ok(())));
+        assert_eq!(
+            acquire.cancel_ended(Outcome::<_, ()>::Unknown),
+            Next::Repeat
+        );
+        assert_eq!(
+            acquire.cancel_ended(Outcome::<_, ()>::Answered(())),
+            Next::Done(Ok(()))
+        );
     }
 
     proptest! {

@@ -5,14 +5,19 @@
 //! is followed unless that address has just failed, and after a failure the
 //! next address gets its turn.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::Ipv6Addr};
 
 use crate::{error::Error, session_state::Micros};
 
-/// How long after a failure of an address hints to it are ignored.
+/// How long after the first failure of an address hints to it are ignored. It
+/// doubles with each failure in a row: an advertised address may never be
+/// reachable from here.
 const DISTRUST: Micros = 1_000_000;
+const DISTRUST_DOUBLINGS_MAX: u32 = 6;
 /// Addresses kept in all, so that odd hints cannot grow the list for ever.
 const ADDRESSES_MAX: usize = 64;
+/// The longest host name there is.
+const HOST_BYTES_MAX: usize = 253;
 /// The port of servers that are given without one.
 const DEFAULT_PORT: u16 = 2379;
 
@@ -28,7 +33,9 @@ pub(crate) struct Routes {
 #[derive(Debug)]
 struct Server {
     address: String,
-    failed_at: Option<Micros>,
+    /// Failures in a row, counted once a period of distrust.
+    failures: u32,
+    distrusted_until: Micros,
 }
 
 impl Routes {
@@ -36,7 +43,11 @@ impl Routes {
     /// is tried first. Not empty.
     pub(crate) fn new(addresses: Vec<String>) -> Routes {
         assert!(!addresses.is_empty(), "there is at least one address");
-        let mut routes = Routes { servers: Vec::new(), current: 0, members: BTreeMap::new() };
+        let mut routes = Routes {
+            servers: Vec::new(),
+            current: 0,
+            members: BTreeMap::new(),
+        };
         for address in addresses {
             routes.index_of(address);
         }
@@ -53,11 +64,21 @@ impl Routes {
         self.servers.iter().map(|server| server.address.as_str())
     }
 
-    /// The server at `index` did not do its work. Moves on to the next, unless
-    /// others have moved on already. Whether the current server is another
-    /// than the one that failed.
+    /// The server at `index` could not be reached or did not answer. Moves on
+    /// to the next, unless others have moved on already. Whether the current
+    /// server is now another than `index`.
     pub(crate) fn failed(&mut self, index: usize, now: Micros) -> bool {
-        self.servers[index].failed_at = Some(now);
+        if self.is_trusted(index, now) {
+            let server = &mut self.servers[index];
+            server.distrusted_until = now + (DISTRUST << server.failures);
+            server.failures = (server.failures + 1).min(DISTRUST_DOUBLINGS_MAX);
+        }
+        self.pass_over(index, now)
+    }
+
+    /// The server at `index` is well, but cannot do this now. Moves on as
+    /// [`Routes::failed`] does.
+    pub(crate) fn pass_over(&mut self, index: usize, now: Micros) -> bool {
         if self.current == index {
             let count = self.servers.len();
             let next = (1..count)
@@ -68,9 +89,11 @@ impl Routes {
         self.current != index
     }
 
-    /// The server at `index` answered.
-    pub(crate) fn answered(&mut self, index: usize) {
-        self.servers[index].failed_at = None;
+    /// The server at `index`, which is this member, answered.
+    pub(crate) fn answered(&mut self, index: usize, member: u64) {
+        self.servers[index].failures = 0;
+        self.servers[index].distrusted_until = 0;
+        self.members.insert(member, index);
     }
 
     /// The leader serves at this address. Whether that is the current server
@@ -96,16 +119,11 @@ impl Routes {
     pub(crate) fn learn(&mut self, member: u64, urls: &[String]) {
         let urls: Vec<String> = urls.iter().filter_map(|url| normalize(url).ok()).collect();
         let known = urls.iter().find(|url| self.position(url).is_some());
-        if let Some(address) = known.or(urls.first()).cloned()
+        if let Some(address) = known.or_else(|| urls.first()).cloned()
             && let Some(index) = self.index_of(address)
         {
             self.members.insert(member, index);
         }
-    }
-
-    /// Notes that the member answered at this server.
-    pub(crate) fn seen(&mut self, member: u64, index: usize) {
-        self.members.insert(member, index);
     }
 
     fn prefer_index(&mut self, index: usize, now: Micros) -> bool {
@@ -116,18 +134,23 @@ impl Routes {
     }
 
     fn is_trusted(&self, index: usize, now: Micros) -> bool {
-        let failed_at = self.servers[index].failed_at;
-        failed_at.is_none_or(|at| now >= at + DISTRUST)
+        now >= self.servers[index].distrusted_until
     }
 
     fn position(&self, address: &str) -> Option<usize> {
-        self.servers.iter().position(|server| server.address == address)
+        self.servers
+            .iter()
+            .position(|server| server.address == address)
     }
 
     fn index_of(&mut self, address: String) -> Option<usize> {
         let known = self.position(&address);
         if known.is_none() && self.servers.len() < ADDRESSES_MAX {
-            self.servers.push(Server { address, failed_at: None });
+            self.servers.push(Server {
+                address,
+                failures: 0,
+                distrusted_until: 0,
+            });
             return Some(self.servers.len() - 1);
         }
         known
@@ -152,14 +175,21 @@ pub(crate) fn normalize(address: &str) -> Result<String, Error> {
     }
     let bare_v6 = rest.starts_with('[') && rest.ends_with(']');
     let (host, port) = match rest.rsplit_once(':') {
-        Some((host, port)) if !bare_v6 => {
-            (host, port.parse().map_err(|_| invalid("the port is not a number up to 65535"))?)
-        }
+        Some((host, port)) if !bare_v6 => (
+            host,
+            port.parse()
+                .map_err(|_| invalid("the port is not a number up to 65535"))?,
+        ),
         _ => (rest, DEFAULT_PORT),
     };
-    let is_v6 = host.starts_with('[') && host.ends_with(']');
-    let is_name = !host.is_empty()
-        && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
+    let v6 = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'));
+    let is_v6 = v6.is_some_and(|host| host.parse::<Ipv6Addr>().is_ok());
+    let is_name = (1..=HOST_BYTES_MAX).contains(&host.len())
+        && host
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
     if !is_v6 && !is_name {
         return Err(invalid("the host is neither a name nor an IP address"));
     }
@@ -186,7 +216,18 @@ mod tests {
         for (written, meant) in good {
             assert_eq!(normalize(written).unwrap(), meant);
         }
-        for bad in ["", "https://a", "ftp://a", "a:b", "a:70000", "a/b", "::1", "a b", ":1"] {
+        for bad in [
+            "",
+            "https://a",
+            "ftp://a",
+            "a:b",
+            "a:70000",
+            "a/b",
+            "::1",
+            "a b",
+            ":1",
+            "[a]:1",
+        ] {
             assert!(normalize(bad).is_err(), "{bad}");
         }
     }
@@ -197,7 +238,11 @@ mod tests {
         assert!(routes.failed(0, 10));
         assert_eq!(routes.current(), 1);
         routes.failed(0, 11);
-        assert_eq!(routes.current(), 1, "a second failure of the same server moves nobody");
+        assert_eq!(
+            routes.current(),
+            1,
+            "a second failure of the same server moves nobody"
+        );
         routes.failed(1, 12);
         routes.failed(2, 13);
         assert_eq!(routes.current(), 0, "all have failed: go round");
@@ -218,15 +263,22 @@ mod tests {
         routes.failed(1, 0);
         assert!(!routes.prefer("b:1", 10));
         assert!(routes.prefer("b:1", DISTRUST));
-        routes.failed(1, 0);
-        routes.answered(1);
-        assert!(routes.prefer("b:1", 10));
+        routes.failed(1, DISTRUST);
+        assert!(
+            !routes.prefer("b:1", DISTRUST + DISTRUST),
+            "distrust has doubled"
+        );
+        routes.answered(1, 5);
+        assert!(routes.prefer("b:1", DISTRUST + 10));
     }
 
     #[test]
     fn members_are_found_at_configured_addresses_first() {
         let mut routes = three();
-        routes.learn(7, &["http://advertised:1".to_owned(), "http://c:1".to_owned()]);
+        routes.learn(
+            7,
+            &["http://advertised:1".to_owned(), "http://c:1".to_owned()],
+        );
         assert_eq!(routes.prefer_member(7, 0), Some(true));
         assert_eq!(routes.current(), 2);
         routes.learn(8, &["http://advertised:1".to_owned()]);

@@ -109,11 +109,21 @@ impl SessionState {
     pub fn poll(&mut self, now: Micros) -> Poll {
         self.advance(now);
         if self.lost.is_some() {
-            return Poll { renew: None, wake_at: None };
+            return Poll {
+                renew: None,
+                wake_at: None,
+            };
         }
         let renew = (now >= self.next_renewal).then(|| self.start_attempt(now));
-        let change = if now < self.suspect_from() { self.suspect_from() } else { self.deadline() };
-        Poll { renew, wake_at: Some(change.min(self.next_renewal)) }
+        let change = if now < self.suspect_from() {
+            self.suspect_from()
+        } else {
+            self.deadline()
+        };
+        Poll {
+            renew,
+            wake_at: Some(change.min(self.next_renewal)),
+        }
     }
 
     /// The renewal `attempt` was acknowledged.
@@ -150,14 +160,18 @@ impl SessionState {
         match self.lost_at(now) {
             Some(reason) => Status::Lost(reason),
             None if now < self.suspect_from() => Status::Active,
-            None => Status::Suspect { left: self.remaining(now) },
+            None => Status::Suspect {
+                left: self.remaining(now),
+            },
         }
     }
 
     /// Why the session is lost at `now`, if it is.
     pub fn lost_at(&self, now: Micros) -> Option<LossReason> {
         let expired = now >= self.deadline();
-        self.lost.clone().or_else(|| expired.then_some(LossReason::SessionExpired))
+        self.lost
+            .clone()
+            .or_else(|| expired.then_some(LossReason::SessionExpired))
     }
 
     /// The moment from which the session may be over: 0.85 TTL after the last
@@ -190,7 +204,10 @@ impl SessionState {
 
     fn start_attempt(&mut self, now: Micros) -> Attempt {
         self.last_attempt += 1;
-        let attempt = Attempt { number: self.last_attempt, sent: now };
+        let attempt = Attempt {
+            number: self.last_attempt,
+            sent: now,
+        };
         self.in_flight = Some(attempt);
         self.next_renewal = now + self.attempt_timeout();
         attempt
@@ -238,10 +255,19 @@ mod tests {
     #[test]
     fn renews_a_third_of_the_ttl_after_the_last_sending() {
         let mut state = SessionState::opened(100, TTL);
-        assert_eq!(state.poll(100), Poll { renew: None, wake_at: Some(100 + TTL / 3) });
+        assert_eq!(
+            state.poll(100),
+            Poll {
+                renew: None,
+                wake_at: Some(100 + TTL / 3)
+            }
+        );
         let attempt = state.poll(100 + TTL / 3).renew.expect("due");
         state.renewed(100 + TTL / 3 + 700, attempt);
-        assert_eq!(state.poll(100 + TTL / 3 + 700).wake_at, Some(100 + 2 * (TTL / 3)));
+        assert_eq!(
+            state.poll(100 + TTL / 3 + 700).wake_at,
+            Some(100 + 2 * (TTL / 3))
+        );
     }
 
     #[test]
@@ -255,14 +281,20 @@ mod tests {
         assert_eq!(state.status(wake), Status::Active);
         let late = TTL / 3 * 2;
         assert!(matches!(state.status(late), Status::Suspect { .. }));
-        assert_eq!(state.status(state.deadline()), Status::Lost(LossReason::SessionExpired));
+        assert_eq!(
+            state.status(state.deadline()),
+            Status::Lost(LossReason::SessionExpired)
+        );
     }
 
     #[test]
     fn a_late_acknowledgement_counts_from_the_sending_of_its_own_attempt() {
         let mut state = SessionState::opened(0, TTL);
         let first = state.poll(TTL / 3).renew.expect("due");
-        let second = state.poll(TTL / 3 + 1_000_000).renew.expect("the first timed out");
+        let second = state
+            .poll(TTL / 3 + 1_000_000)
+            .renew
+            .expect("the first timed out");
         state.renewed(TTL / 3 + 1_500_000, first);
         assert_eq!(state.deadline(), TTL / 3 + TTL / 100 * 85);
         state.renewed(TTL / 3 + 1_600_000, second);
@@ -275,7 +307,13 @@ mod tests {
         state.ended(5, LossReason::Revoked);
         state.ended(6, LossReason::SessionClosed);
         assert_eq!(state.status(u64::MAX), Status::Lost(LossReason::Revoked));
-        assert_eq!(state.poll(7), Poll { renew: None, wake_at: None });
+        assert_eq!(
+            state.poll(7),
+            Poll {
+                renew: None,
+                wake_at: None
+            }
+        );
     }
 
     #[test]
