@@ -10,6 +10,8 @@ use crate::{
     session::{EndReason, Session},
 };
 
+pub use crate::keyspace::txn::{OperationReply, TxnReply};
+
 /// The clocks, read by the driver at the start of each turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Now {
@@ -104,26 +106,6 @@ pub enum AnswerBody<M: Machine> {
     Machine(Result<M::Reply, M::Rejection>),
     /// To `Query::Machine`.
     Query(M::Answer),
-}
-
-/// The result of a transaction.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TxnReply {
-    /// Whether the compares held.
-    pub succeeded: bool,
-    /// One for each operation that ran.
-    pub results: Vec<OperationReply>,
-}
-
-/// The result of one operation of a transaction.
-#[derive(Clone, Debug, PartialEq)]
-pub enum OperationReply {
-    /// Of a put: the version before.
-    Put(Option<Record>),
-    /// Of a delete: how many keys were there.
-    DeleteRange(usize),
-    /// Of a range.
-    Range(Vec<Record>),
 }
 
 /// Why this attempt has no answer.
