@@ -121,7 +121,11 @@ pub struct LockInfo {
 #[derive(Debug)]
 pub enum Query {
     /// One lock, or all locks after a name.
-    Locks { name: Option<String>, after: String, limit: usize },
+    Locks {
+        name: Option<String>,
+        after: String,
+        limit: usize,
+    },
     /// Whether the grant with this token holds.
     Check { name: String, token: Revision },
     /// What a session holds, and what operators took from it.
@@ -136,12 +140,17 @@ pub enum Answer {
     /// To `Query::Check`.
     Checked(bool),
     /// To `Query::GrantsOf`.
-    Grants { grants: Vec<Grant>, forced: Vec<ForcedRelease> },
+    Grants {
+        grants: Vec<Grant>,
+        forced: Vec<ForcedRelease>,
+    },
 }
 
 /// Wraps a command for the log.
 pub fn command(command: primitive_command::Command) -> command::Body {
-    let command = PrimitiveCommand { command: Some(command) };
+    let command = PrimitiveCommand {
+        command: Some(command),
+    };
     command::Body::Machine(command.encode_to_vec().into())
 }
 
