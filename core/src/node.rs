@@ -392,6 +392,10 @@ fn unpoisoned<T>(result: Result<T, PoisonError<T>>) -> T {
 }
 
 /// The only clock of this crate.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the driver reads the clock for the replica"
+)]
 fn now() -> Now {
     let boot = clock_gettime(ClockId::Boottime);
     let seconds = u64::try_from(boot.tv_sec).unwrap_or_default();
