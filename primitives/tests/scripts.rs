@@ -15,6 +15,8 @@
 //! locks [LOCK] [after=LOCK] [limit=N] | check LOCK token=N | grants SESSION
 //! ```
 
+#![expect(clippy::unwrap_used, reason = "a script that cannot be read is a failed test")]
+
 mod harness;
 
 use std::{collections::BTreeMap, env, fmt::Write as _, fs, path::Path};
