@@ -13,8 +13,9 @@
 //!   same request again finds its place or grant.
 //! - A wait that ends deletes the waiter's key. A holder has no deadline.
 //! - A release deletes the holder's key if the token is that of its grant.
-//! - A cancelled request is noted in its session, so that it is refused if it
-//!   arrives later.
+//! - A request whose key goes by a command of the mutex, or that is cancelled
+//!   before it made one, is noted in its session as over: a copy of it that is
+//!   still on its way is refused, and cannot hold a lock for nobody.
 //! - Who holds is decided in [`settle`] alone, once a command, from the keys that
 //!   changed.
 //!
@@ -198,14 +199,14 @@ pub(crate) fn release(
     } = command;
     let key = contender_key(&name, SessionId(session_id), &owner)?;
     let lock = Bytes::from(name);
-    let held = context
+    let grant = context
         .overlay
         .get(&key)
-        .is_some_and(|record| record.create_revision == token && holds(contenders, &lock, record));
-    if !held {
+        .filter(|record| record.create_revision == token && holds(contenders, &lock, record));
+    let Some(grant) = grant.cloned() else {
         return Err(not_holder(context, &lock, token));
-    }
-    context.overlay.delete(&key);
+    };
+    remove(context, &grant);
     Ok(Executed {
         outcome: Outcome::Done(Reply::Released),
         note: Note::Released,
@@ -244,8 +245,9 @@ pub(crate) fn cancel(
         0 => record.create_revision == place,
         request => asked_by(record, id, request),
     };
-    if context.overlay.get(&key).is_some_and(meant) {
-        context.overlay.delete(&key);
+    let found = context.overlay.get(&key).filter(|record| meant(record));
+    if let Some(record) = found.cloned() {
+        remove(context, &record);
     }
     Ok(Executed {
         outcome: Outcome::Done(Reply::Cancelled),
@@ -271,15 +273,12 @@ pub(crate) fn force_release(
     if token != 0 && holder.create_revision != token {
         return Err(not_holder(context, &lock, token));
     }
-    let record = context
-        .overlay
-        .get(&holder.key)
-        .expect("the index names live keys");
-    let session_name = record
-        .lease
-        .and_then(|id| context.session(id).ok())
-        .map(|session| session.name.clone());
-    let released = contender(record, session_name.unwrap_or_default(), context.now(), 0);
+    let record = live(context.overlay.get(&holder.key)).clone();
+    let session = record.lease.and_then(|id| context.session(id).ok());
+    let session_name = session
+        .map(|session| session.name.clone())
+        .unwrap_or_default();
+    let released = contender(&record, session_name, context.now(), 0);
     if let Some(session) = released.session {
         context.record_forced_release(ForcedRelease {
             session,
@@ -289,7 +288,7 @@ pub(crate) fn force_release(
             reason: reason.clone(),
         });
     }
-    context.overlay.delete(&holder.key);
+    remove(context, &record);
     let outcome = Outcome::Done(Reply::ForceReleased(released));
     Ok(Executed {
         outcome,
@@ -307,8 +306,8 @@ pub(crate) fn fire(contenders: &Contenders, context: &mut Context<'_>) -> Note {
     let (_, waiter) = contenders
         .first_timer()
         .expect("fired only when a timer is due");
-    let deleted = context.overlay.delete(&waiter.key);
-    assert!(deleted, "the index names live keys");
+    let record = live(context.overlay.get(&waiter.key)).clone();
+    remove(context, &record);
     Note::WaitTimedOut
 }
 
@@ -440,16 +439,18 @@ fn lock_info(contenders: &Contenders, view: View<'_>, holder: &Ticket) -> LockIn
 }
 
 fn listed(view: View<'_>, ticket: &Ticket, place: usize) -> Contender {
-    let record = view
-        .keyspace
-        .get(&ticket.key)
-        .expect("the index names live keys");
+    let record = live(view.keyspace.get(&ticket.key));
     contender(
         record,
         session_name(view.sessions, record),
         view.system.log_time(),
         place,
     )
+}
+
+/// The record of a ticket.
+fn live(record: Option<&Record>) -> &Record {
+    record.expect("the index names live keys")
 }
 
 fn session_name(sessions: &Sessions, record: &Record) -> String {
@@ -484,6 +485,22 @@ fn holds(contenders: &Contenders, lock: &Bytes, record: &Record) -> bool {
     contenders
         .holder(lock)
         .is_some_and(|holder| holder.key == record.key)
+}
+
+/// Deletes a contender's key, and notes the numbered request that made it as over.
+/// A session that acknowledges nothing may have no room for the note; then a late
+/// copy of its request would run.
+fn remove(context: &mut Context<'_>, record: &Record) {
+    context.overlay.delete(&record.key);
+    let (Some(id), Some(value)) = (record.lease, native(record)) else {
+        return;
+    };
+    if let Ok(session) = context.session(id)
+        && !session.requests.is_over(value.request)
+        && !session.requests.is_full()
+    {
+        context.cancel(id, value.request);
+    }
 }
 
 /// Whether this session's numbered request made this key.
