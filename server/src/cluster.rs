@@ -7,7 +7,7 @@ use conclave_core::replica::{Role, Status as NodeStatus};
 use conclave_proto::v1::{self, cluster_server::Cluster};
 use tonic::{Request, Response, Status};
 
-use crate::{gateway::Gateway, metrics::Method, options::Member, storage};
+use crate::{gateway::Gateway, metrics::Method, options::Member};
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -36,7 +36,7 @@ fn status(gateway: &Gateway) -> v1::StatusResponse {
         role: role_name(status.role).to_owned(),
         applied_index: status.applied,
         committed_index: status.committed,
-        log_bytes: storage::log_bytes(&settings.data_dir),
+        log_bytes: gateway.handle.log_bytes(),
         sessions: status.sessions as u64,
         keys: status.keys as u64,
         members: settings

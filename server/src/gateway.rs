@@ -165,7 +165,11 @@ mod tests {
     #[test]
     fn the_leader_is_named_by_the_address_it_told() {
         let mut status = Status {
-            members: vec![(NodeId(7), "a".to_owned(), vec!["http://h:1".to_owned()])],
+            members: Arc::new(vec![(
+                NodeId(7),
+                "a".to_owned(),
+                vec!["http://h:1".to_owned()],
+            )]),
             ..Status::default()
         };
         assert_eq!(leader_address(&status), None);

@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::time;
 use tonic::Status;
 
-use crate::{gateway::Gateway, metrics::Snapshot, storage};
+use crate::{gateway::Gateway, metrics::Snapshot};
 
 /// How long a health check waits for the cluster.
 pub(crate) const READY_WITHIN: Duration = Duration::from_secs(1);
@@ -86,7 +86,7 @@ async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
         status: &status,
         member: &gateway.settings.name,
         watched_sessions: gateway.hub.watched(),
-        log_bytes: storage::log_bytes(&gateway.settings.data_dir),
+        log_bytes: gateway.handle.log_bytes(),
         links: gateway.peers.counters(),
     });
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()

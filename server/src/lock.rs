@@ -103,7 +103,7 @@ async fn acquire(
     gateway: &Arc<Gateway>,
     request: v1::AcquireRequest,
 ) -> Result<v1::AcquireResponse, Refusal> {
-    contender(&request.name, request.session_id, &request.owner)?;
+    validate::contender(&request.name, request.session_id, &request.owner)?;
     if request.request.max(request.acknowledged) > CLIENT_REQUEST_MAX {
         return Err(Invalid::Argument("request, acknowledged: they must be less than 2^63").into());
     }
@@ -185,7 +185,7 @@ async fn release(
     gateway: &Gateway,
     request: v1::ReleaseRequest,
 ) -> Result<v1::ReleaseResponse, Refusal> {
-    contender(&request.name, request.session_id, &request.owner)?;
+    validate::contender(&request.name, request.session_id, &request.owner)?;
     let v1::ReleaseRequest {
         name,
         session_id,
@@ -206,7 +206,7 @@ async fn cancel(
     gateway: &Gateway,
     request: v1::CancelRequest,
 ) -> Result<v1::CancelResponse, Refusal> {
-    contender(&request.name, request.session_id, &request.owner)?;
+    validate::contender(&request.name, request.session_id, &request.owner)?;
     if !(1..=CLIENT_REQUEST_MAX).contains(&request.request) {
         return Err(Invalid::Argument("request: it must be the number of an Acquire").into());
     }
@@ -295,13 +295,6 @@ async fn check(gateway: &Gateway, request: v1::CheckRequest) -> Result<v1::Check
         return Err(ANOTHER_KIND);
     };
     Ok(v1::CheckResponse { header, held })
-}
-
-fn contender(name: &str, session_id: i64, owner: &str) -> Result<(), Refusal> {
-    validate::lock_name(name)?;
-    validate::owner(owner)?;
-    validate::session(session_id)?;
-    Ok(())
 }
 
 /// Has a command replicated.

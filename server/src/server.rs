@@ -15,7 +15,7 @@ use std::{
 
 use conclave_core::{
     limits,
-    node::{self, Outlets},
+    node::{self, LoopThread, Outlets},
     replica::{Config, Fatal, Role, Status},
 };
 use tokio::{
@@ -39,7 +39,7 @@ use crate::{
     peers::Peers,
     routes,
     shutdown::{Requests, Shutdown},
-    storage::{self, DirectoryLock, Storage, StorageError},
+    storage::{self, Storage, StorageError},
 };
 
 /// How often the threads and the state of the cluster are looked at.
@@ -83,15 +83,10 @@ pub struct Server {
     addresses: Addresses,
     health: HealthReporter,
     phase: watch::Sender<Phase>,
-    replica: Replica,
+    replica: LoopThread,
     io: Vec<JoinHandle<()>>,
     peers: JoinHandle<()>,
-    /// Last, so that the directory is let go of after all else.
-    _lock: DirectoryLock,
 }
-
-/// The loop thread.
-type Replica = JoinHandle<Result<(), Fatal>>;
 
 /// Where a server listens, with the ports that the system chose.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,7 +114,7 @@ impl Server {
         let settings = options.validate()?;
         let control = runtime()?;
         let inside = control.enter();
-        let lock = DirectoryLock::take(&settings.data_dir)?;
+        let storage = Storage::open(&settings)?;
         let clients = listen_all(&settings.listen_client)?;
         let peer_listeners = listen_all(&settings.listen_peer)?;
         let metrics = listen_all(&settings.listen_metrics)?;
@@ -128,9 +123,8 @@ impl Server {
             peers: local_addresses(&peer_listeners),
             metrics: local_addresses(&metrics),
         };
-        let storage = Storage::open(&settings)?;
         log_start(&settings, &addresses);
-        let (gateway, replica) = start_replica(settings, storage);
+        let (gateway, replica) = start_replica(settings, storage)?;
         let (phase, phases) = watch::channel(Phase::Serving);
         let (health, health_server) = health_reporter();
         let peers = spawn_peers(&gateway, peer_listeners, phases.clone())?;
@@ -150,7 +144,6 @@ impl Server {
             replica,
             io,
             peers,
-            _lock: lock,
         })
     }
 
@@ -280,7 +273,10 @@ fn local_addresses(listeners: &[StdListener]) -> Vec<SocketAddr> {
 }
 
 /// Starts the loop thread over an open log.
-fn start_replica(settings: Settings, storage: Storage) -> (Arc<Gateway>, Replica) {
+fn start_replica(
+    settings: Settings,
+    storage: Storage,
+) -> Result<(Arc<Gateway>, LoopThread), ServerError> {
     let Storage { log, recovered } = storage;
     let config = Config {
         node: settings.topology.own().id,
@@ -308,17 +304,10 @@ fn start_replica(settings: Settings, storage: Storage) -> (Arc<Gateway>, Replica
             move |events| hub.publish(events)
         }),
     };
-    let (handle, replica) = node::start(config, log, recovered, outlets);
-    (
-        Arc::new(Gateway::new(
-            handle,
-            settings,
-            hub,
-            peers,
-            storage::random(),
-        )),
-        replica,
-    )
+    let (handle, replica) =
+        node::start(config, log, recovered, outlets).map_err(ServerError::Thread)?;
+    let gateway = Gateway::new(handle, settings, hub, peers, storage::random());
+    Ok((Arc::new(gateway), replica))
 }
 
 fn spawn_peers(

@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 
 use conclave_core::{replica::Failure, session::EndReason};
-use conclave_primitives::{LossReason, Rejection};
+use conclave_primitives::{LossReason, Rejection, name};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
@@ -60,7 +60,7 @@ impl Refusal {
     /// The contract of the wire.
     fn code_and_reason(&self) -> (Code, &'static str) {
         match self {
-            Self::Invalid(invalid) => (Code::InvalidArgument, invalid.reason()),
+            Self::Invalid(invalid) => (Code::InvalidArgument, invalid_reason(*invalid)),
             Self::SessionEnded(end) => session_ended(*end),
             Self::Rejected(rejection) => rejection_status(rejection),
             Self::Failed(failure) => match failure {
@@ -91,6 +91,27 @@ impl Refusal {
     }
 }
 
+fn invalid_reason(invalid: Invalid) -> &'static str {
+    match invalid {
+        Invalid::Lock(invalid) => lock_invalid_reason(invalid),
+        Invalid::Ttl => "INVALID_TTL",
+        Invalid::SessionName => "INVALID_NAME",
+        Invalid::SessionMetadata => "INVALID_SESSION_METADATA",
+        Invalid::Argument(_) => "INVALID_ARGUMENT",
+    }
+}
+
+fn lock_invalid_reason(invalid: name::Invalid) -> &'static str {
+    match invalid {
+        name::Invalid::NameEmpty
+        | name::Invalid::NameTooLong
+        | name::Invalid::NameWithZero
+        | name::Invalid::NameReserved => "INVALID_NAME",
+        name::Invalid::OwnerTooLong => "INVALID_OWNER",
+        name::Invalid::ReasonEmpty | name::Invalid::ReasonTooLong => "INVALID_REASON",
+    }
+}
+
 fn session_ended(end: EndReason) -> (Code, &'static str) {
     match end {
         EndReason::Unknown => (Code::NotFound, "SESSION_NOT_FOUND"),
@@ -102,6 +123,7 @@ fn session_ended(end: EndReason) -> (Code, &'static str) {
 
 fn rejection_status(rejection: &Rejection) -> (Code, &'static str) {
     match rejection {
+        Rejection::Invalid(invalid) => (Code::InvalidArgument, lock_invalid_reason(*invalid)),
         Rejection::SessionEnded(end) => session_ended(*end),
         Rejection::Held => (Code::FailedPrecondition, "LOCK_HELD"),
         Rejection::WaitTimedOut => (Code::DeadlineExceeded, "WAIT_TIMED_OUT"),
@@ -129,6 +151,7 @@ fn rejection_metadata(rejection: &Rejection) -> Vec<(&'static str, String)> {
             pairs
         }
         Rejection::NotHolder { forced: None }
+        | Rejection::Invalid(_)
         | Rejection::SessionEnded(_)
         | Rejection::Held
         | Rejection::WaitTimedOut
@@ -162,6 +185,7 @@ fn ended(end: EndReason) -> &'static str {
 
 fn rejected(rejection: &Rejection) -> String {
     let text = match rejection {
+        Rejection::Invalid(invalid) => return invalid.to_string(),
         Rejection::SessionEnded(end) => ended(*end),
         Rejection::Held => "the lock is held, or others wait for it",
         Rejection::WaitTimedOut => "the lock was not free in time",
@@ -209,198 +233,162 @@ mod tests {
         }
     }
 
-    /// Code, reason, and metadata in order: what clients of any language rely on.
-    fn told(refusal: Refusal) -> (Code, String, Vec<(String, String)>) {
+    /// What clients of any language rely on: code, reason, metadata.
+    fn told(refusal: Refusal) -> String {
         let status = refusal.into_status(Some("http://h:1"));
         let info = status
             .get_details_error_info()
             .expect("every status has it");
         assert_eq!(info.domain, DOMAIN);
         assert!(!status.message().is_empty());
-        let mut metadata: Vec<_> = info.metadata.into_iter().collect();
+        let mut metadata: Vec<String> = info
+            .metadata
+            .iter()
+            .map(|(key, value)| format!(" {key}={value}"))
+            .collect();
         metadata.sort();
-        (status.code(), info.reason, metadata)
+        format!("{:?} {}{}", status.code(), info.reason, metadata.concat())
     }
 
     #[test]
-    fn the_contract_of_the_wire() {
-        use Code::*;
-        use Rejection as R;
-        let rejected = Refusal::Rejected;
-        let leader = ("leader", "http://h:1");
-        let applied = |told| ("may_have_applied", told);
-        let table: Vec<(Refusal, Code, &str, Vec<(&str, &str)>)> = vec![
+    fn invalid_requests_say_which_field() {
+        let table: [(Invalid, &str); 11] = [
+            (name::Invalid::NameEmpty.into(), "INVALID_NAME"),
+            (name::Invalid::NameTooLong.into(), "INVALID_NAME"),
+            (name::Invalid::NameWithZero.into(), "INVALID_NAME"),
+            (name::Invalid::NameReserved.into(), "INVALID_NAME"),
+            (name::Invalid::OwnerTooLong.into(), "INVALID_OWNER"),
+            (name::Invalid::ReasonEmpty.into(), "INVALID_REASON"),
+            (name::Invalid::ReasonTooLong.into(), "INVALID_REASON"),
+            (Invalid::Ttl, "INVALID_TTL"),
+            (Invalid::SessionName, "INVALID_NAME"),
+            (Invalid::SessionMetadata, "INVALID_SESSION_METADATA"),
+            (Invalid::Argument("x"), "INVALID_ARGUMENT"),
+        ];
+        for (invalid, reason) in table {
+            assert_eq!(
+                told(invalid.into()),
+                format!("InvalidArgument {reason}"),
+                "{invalid:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn attempts_without_an_answer_say_whether_they_may_have_happened() {
+        let not_leader = Failure::NotLeader {
+            leader: Some(NodeId(1)),
+        };
+        let here = "leader=http://h:1";
+        let table: [(Refusal, String); 6] = [
             (
-                Invalid::Name("x").into(),
-                InvalidArgument,
-                "INVALID_NAME",
-                vec![],
-            ),
-            (
-                Invalid::Owner.into(),
-                InvalidArgument,
-                "INVALID_OWNER",
-                vec![],
-            ),
-            (Invalid::Ttl.into(), InvalidArgument, "INVALID_TTL", vec![]),
-            (
-                Invalid::Reason.into(),
-                InvalidArgument,
-                "INVALID_REASON",
-                vec![],
-            ),
-            (
-                Invalid::SessionMetadata("x").into(),
-                InvalidArgument,
-                "INVALID_SESSION_METADATA",
-                vec![],
-            ),
-            (
-                Invalid::Argument("x").into(),
-                InvalidArgument,
-                "INVALID_ARGUMENT",
-                vec![],
-            ),
-            (
-                Refusal::SessionEnded(EndReason::Unknown),
-                NotFound,
-                "SESSION_NOT_FOUND",
-                vec![],
-            ),
-            (
-                Refusal::SessionEnded(EndReason::Expired),
-                FailedPrecondition,
-                "SESSION_EXPIRED",
-                vec![],
-            ),
-            (
-                Refusal::SessionEnded(EndReason::Closed),
-                FailedPrecondition,
-                "SESSION_CLOSED",
-                vec![],
-            ),
-            (
-                Refusal::SessionEnded(EndReason::Revoked),
-                FailedPrecondition,
-                "SESSION_REVOKED",
-                vec![],
-            ),
-            (
-                rejected(R::SessionEnded(EndReason::Unknown)),
-                NotFound,
-                "SESSION_NOT_FOUND",
-                vec![],
-            ),
-            (
-                rejected(R::SessionEnded(EndReason::Expired)),
-                FailedPrecondition,
-                "SESSION_EXPIRED",
-                vec![],
-            ),
-            (rejected(R::Held), FailedPrecondition, "LOCK_HELD", vec![]),
-            (
-                rejected(R::WaitTimedOut),
-                DeadlineExceeded,
-                "WAIT_TIMED_OUT",
-                vec![],
-            ),
-            (rejected(R::Cancelled), Cancelled, "CANCELLED", vec![]),
-            (
-                rejected(R::PlaceLost(LossReason::KeyDeleted)),
-                Aborted,
-                "PLACE_LOST",
-                vec![("loss", "key_deleted")],
-            ),
-            (
-                rejected(R::PlaceLost(LossReason::Forced("stuck".to_owned()))),
-                Aborted,
-                "PLACE_LOST",
-                vec![("detail", "stuck"), ("loss", "forced")],
-            ),
-            (
-                rejected(R::StaleRequest),
-                FailedPrecondition,
-                "STALE_REQUEST",
-                vec![],
-            ),
-            (
-                rejected(R::AlreadyContending { token: 5 }),
-                AlreadyExists,
-                "ALREADY_CONTENDING",
-                vec![("token", "5")],
-            ),
-            (
-                rejected(R::NotHolder { forced: None }),
-                FailedPrecondition,
-                "NOT_HOLDER",
-                vec![],
-            ),
-            (
-                rejected(R::NotHolder {
-                    forced: Some(forced()),
-                }),
-                FailedPrecondition,
-                "NOT_HOLDER",
-                vec![("forced", "stuck")],
-            ),
-            (rejected(R::NotHeld), NotFound, "NOT_HELD", vec![]),
-            (
-                rejected(R::TooManyCancelled),
-                ResourceExhausted,
-                "TOO_MANY_CANCELLED",
-                vec![],
-            ),
-            (
-                Failure::NotLeader {
-                    leader: Some(NodeId(1)),
-                }
-                .into(),
-                Unavailable,
-                "NOT_LEADER",
-                vec![leader, applied("false")],
+                not_leader.into(),
+                format!("Unavailable NOT_LEADER {here} may_have_applied=false"),
             ),
             (
                 Failure::Overloaded.into(),
-                ResourceExhausted,
-                "OVERLOADED",
-                vec![leader, applied("false")],
+                format!("ResourceExhausted OVERLOADED {here} may_have_applied=false"),
             ),
             (
                 Failure::OutcomeUnknown.into(),
-                Unavailable,
-                "OUTCOME_UNKNOWN",
-                vec![leader, applied("true")],
+                format!("Unavailable OUTCOME_UNKNOWN {here} may_have_applied=true"),
             ),
             (
                 Failure::ShuttingDown.into(),
-                Unavailable,
-                "SHUTTING_DOWN",
-                vec![leader, applied("false")],
+                format!("Unavailable SHUTTING_DOWN {here} may_have_applied=false"),
             ),
             (
                 Refusal::SlowReader,
-                ResourceExhausted,
-                "OVERLOADED",
-                vec![applied("false")],
+                "ResourceExhausted OVERLOADED may_have_applied=false".to_owned(),
             ),
             (
                 Refusal::Internal("x"),
-                Internal,
-                "INTERNAL",
-                vec![applied("true")],
+                "Internal INTERNAL may_have_applied=true".to_owned(),
             ),
         ];
-        for (refusal, code, reason, metadata) in table {
+        for (refusal, expected) in table {
             let shown = format!("{refusal:?}");
-            let metadata = metadata
-                .into_iter()
-                .map(|(k, v)| (k.to_owned(), v.to_owned()))
-                .collect();
-            assert_eq!(
-                told(refusal),
-                (code, reason.to_owned(), metadata),
-                "{shown}"
-            );
+            assert_eq!(told(refusal), expected, "{shown}");
+        }
+    }
+
+    #[test]
+    fn refusals_of_the_state_machine_have_stable_reasons() {
+        use Rejection as R;
+        let forced_loss = LossReason::Forced("stuck".to_owned());
+        let ended = |end| LossReason::SessionEnded(end);
+        let table = [
+            (
+                R::Invalid(name::Invalid::NameEmpty),
+                "InvalidArgument INVALID_NAME",
+            ),
+            (
+                R::SessionEnded(EndReason::Unknown),
+                "NotFound SESSION_NOT_FOUND",
+            ),
+            (
+                R::SessionEnded(EndReason::Expired),
+                "FailedPrecondition SESSION_EXPIRED",
+            ),
+            (
+                R::SessionEnded(EndReason::Closed),
+                "FailedPrecondition SESSION_CLOSED",
+            ),
+            (
+                R::SessionEnded(EndReason::Revoked),
+                "FailedPrecondition SESSION_REVOKED",
+            ),
+            (R::Held, "FailedPrecondition LOCK_HELD"),
+            (R::WaitTimedOut, "DeadlineExceeded WAIT_TIMED_OUT"),
+            (R::Cancelled, "Cancelled CANCELLED"),
+            (
+                R::PlaceLost(LossReason::KeyDeleted),
+                "Aborted PLACE_LOST loss=key_deleted",
+            ),
+            (
+                R::PlaceLost(forced_loss),
+                "Aborted PLACE_LOST detail=stuck loss=forced",
+            ),
+            (
+                R::PlaceLost(ended(EndReason::Expired)),
+                "Aborted PLACE_LOST loss=session_expired",
+            ),
+            (
+                R::PlaceLost(ended(EndReason::Closed)),
+                "Aborted PLACE_LOST loss=session_closed",
+            ),
+            (
+                R::PlaceLost(ended(EndReason::Revoked)),
+                "Aborted PLACE_LOST loss=revoked",
+            ),
+            (
+                R::PlaceLost(ended(EndReason::Unknown)),
+                "Aborted PLACE_LOST loss=unknown",
+            ),
+            (R::StaleRequest, "FailedPrecondition STALE_REQUEST"),
+            (
+                R::AlreadyContending { token: 5 },
+                "AlreadyExists ALREADY_CONTENDING token=5",
+            ),
+            (
+                R::NotHolder { forced: None },
+                "FailedPrecondition NOT_HOLDER",
+            ),
+            (
+                R::NotHolder {
+                    forced: Some(forced()),
+                },
+                "FailedPrecondition NOT_HOLDER forced=stuck",
+            ),
+            (R::NotHeld, "NotFound NOT_HELD"),
+            (R::TooManyCancelled, "ResourceExhausted TOO_MANY_CANCELLED"),
+        ];
+        for (rejection, expected) in table {
+            let shown = format!("{rejection:?}");
+            if let R::SessionEnded(end) = rejection {
+                assert_eq!(told(Refusal::SessionEnded(end)), expected, "{shown}");
+            }
+            assert_eq!(told(Refusal::Rejected(rejection)), expected, "{shown}");
         }
     }
 }

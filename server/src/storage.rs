@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! NAME.conclave/
-//!   lock    held by the process that uses the directory
-//!   log/    the write-ahead log
+//!   log/    the write-ahead log, locked
 //! ```
 
 use std::{
-    fs::{self, File},
+    fs::{DirBuilder, File},
     io,
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
 };
 
@@ -17,14 +17,10 @@ use conclave_core::{
     ids::NodeId,
     log::{Facts, Identity, Log, LogError, Recovered},
 };
-use rustix::{
-    fs::{FlockOperation, flock},
-    rand::{GetRandomFlags, getrandom},
-};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::options::{ClusterState, Settings, Topology};
 
-const LOCK: &str = "lock";
 const LOG: &str = "log";
 
 /// The log of a data directory, with what it held when it was opened.
@@ -34,60 +30,43 @@ pub(crate) struct Storage {
     pub(crate) recovered: Recovered,
 }
 
-/// The lock on a data directory; the kernel lets go of it when the process ends,
-/// however it ends.
-#[derive(Debug)]
-pub(crate) struct DirectoryLock {
-    _file: File,
-}
-
-impl DirectoryLock {
-    /// Makes the directory if it is not there, and locks it.
-    pub(crate) fn take(directory: &Path) -> Result<Self, StorageError> {
-        let io = |source| StorageError::Io {
-            path: directory.to_owned(),
-            source,
-        };
-        make_durable_directory(directory).map_err(io)?;
-        let file = File::create(directory.join(LOCK)).map_err(io)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Self { _file: file }),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(StorageError::InUse {
-                path: directory.to_owned(),
-            }),
-            Err(error) => Err(io(error.into())),
-        }
-    }
-}
-
 impl Storage {
-    /// Opens the log of a directory that this process has locked, or begins one.
+    /// Takes the directory for this process, and opens its log or begins one.
     pub(crate) fn open(settings: &Settings) -> Result<Self, StorageError> {
-        let path = settings.data_dir.join(LOG);
-        let io = |source| StorageError::Io {
+        let path = &settings.data_dir;
+        make_durable(path).map_err(|source| StorageError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        let unusable = |source| StorageError::Log {
             path: path.clone(),
             source,
         };
-        make_durable_directory(&path).map_err(io)?;
-        let disk = || FileDisk::open(&path).map_err(io);
-        let damaged = |source| StorageError::Log {
-            path: path.clone(),
-            source,
-        };
-        if let Some((log, recovered)) = Log::open(disk()?).map_err(damaged)? {
-            check_identity(&recovered, &settings.topology, &settings.data_dir)?;
+        if let Some((log, recovered)) = Log::open(disk(path)?).map_err(unusable)? {
+            check_identity(&recovered, &settings.topology, path)?;
             return Ok(Self { log, recovered });
         }
         if settings.cluster_state == ClusterState::Existing {
-            return Err(StorageError::EmptyButExisting {
-                path: settings.data_dir.clone(),
-            });
+            return Err(StorageError::EmptyButExisting { path: path.clone() });
         }
         let recovered = first_contents(&settings.topology, random());
-        let log = Log::create(disk()?, recovered.identity.clone(), recovered.facts.clone())
-            .map_err(damaged)?;
+        let Recovered {
+            identity, facts, ..
+        } = recovered.clone();
+        let log = Log::create(disk(path)?, identity, facts).map_err(unusable)?;
         Ok(Self { log, recovered })
     }
+}
+
+/// The directory of the log, held by this process alone.
+fn disk(data_dir: &Path) -> Result<FileDisk, StorageError> {
+    FileDisk::open(data_dir.join(LOG)).map_err(|source| {
+        let path = data_dir.to_owned();
+        match source.kind() {
+            io::ErrorKind::ResourceBusy => StorageError::InUse { path },
+            _ => StorageError::Io { path, source },
+        }
+    })
 }
 
 /// What a new log holds.
@@ -150,29 +129,17 @@ pub(crate) fn random() -> u64 {
     u64::from_le_bytes(bytes).max(1)
 }
 
-/// Bytes of the log on disk; 0 if they cannot be counted.
-pub(crate) fn log_bytes(data_dir: &Path) -> u64 {
-    let Ok(files) = fs::read_dir(data_dir.join(LOG)) else {
-        return 0;
-    };
-    files
-        .flatten()
-        .filter_map(|file| file.metadata().ok())
-        .map(|file| file.len())
-        .sum()
-}
-
-/// Makes a directory with those above it, and makes them last.
-fn make_durable_directory(path: &Path) -> io::Result<()> {
-    if path.is_dir() {
-        return Ok(());
-    }
+/// Makes a directory that is not there, with those above it, and makes their
+/// names durable: acknowledged commands must not vanish with the directory.
+fn make_durable(path: &Path) -> io::Result<()> {
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    make_durable_directory(parent)?;
-    match fs::create_dir(path) {
+    if !parent.is_dir() {
+        make_durable(parent)?;
+    }
+    match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         made => made?,
     }
@@ -224,6 +191,8 @@ pub enum StorageError {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::options::Options;
 
@@ -266,15 +235,47 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_is_locked_by_one_at_a_time() {
-        let path = std::env::temp_dir().join(format!("conclave-lock-{:x}", random()));
-        let lock = DirectoryLock::take(&path).unwrap();
+    fn a_directory_is_used_by_one_at_a_time_and_only_for_what_it_was_made() {
+        let path = std::env::temp_dir().join(format!("conclave-storage-{:x}", random()));
+        let options = Options {
+            data_dir: Some(path.join("deep/down")),
+            ..Options::default()
+        };
+        let settings = options.validate().unwrap();
+        let first = Storage::open(&settings).unwrap();
         assert!(matches!(
-            DirectoryLock::take(&path),
+            Storage::open(&settings),
             Err(StorageError::InUse { .. })
         ));
-        drop(lock);
-        assert!(DirectoryLock::take(&path).is_ok());
+        let identity = first.recovered.identity.clone();
+        drop(first);
+        let again = Storage::open(&settings).unwrap();
+        assert_eq!(again.recovered.identity, identity);
+        drop(again);
+        let initial_cluster_token = "other".to_owned();
+        let other = Options {
+            initial_cluster_token,
+            ..options
+        }
+        .validate()
+        .unwrap();
+        assert!(matches!(
+            Storage::open(&other),
+            Err(StorageError::OtherCluster { .. })
+        ));
+        fs::remove_dir_all(&path).unwrap();
+    }
+
+    #[test]
+    fn an_empty_directory_does_not_join_a_running_cluster() {
+        let path = std::env::temp_dir().join(format!("conclave-storage-{:x}", random()));
+        let options = Options {
+            data_dir: Some(path.clone()),
+            initial_cluster_state: ClusterState::Existing,
+            ..Options::default()
+        };
+        let opened = Storage::open(&options.validate().unwrap());
+        assert!(matches!(opened, Err(StorageError::EmptyButExisting { .. })));
         fs::remove_dir_all(&path).unwrap();
     }
 

@@ -3,84 +3,54 @@
 use std::collections::HashMap;
 
 use conclave_core::{ids::SessionId, limits, session::EndReason};
+use conclave_primitives::name;
 
 use crate::status::Refusal;
-
-/// Keys under this prefix belong to the service itself.
-const RESERVED: &str = "_conclave";
 
 /// What is wrong with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Invalid {
-    /// Of a lock, or of a session.
-    #[error("name: {0}")]
-    Name(&'static str),
-    /// Of a contender.
-    #[error("owner: it is longer than {} bytes", limits::OWNER_BYTES_MAX)]
-    Owner,
-    /// Of a session.
+    /// The name, owner or reason of a lock.
+    #[error(transparent)]
+    Lock(#[from] name::Invalid),
+    /// The TTL of a session.
     #[error(
-        "ttl_ms: it must be {} to {}, or 0",
+        "ttl_ms must be {} to {}, or 0",
         limits::SESSION_TTL_MS_MIN,
         limits::SESSION_TTL_MS_MAX
     )]
     Ttl,
-    /// Of a forced release.
-    #[error("reason: it must have 1 to {} bytes", limits::REASON_BYTES_MAX)]
-    Reason,
-    /// Of a session.
-    #[error("metadata: {0}")]
-    SessionMetadata(&'static str),
+    /// The name of a session.
+    #[error("name is longer than {} bytes", limits::SESSION_NAME_BYTES_MAX)]
+    SessionName,
+    /// The metadata of a session.
+    #[error(
+        "metadata has more than {} entries or {} bytes",
+        limits::SESSION_METADATA_ENTRIES_MAX,
+        limits::SESSION_METADATA_BYTES_MAX
+    )]
+    SessionMetadata,
     /// Anything else.
     #[error("{0}")]
     Argument(&'static str),
 }
 
-impl Invalid {
-    /// The reason on the wire.
-    pub(crate) fn reason(self) -> &'static str {
-        match self {
-            Self::Name(_) => "INVALID_NAME",
-            Self::Owner => "INVALID_OWNER",
-            Self::Ttl => "INVALID_TTL",
-            Self::Reason => "INVALID_REASON",
-            Self::SessionMetadata(_) => "INVALID_SESSION_METADATA",
-            Self::Argument(_) => "INVALID_ARGUMENT",
-        }
-    }
+/// The contender that a request is about.
+pub(crate) fn contender(name: &str, session_id: i64, owner: &str) -> Result<(), Refusal> {
+    name::validate_name(name).map_err(Invalid::from)?;
+    name::validate_owner(owner).map_err(Invalid::from)?;
+    session(session_id)?;
+    Ok(())
 }
 
 /// The name of a lock.
 pub(crate) fn lock_name(name: &str) -> Result<(), Invalid> {
-    if name.is_empty() {
-        return Err(Invalid::Name("it is empty"));
-    }
-    if name.len() > limits::NAME_BYTES_MAX {
-        return Err(Invalid::Name("it is longer than 1,024 bytes"));
-    }
-    if name
-        .strip_prefix(RESERVED)
-        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-    {
-        return Err(Invalid::Name("`_conclave/` is reserved"));
-    }
-    Ok(())
-}
-
-/// The owner inside a session; may be empty.
-pub(crate) fn owner(owner: &str) -> Result<(), Invalid> {
-    if owner.len() > limits::OWNER_BYTES_MAX {
-        return Err(Invalid::Owner);
-    }
-    Ok(())
+    Ok(name::validate_name(name)?)
 }
 
 /// Why an operator takes a lock away.
 pub(crate) fn reason(reason: &str) -> Result<(), Invalid> {
-    if reason.trim().is_empty() || reason.len() > limits::REASON_BYTES_MAX {
-        return Err(Invalid::Reason);
-    }
-    Ok(())
+    Ok(name::validate_reason(reason)?)
 }
 
 /// The TTL that a request for `ttl_ms` gets.
@@ -95,17 +65,16 @@ pub(crate) fn ttl_ms(ttl_ms: u64) -> Result<u64, Invalid> {
 /// What people see of a session.
 pub(crate) fn session_face(name: &str, metadata: &HashMap<String, String>) -> Result<(), Invalid> {
     if name.len() > limits::SESSION_NAME_BYTES_MAX {
-        return Err(Invalid::Name("it is longer than 256 bytes"));
-    }
-    if metadata.len() > limits::SESSION_METADATA_ENTRIES_MAX {
-        return Err(Invalid::SessionMetadata("it has more than 16 entries"));
+        return Err(Invalid::SessionName);
     }
     let bytes: usize = metadata
         .iter()
         .map(|(key, value)| key.len() + value.len())
         .sum();
-    if bytes > limits::SESSION_METADATA_BYTES_MAX {
-        return Err(Invalid::SessionMetadata("it has more than 4,096 bytes"));
+    if metadata.len() > limits::SESSION_METADATA_ENTRIES_MAX
+        || bytes > limits::SESSION_METADATA_BYTES_MAX
+    {
+        return Err(Invalid::SessionMetadata);
     }
     Ok(())
 }
@@ -121,16 +90,6 @@ pub(crate) fn session(id: i64) -> Result<SessionId, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_of_locks() {
-        for good in ["a", "a/b", "_conclaves", "é", &"x".repeat(1_024)] {
-            assert_eq!(lock_name(good), Ok(()), "{good}");
-        }
-        for bad in ["", "_conclave", "_conclave/x", &"x".repeat(1_025)] {
-            assert!(matches!(lock_name(bad), Err(Invalid::Name(_))), "{bad}");
-        }
-    }
 
     #[test]
     fn ttls() {
@@ -150,18 +109,10 @@ mod tests {
                 .collect::<HashMap<_, _>>()
         };
         assert_eq!(session_face("worker", &metadata(16, 254)), Ok(()));
-        assert!(matches!(
-            session_face(&"x".repeat(257), &metadata(0, 0)),
-            Err(Invalid::Name(_))
-        ));
-        assert!(matches!(
-            session_face("", &metadata(17, 0)),
-            Err(Invalid::SessionMetadata(_))
-        ));
-        assert!(matches!(
-            session_face("", &metadata(16, 255)),
-            Err(Invalid::SessionMetadata(_))
-        ));
+        let invalid = |name: &str, entries, bytes| session_face(name, &metadata(entries, bytes));
+        assert_eq!(invalid(&"x".repeat(257), 0, 0), Err(Invalid::SessionName));
+        assert_eq!(invalid("", 17, 0), Err(Invalid::SessionMetadata));
+        assert_eq!(invalid("", 16, 255), Err(Invalid::SessionMetadata));
     }
 
     #[test]
