@@ -3,6 +3,8 @@
 //!
 //! `PROPTEST_CASES` sets the number of cases of each property.
 
+use std::collections::VecDeque;
+
 use bytes::Bytes;
 use conclave_core::{
     disk::{Disk, SimDisk},
@@ -65,6 +67,8 @@ impl Keep {
 #[derive(Clone, Debug)]
 enum Step {
     Append(Shape),
+    /// Appends what was lost last once more, as a leader does that sends it again.
+    Repeat,
     Sync,
     Mark,
     /// The process ends and starts again; the machine goes on.
@@ -106,6 +110,7 @@ fn keeps() -> impl Strategy<Value = Keep> {
 fn steps() -> impl Strategy<Value = Step> {
     prop_oneof![
         10 => shapes().prop_map(Step::Append),
+        4 => Just(Step::Repeat),
         8 => Just(Step::Sync),
         2 => Just(Step::Mark),
         2 => Just(Step::Restart),
@@ -203,6 +208,10 @@ struct World {
     /// The states that may be found: after everything that was synced, and after
     /// each batch since.
     states: Vec<Recovered>,
+    /// The batches between these states.
+    batches: VecDeque<Batch>,
+    /// Those that the last restart did not find.
+    lost: VecDeque<Batch>,
     stamp: u64,
     /// Whether a fault was ordered, so that the disk may fail.
     is_faulty: bool,
@@ -218,6 +227,8 @@ impl World {
             log: None,
             is_created: false,
             states: vec![founded()],
+            batches: VecDeque::new(),
+            lost: VecDeque::new(),
             stamp: 0,
             is_faulty: false,
             crash: None,
@@ -236,7 +247,15 @@ impl World {
 
     fn run(&mut self, step: &Step) -> Result<(), TestCaseError> {
         match step {
-            Step::Append(shape) => return self.append(shape),
+            Step::Append(shape) => {
+                self.stamp += 1;
+                self.lost.clear();
+                return self.append(batch(shape, self.newest(), self.stamp));
+            }
+            Step::Repeat => {
+                let lost = self.lost.pop_front();
+                return lost.map_or(Ok(()), |batch| self.append(batch));
+            }
             Step::Sync => return self.work(Log::sync),
             Step::Mark => return self.work(Log::mark),
             Step::Restart => return self.restart(),
@@ -262,12 +281,9 @@ impl World {
         Ok(())
     }
 
-    fn append(&mut self, shape: &Shape) -> Result<(), TestCaseError> {
-        self.stamp += 1;
-        let newest = self.newest();
-        let batch = batch(shape, newest, self.stamp);
-        let state = apply(newest, &batch);
-        self.states.push(state);
+    fn append(&mut self, batch: Batch) -> Result<(), TestCaseError> {
+        self.states.push(apply(self.newest(), &batch));
+        self.batches.push_back(batch.clone());
         let log = self.log.as_mut().expect("every step leaves a log");
         match log.append(&batch) {
             Ok(()) => {
@@ -299,6 +315,7 @@ impl World {
     /// Everything written so far is durable.
     fn settle(&mut self) {
         self.states.drain(..self.states.len() - 1);
+        self.batches.clear();
     }
 
     fn recover_from(&mut self, error: &LogError) -> Result<(), TestCaseError> {
@@ -366,8 +383,12 @@ impl World {
     }
 
     fn check(&mut self, recovered: Recovered) -> Result<(), TestCaseError> {
-        let kept = self.states.iter().any(|state| *state == recovered);
-        prop_assert!(kept, "{recovered:?} is none of {:?}", self.states);
+        let kept = self.states.iter().position(|state| *state == recovered);
+        prop_assert!(kept.is_some(), "{recovered:?} is none of {:?}", self.states);
+        let lost = self.batches.drain(..).skip(kept.unwrap_or(0));
+        if self.states.len() > 1 {
+            self.lost = lost.collect();
+        }
         if !self.is_faulty {
             // It is durable, and every further recovery finds the same.
             let mut disk = self.disk.fork();
