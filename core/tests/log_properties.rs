@@ -3,6 +3,8 @@
 //!
 //! `PROPTEST_CASES` sets the number of cases of each property.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails the test")]
+
 use std::collections::VecDeque;
 
 use bytes::Bytes;
@@ -182,7 +184,7 @@ fn batch(shape: &Shape, state: &Recovered, stamp: u64) -> Batch {
     let entries: Vec<_> = (first..).zip(&shape.entries).map(entry).collect();
     let last = entries.last().map_or(next - 1, |entry| entry.index);
     let facts = shape.facts.then(|| Facts {
-        admitted: stamp % 2 == 0,
+        admitted: stamp.is_multiple_of(2),
         incarnations: [(NodeId(1), stamp)].into(),
         voters: vec![NodeId(stamp)],
     });
@@ -523,7 +525,8 @@ fn written(shapes: &[Shape], layout: Layout) -> (SimDisk, Vec<Recovered>) {
     (disk, states)
 }
 
-type Files = Vec<(String, Vec<u8>)>;
+type File = (String, Vec<u8>);
+type Files = Vec<File>;
 
 fn files(disk: &SimDisk) -> Files {
     let names = disk.list().unwrap_or_default().into_iter();
@@ -566,7 +569,7 @@ impl Attested {
 
     fn is_whole(&self, damaged: &Files) -> bool {
         let newest = &self.files[self.files.len() - 1].0;
-        let is_whole = |(old, new): (&(String, Vec<u8>), &(String, Vec<u8>))| {
+        let is_whole = |(old, new): (&File, &File)| {
             let end = if old.0 == *newest {
                 self.newest.start
             } else {
