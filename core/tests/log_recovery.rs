@@ -181,8 +181,8 @@ fn a_mark_syncs_and_attests_what_was_appended() {
     disk.crash(&mut || false);
     assert_eq!(open(&disk).1.entries.len(), 1);
     disk.damage(&segment(1), |bytes| {
-        let data = bytes.iter().position(|byte| *byte == b'x').unwrap();
-        bytes[data] = b'y';
+        let data = bytes.windows(100).position(|bytes| bytes == [b'x'; 100]);
+        bytes[data.unwrap()] = b'y';
     });
     assert!(refusal(&disk).contains("durable"));
 }

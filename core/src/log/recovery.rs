@@ -104,14 +104,10 @@ impl Found {
     /// Goes on into the next segment, whose header is given, and through it.
     fn enter(before: Option<Self>, segment: Segment, header: &Record) -> Result<Self, LogError> {
         let standing = body::header(segment.body(header)).map_err(|e| segment.malformed(0, e))?;
-        let is_first = before.is_none();
         let mut found = match before {
             Some(before) => before.continued(segment, header, &standing)?,
-            None => Self::first(segment, standing),
+            None => Self::first(segment, header, standing)?,
         };
-        if is_first && (found.standing.first != found.standing.next || header.link.previous != 0) {
-            return Err(found.newest.corrupt(0, "it is not the first of its row"));
-        }
         found.follow(header);
         while let Some(record) = found.next_record() {
             found.replay(&record)?;
@@ -119,22 +115,20 @@ impl Found {
         Ok(found)
     }
 
-    fn first(segment: Segment, standing: Standing) -> Self {
-        let at = segment.at(0);
-        Self {
+    fn first(segment: Segment, header: &Record, standing: Standing) -> Result<Self, LogError> {
+        if standing.first != standing.next || header.link.previous != 0 {
+            return Err(segment.corrupt(0, "it is not the first of its row"));
+        }
+        Ok(Self {
             standing,
             entries: Vec::new(),
-            tail: Link {
-                at,
-                previous: 0,
-                attested: at,
-            },
+            tail: header.link,
             is_marked: false,
             length: segment.bytes.len() as u64,
             older_bytes: 0,
             newest: segment,
             torn: None,
-        }
+        })
     }
 
     fn continued(
