@@ -172,7 +172,7 @@ impl Consensus {
     pub(crate) fn tick(&mut self, sole_voter: bool) {
         if sole_voter && self.raw.raft.state != StateRole::Leader {
             // Refused only while an entry of membership is not applied.
-            let _ = self.raw.campaign();
+            self.raw.campaign().ok();
         } else {
             self.raw.tick();
         }
@@ -191,7 +191,7 @@ impl Consensus {
             .map_err(|_| "does not decode as a Raft message")?;
         self.check(from, &message)?;
         // An error here says that the message does not matter any more.
-        let _ = self.raw.step(message);
+        self.raw.step(message).ok();
         self.draw_election_timeout();
         Ok(())
     }
@@ -390,12 +390,14 @@ struct MemoryLog {
 
 impl MemoryLog {
     fn new(voters: &[NodeId], hard_state: HardState, entries: Vec<LogEntry>) -> Self {
-        let mut raft_hard_state = RaftHardState::default();
-        raft_hard_state.term = hard_state.term;
-        raft_hard_state.vote = hard_state.vote;
-        raft_hard_state.commit = hard_state.commit.min(entries.len() as u64);
+        let hard_state = RaftHardState {
+            term: hard_state.term,
+            vote: hard_state.vote,
+            commit: hard_state.commit.min(entries.len() as u64),
+            ..RaftHardState::default()
+        };
         Self {
-            hard_state: raft_hard_state,
+            hard_state,
             voters: voters.iter().map(|node| node.0).collect(),
             entries: entries.into_iter().map(raft_entry).collect(),
         }
@@ -504,13 +506,14 @@ fn log_entry(entry: &Entry) -> LogEntry {
 }
 
 fn raft_entry(entry: LogEntry) -> Entry {
-    let mut raft_entry = Entry::default();
-    raft_entry.index = entry.index;
-    raft_entry.term = entry.term;
-    raft_entry.data = entry.data;
-    raft_entry.entry_type = match entry.kind {
-        EntryKind::Normal => EntryType::EntryNormal,
-        EntryKind::Membership => EntryType::EntryConfChangeV2,
-    };
-    raft_entry
+    Entry {
+        index: entry.index,
+        term: entry.term,
+        data: entry.data,
+        entry_type: match entry.kind {
+            EntryKind::Normal => EntryType::EntryNormal,
+            EntryKind::Membership => EntryType::EntryConfChangeV2,
+        },
+        ..Entry::default()
+    }
 }

@@ -107,10 +107,16 @@ pub enum Cause<'a, N> {
 #[derive(Debug)]
 pub struct Settled<M: Machine> {
     /// Places whose waiting is over.
-    pub resolved: Vec<(Place, Result<M::Reply, M::Rejection>)>,
+    pub resolved: Vec<Resolved<M>>,
     /// What sessions are told.
     pub events: Vec<(SessionId, M::Event)>,
 }
+
+/// The end of a wait: which place, and what came of it.
+pub type Resolved<M> = (
+    Place,
+    Result<<M as Machine>::Reply, <M as Machine>::Rejection>,
+);
 
 impl<M: Machine> Default for Settled<M> {
     fn default() -> Self {

@@ -35,14 +35,19 @@ use crate::{
 /// Called once with the outcome of a request, on the loop thread; must not block.
 pub type Responder<M> = Box<dyn FnOnce(Result<Answer<M>, Failure>) + Send>;
 
-/// Where the loop thread sends what leaves it. Called on that thread; must not
-/// block.
+/// Joins to why the loop ended.
+pub type LoopThread = JoinHandle<Result<(), Fatal>>;
+
+/// Called on the loop thread with what leaves it; must not block.
+pub type Outlet<T> = Box<dyn FnMut(Vec<T>) + Send>;
+
+/// Where the loop thread sends what leaves it.
 pub struct Outlets<M: Machine> {
     /// Sends to peers; may drop what it cannot send.
-    pub send: Box<dyn FnMut(Vec<(NodeId, PeerMessage)>) + Send>,
+    pub send: Outlet<(NodeId, PeerMessage)>,
     /// Tells sessions; each call brings events in order, after the answers of the
     /// same turn have been given.
-    pub publish: Box<dyn FnMut(Vec<Event<M::Event>>) + Send>,
+    pub publish: Outlet<Event<M::Event>>,
 }
 
 impl<M: Machine> fmt::Debug for Outlets<M> {
@@ -81,7 +86,7 @@ pub fn start<M, D>(
     log: Log<D>,
     recovered: Recovered,
     outlets: Outlets<M>,
-) -> io::Result<(Handle<M>, JoinHandle<Result<(), Fatal>>)>
+) -> io::Result<(Handle<M>, LoopThread)>
 where
     M: Machine + Send + 'static,
     M::Command: Send,
@@ -387,6 +392,10 @@ fn unpoisoned<T>(result: Result<T, PoisonError<T>>) -> T {
 }
 
 /// The only clock of this crate.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the driver reads the clock for the replica"
+)]
 fn now() -> Now {
     let boot = clock_gettime(ClockId::Boottime);
     let seconds = u64::try_from(boot.tv_sec).unwrap_or_default();

@@ -21,18 +21,17 @@
 
 mod admission;
 mod api;
+mod commands;
 mod leadership;
 mod reads;
+mod renewals;
 
 use std::{collections::BTreeMap, mem, sync::Arc};
 
 use bytes::Bytes;
 use conclave_proto::internal::{
-    Command, Entry, ExpireSessions, Forward, ForwardRefused, Hello, HelloReply, Origin,
-    PeerMessage, PublishMember, Renewal, RenewalReplies, RenewalReply, Renewals, Stamp, command,
-    peer_message, renewal_reply,
+    Forward, Hello, HelloReply, Origin, PeerMessage, Renewals, command, peer_message,
 };
-use prost::Message as _;
 
 pub use self::api::{
     Answer, AnswerBody, Begun, Config, Event, EventBody, Failure, Fatal, Finished, Input, Now,
@@ -41,18 +40,15 @@ pub use self::api::{
 use self::{
     admission::Admission,
     leadership::Leadership,
-    reads::{Ask, AskBody, Reads, RenewalAsk, Renewer},
+    reads::{Ask, AskBody, Reads, Renewer},
 };
 use crate::{
-    APPLY_VERSION,
     clock::Clock,
     consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
     ids::{Index, NodeId, RequestNumber, SessionId, Term},
-    limits,
-    liveness::Liveness,
     log::{Batch, EntryKind, Facts, LogEntry, Recovered},
     machine::{Machine, Outcome, Place},
-    state::{Applied, Life, Resolved, State},
+    state::{Applied, Resolved, State},
 };
 
 /// Between two attempts to propose an entry for timers that are due.
@@ -243,8 +239,6 @@ impl<M: Machine> Replica<M> {
         Ok(mem::take(&mut self.output))
     }
 
-    // --- taking in -------------------------------------------------------
-
     fn take(&mut self, input: Input<M>) -> Result<(), Fatal> {
         match input {
             Input::Peer { from, message } => return self.receive(from, message),
@@ -331,49 +325,6 @@ impl<M: Machine> Replica<M> {
         Ok(())
     }
 
-    fn receive_refusal(&mut self, refused: &ForwardRefused) {
-        if refused.boot != self.config.boot {
-            return;
-        }
-        let leader = self.consensus.leader();
-        for number in &refused.numbers {
-            if self.pending.remove(number).is_some() {
-                self.fail(*number, Failure::NotLeader { leader });
-            }
-        }
-    }
-
-    fn receive_renewal_replies(&mut self, replies: RenewalReplies) {
-        use renewal_reply::Outcome;
-        if replies.boot != self.config.boot {
-            return;
-        }
-        for RenewalReply {
-            number,
-            outcome,
-            ttl_ms,
-            applied,
-        } in replies.replies
-        {
-            match Outcome::try_from(outcome) {
-                Ok(Outcome::Renewed) if self.renewals.remove(&number).is_some() => {
-                    self.answer(number, AnswerBody::Renewed { ttl_ms });
-                }
-                Ok(Outcome::Refused) if self.renewals.remove(&number).is_some() => {
-                    let leader = self.consensus.leader();
-                    self.fail(number, Failure::NotLeader { leader });
-                }
-                Ok(Outcome::Ended) => {
-                    if let Some(renewal) = self.renewals.get_mut(&number) {
-                        renewal.ended_by = Some(applied);
-                    }
-                }
-                // Not waited for any more, or of a newer version.
-                Ok(Outcome::Renewed | Outcome::Refused) | Err(_) => {}
-            }
-        }
-    }
-
     /// The connection to a peer broke: what was on its way there, or the answer
     /// that was on its way back, may be lost.
     fn lose_peer(&mut self, peer: NodeId) {
@@ -403,11 +354,9 @@ impl<M: Machine> Replica<M> {
         };
         for peer in admission.unanswered() {
             self.outbox
-                .push(to(peer, peer_message::Message::Hello(hello.clone())));
+                .push(to(peer, peer_message::Message::Hello(hello)));
         }
     }
-
-    // --- leading and following -------------------------------------------
 
     /// Makes or drops what belongs to a term of leadership.
     fn follow_role(&mut self) {
@@ -424,7 +373,7 @@ impl<M: Machine> Replica<M> {
         if let Some(leadership) = self.leadership.take() {
             let given_up = leadership.early.into_iter().chain(leadership.parked);
             for renewal in given_up.chain(self.reads.take_renewals()) {
-                self.refuse_renewal(&renewal);
+                self.refuse_renewal(renewal.from);
             }
         }
         if leads {
@@ -432,322 +381,6 @@ impl<M: Machine> Replica<M> {
             self.leadership = Some(Leadership::new(term));
         }
     }
-
-    /// Sends commands and renewals of this turn where they belong.
-    fn dispatch(&mut self) {
-        let arrived = mem::take(&mut self.arrived);
-        if self.leadership.is_some() {
-            self.lead(arrived);
-        } else {
-            let Arrived {
-                commands,
-                forwarded,
-                renewals,
-            } = arrived;
-            self.refuse_forwarded(forwarded);
-            match self.consensus.leader() {
-                Some(leader) if leader != self.config.node => {
-                    self.forward(leader, commands);
-                    self.forward_renewals(leader, renewals);
-                }
-                _ => self.refuse(commands, renewals),
-            }
-        }
-    }
-
-    fn lead(&mut self, arrived: Arrived) {
-        let mut commands = Vec::new();
-        for (number, body) in arrived.commands {
-            if self.admit(number, self.config.node) {
-                let origin = self.origin(number);
-                commands.push(Command {
-                    origin: Some(origin),
-                    body: Some(body),
-                });
-            }
-        }
-        for (from, forward) in arrived.forwarded {
-            self.take_forwarded(from, forward, &mut commands);
-        }
-        for (from, session) in arrived.renewals {
-            self.take_renewal(from, session);
-        }
-        self.propose_all(commands);
-        self.expire();
-        self.publish_self();
-        self.propose_due_timers();
-    }
-
-    fn take_forwarded(&mut self, from: NodeId, forward: Forward, accepted: &mut Vec<Command>) {
-        let Forward {
-            boot,
-            term,
-            commands,
-        } = forward;
-        if term != self.consensus.term() {
-            self.refuse_forwarded(vec![(
-                from,
-                Forward {
-                    boot,
-                    term,
-                    commands,
-                },
-            )]);
-            return;
-        }
-        let leadership = self
-            .leadership
-            .as_mut()
-            .expect("only a leader takes commands");
-        for command in commands {
-            if !may_be_forwarded::<M>(from, boot, &command) {
-                tracing::warn!(peer = %from, "dropped a malformed command");
-                continue;
-            }
-            let number = command.origin.as_ref().map(|origin| origin.number);
-            if number.is_none_or(|number| leadership.take(from, boot, number)) {
-                accepted.push(command);
-            }
-        }
-    }
-
-    /// Packs commands into entries and proposes them.
-    fn propose_all(&mut self, commands: Vec<Command>) {
-        let mut entry = Vec::new();
-        let mut bytes = 0;
-        for command in commands {
-            let size = command.encoded_len();
-            let full =
-                entry.len() == limits::ENTRY_COMMANDS_MAX || bytes + size > limits::ENTRY_BYTES_MAX;
-            if full && !entry.is_empty() {
-                self.propose(mem::take(&mut entry));
-                bytes = 0;
-            }
-            bytes += size;
-            entry.push(command);
-        }
-        if !entry.is_empty() {
-            self.propose(entry);
-        }
-    }
-
-    /// Proposes one entry; whether raft took it. If not, its commands are
-    /// refused.
-    fn propose(&mut self, commands: Vec<Command>) -> bool {
-        self.clock.raise(self.state.system().log_time());
-        let stamp = Stamp {
-            log_time_ms: self.clock.log_time(),
-            date_ms: self.now.date_ms,
-        };
-        let entry = Entry {
-            stamp: Some(stamp),
-            commands,
-        };
-        if self.consensus.propose(entry.encode_to_vec()) {
-            return true;
-        }
-        for origin in entry
-            .commands
-            .into_iter()
-            .filter_map(|command| command.origin)
-        {
-            self.refuse_command(&origin);
-        }
-        false
-    }
-
-    fn expire(&mut self) {
-        let now_us = self.clock.micros();
-        let Some(leadership) = &mut self.leadership else {
-            return;
-        };
-        let Some(liveness) = &mut leadership.liveness else {
-            return;
-        };
-        let due = liveness.expire(now_us, limits::EXPIRIES_PER_COMMAND_MAX);
-        if due.is_empty() {
-            return;
-        }
-        let session_ids = due.iter().map(|id| id.0).collect();
-        let expire = ExpireSessions {
-            term: leadership.term,
-            session_ids,
-        };
-        let body = Some(command::Body::ExpireSessions(expire));
-        if !self.propose(vec![Command { origin: None, body }])
-            && let Some(leadership) = &mut self.leadership
-            && let Some(liveness) = &mut leadership.liveness
-        {
-            liveness.expiry_dropped(&due);
-        }
-    }
-
-    /// Proposes an entry for timers that are due; applying it fires them.
-    fn propose_due_timers(&mut self) {
-        let Some(leadership) = &self.leadership else {
-            return;
-        };
-        let under_way = leadership.timers_entry > self.state.applied();
-        if !under_way && self.state.has_due(self.clock.log_time()) && self.propose(Vec::new()) {
-            let entry = self.consensus.last_index();
-            if let Some(leadership) = &mut self.leadership {
-                leadership.timers_entry = entry;
-            }
-        }
-    }
-
-    /// Tells the cluster this member's name and addresses, until it knows.
-    fn publish_self(&mut self) {
-        if self.now.boot_us < self.next_publish_us || self.is_published() {
-            return;
-        }
-        self.next_publish_us = self.now.boot_us + 2 * self.election_us();
-        let member = PublishMember {
-            node: self.config.node.0,
-            name: self.config.name.clone(),
-            client_urls: self.config.client_urls.clone(),
-            apply_version: APPLY_VERSION,
-        };
-        let body = Some(command::Body::PublishMember(member));
-        let command = Command { origin: None, body };
-        match self.consensus.leader() {
-            _ if self.leadership.is_some() => {
-                self.propose(vec![command]);
-            }
-            Some(leader) => self.send_forward(leader, vec![command]),
-            None => {}
-        }
-    }
-
-    fn is_published(&self) -> bool {
-        self.state
-            .system()
-            .members()
-            .get(&self.config.node)
-            .is_some_and(|member| {
-                member.name == self.config.name
-                    && member.client_urls == self.config.client_urls
-                    && member.apply_version == APPLY_VERSION
-            })
-    }
-
-    fn forward(&mut self, leader: NodeId, arrived: Vec<(RequestNumber, command::Body)>) {
-        let mut commands = Vec::new();
-        for (number, body) in arrived {
-            if self.admit(number, leader) {
-                let origin = self.origin(number);
-                commands.push(Command {
-                    origin: Some(origin),
-                    body: Some(body),
-                });
-            }
-        }
-        if !commands.is_empty() {
-            self.send_forward(leader, commands);
-        }
-        self.publish_self();
-    }
-
-    fn send_forward(&mut self, leader: NodeId, commands: Vec<Command>) {
-        let forward = Forward {
-            boot: self.config.boot,
-            term: self.consensus.term(),
-            commands,
-        };
-        self.outbox
-            .push(to(leader, peer_message::Message::Forward(forward)));
-    }
-
-    fn forward_renewals(&mut self, leader: NodeId, arrived: Vec<(Renewer, SessionId)>) {
-        let deadline_us = self.request_deadline_us();
-        let mut renewals = Vec::new();
-        for (from, session) in arrived {
-            match from {
-                Renewer::Here(number) => {
-                    let under = (leader, self.consensus.term());
-                    let renewal = PendingRenewal {
-                        session,
-                        under,
-                        deadline_us,
-                        ended_by: None,
-                    };
-                    self.renewals.insert(number, renewal);
-                    renewals.push(Renewal {
-                        number,
-                        session_id: session.0,
-                    });
-                }
-                Renewer::There { .. } => self.reply_renewal(from, refused()),
-            }
-        }
-        if !renewals.is_empty() {
-            let renewals = Renewals {
-                boot: self.config.boot,
-                renewals,
-            };
-            self.outbox
-                .push(to(leader, peer_message::Message::Renewals(renewals)));
-        }
-    }
-
-    /// Nobody leads, as far as this node knows.
-    fn refuse(
-        &mut self,
-        commands: Vec<(RequestNumber, command::Body)>,
-        renewals: Vec<(Renewer, SessionId)>,
-    ) {
-        let failure = Failure::NotLeader { leader: None };
-        for (number, _) in commands {
-            self.fail(number, failure);
-        }
-        for (from, _) in renewals {
-            match from {
-                Renewer::Here(number) => self.fail(number, failure),
-                Renewer::There { .. } => self.reply_renewal(from, refused()),
-            }
-        }
-    }
-
-    fn refuse_forwarded(&mut self, forwarded: Vec<(NodeId, Forward)>) {
-        for (from, Forward { boot, commands, .. }) in forwarded {
-            let origins = commands.into_iter().filter_map(|command| command.origin);
-            let numbers: Vec<_> = origins.map(|origin| origin.number).collect();
-            if !numbers.is_empty() {
-                let refused = ForwardRefused { boot, numbers };
-                self.outbox
-                    .push(to(from, peer_message::Message::ForwardRefused(refused)));
-            }
-        }
-    }
-
-    /// A command that was taken and could not be proposed.
-    fn refuse_command(&mut self, origin: &Origin) {
-        if self.is_mine(origin) {
-            self.pending.remove(&origin.number);
-            self.fail(origin.number, Failure::Overloaded);
-        } else {
-            let refused = ForwardRefused {
-                boot: origin.boot,
-                numbers: vec![origin.number],
-            };
-            let message = peer_message::Message::ForwardRefused(refused);
-            self.outbox.push(to(NodeId(origin.node), message));
-        }
-    }
-
-    /// Notes a command as on its way; false if too many are.
-    fn admit(&mut self, number: RequestNumber, leader: NodeId) -> bool {
-        if self.pending.len() >= limits::PENDING_COMMANDS_MAX {
-            self.fail(number, Failure::Overloaded);
-            return false;
-        }
-        let deadline_us = self.request_deadline_us();
-        let under = (leader, self.consensus.term());
-        self.pending.insert(number, Pending { under, deadline_us });
-        true
-    }
-
-    // --- reads and renewals ----------------------------------------------
 
     fn can_confirm(&self) -> bool {
         match &self.leadership {
@@ -815,99 +448,6 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    /// A leader takes a renewal.
-    fn take_renewal(&mut self, from: Renewer, session: SessionId) {
-        let arrived_us = self.clock.micros();
-        let deadline_us = self.request_deadline_us();
-        let renewal = RenewalAsk {
-            session,
-            from,
-            arrived_us,
-        };
-        let leadership = self
-            .leadership
-            .as_mut()
-            .expect("only a leader takes renewals");
-        match &mut leadership.liveness {
-            Some(liveness) => {
-                liveness.renewal_arrived(session);
-                self.reads.add(Ask {
-                    deadline_us,
-                    body: AskBody::Renewal(renewal),
-                });
-            }
-            None => leadership.early.push(renewal),
-        }
-    }
-
-    /// A quorum has confirmed this leader since the renewal arrived.
-    fn renew(&mut self, renewal: RenewalAsk) {
-        let Some(leadership) = &mut self.leadership else {
-            return self.refuse_renewal(&renewal);
-        };
-        let liveness = leadership.liveness.as_mut().expect("renewals wait for it");
-        if liveness.is_expiring(renewal.session) {
-            leadership.parked.push(renewal);
-            return;
-        }
-        match self.state.sessions().get(renewal.session) {
-            Some(session) => {
-                liveness.renewal_over(renewal.session, Some(renewal.arrived_us));
-                let ttl_ms = session.ttl_ms;
-                self.reply_renewal(renewal.from, renewed(ttl_ms));
-            }
-            None => self.renewal_ended(&renewal),
-        }
-    }
-
-    fn renewal_ended(&mut self, renewal: &RenewalAsk) {
-        match renewal.from {
-            Renewer::Here(number) => {
-                let reason = self.state.system().end_reason(renewal.session);
-                self.answer(number, AnswerBody::SessionEnded(reason));
-            }
-            Renewer::There { .. } => {
-                let applied = self.state.applied();
-                let outcome = renewal_reply::Outcome::Ended.into();
-                let reply = RenewalReply {
-                    outcome,
-                    applied,
-                    ..RenewalReply::default()
-                };
-                self.reply_renewal(renewal.from, reply);
-            }
-        }
-    }
-
-    fn refuse_renewal(&mut self, renewal: &RenewalAsk) {
-        self.reply_renewal(renewal.from, refused());
-    }
-
-    fn reply_renewal(&mut self, from: Renewer, reply: RenewalReply) {
-        match from {
-            Renewer::Here(number) if reply.outcome() == renewal_reply::Outcome::Renewed => {
-                self.answer(
-                    number,
-                    AnswerBody::Renewed {
-                        ttl_ms: reply.ttl_ms,
-                    },
-                );
-            }
-            Renewer::Here(number) => {
-                let leader = self.consensus.leader();
-                self.fail(number, Failure::NotLeader { leader });
-            }
-            Renewer::There { node, boot, number } => {
-                let replies = vec![RenewalReply { number, ..reply }];
-                let replies = RenewalReplies { boot, replies };
-                self.outbox
-                    .push(to(node, peer_message::Message::RenewalReplies(replies)));
-            }
-        }
-    }
-
-    // --- applying ---------------------------------------------------------
-
     fn apply(&mut self, entry: &LogEntry) -> Result<(), Fatal> {
         if entry.kind == EntryKind::Membership {
             let what = "a change of membership".to_owned();
@@ -960,49 +500,6 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    /// Keeps the leader's deadlines in step with the sessions that there are.
-    fn follow_lives(&mut self, term: Term, lives: &[Life]) {
-        let now_us = self.clock.micros();
-        let Some(leadership) = &mut self.leadership else {
-            return;
-        };
-        let Some(liveness) = &mut leadership.liveness else {
-            if leadership.term == term {
-                self.begin_liveness();
-            }
-            return;
-        };
-        let mut ended = Vec::new();
-        for life in lives {
-            match *life {
-                Life::Opened { session, ttl_ms } => liveness.opened(session, ttl_ms, now_us),
-                Life::Ended(session) => ended.push(session),
-            }
-        }
-        for session in ended {
-            let parked = self
-                .leadership
-                .as_mut()
-                .map(|leadership| leadership.ended(session));
-            for renewal in parked.unwrap_or_default() {
-                self.renewal_ended(&renewal);
-            }
-        }
-    }
-
-    /// The first entry of this leader's term is applied: it knows every session.
-    fn begin_liveness(&mut self) {
-        self.clock.raise(self.state.system().log_time());
-        let liveness = Liveness::new(self.state.sessions(), self.clock.micros());
-        let leadership = self.leadership.as_mut().expect("called by a leader");
-        leadership.liveness = Some(liveness);
-        for renewal in mem::take(&mut leadership.early) {
-            self.take_renewal(renewal.from, renewal.session);
-        }
-    }
-
-    // --- giving up --------------------------------------------------------
-
     /// Commands on their way under another leader or in another term than now
     /// may or may not be applied one day; nobody will tell this node.
     fn fail_what_lost_its_leader(&mut self) {
@@ -1042,7 +539,7 @@ impl<M: Machine> Replica<M> {
                     {
                         liveness.renewal_over(renewal.session, None);
                     }
-                    self.refuse_renewal(&renewal);
+                    self.refuse_renewal(renewal.from);
                 }
             }
         }
@@ -1057,24 +554,6 @@ impl<M: Machine> Replica<M> {
         }
         self.answer_forwarded_renewals(now_us);
     }
-
-    fn answer_forwarded_renewals(&mut self, now_us: u64) {
-        let applied = self.state.applied();
-        let is_over = |_: &RequestNumber, renewal: &mut PendingRenewal| {
-            renewal.deadline_us <= now_us || renewal.ended_by.is_some_and(|by| by <= applied)
-        };
-        let over: Vec<_> = self.renewals.extract_if(.., is_over).collect();
-        for (number, renewal) in over {
-            if renewal.ended_by.is_some_and(|by| by <= applied) {
-                let reason = self.state.system().end_reason(renewal.session);
-                self.answer(number, AnswerBody::SessionEnded(reason));
-            } else {
-                self.fail(number, Failure::OutcomeUnknown);
-            }
-        }
-    }
-
-    // --- small things -----------------------------------------------------
 
     fn answer(&mut self, number: RequestNumber, body: AnswerBody<M>) {
         let revision = self.state.keyspace().revision();
@@ -1164,23 +643,6 @@ impl<M: Machine> Replica<M> {
     }
 }
 
-/// What only a leader may propose, or what this version does not know, is not
-/// taken from another member: in the log it would stop every node.
-fn may_be_forwarded<M: Machine>(from: NodeId, boot: u64, command: &Command) -> bool {
-    let from_sender =
-        |origin: &Origin| NodeId(origin.node) == from && origin.boot == boot && origin.number > 0;
-    match &command.body {
-        Some(command::Body::PublishMember(member)) => member.node == from.0,
-        Some(
-            command::Body::OpenSession(_) | command::Body::CloseSession(_) | command::Body::Txn(_),
-        ) => command.origin.as_ref().is_some_and(from_sender),
-        Some(command::Body::Machine(bytes)) => {
-            command.origin.as_ref().is_some_and(from_sender) && M::decode(bytes.clone()).is_some()
-        }
-        Some(command::Body::ExpireSessions(_)) | None => false,
-    }
-}
-
 fn to(node: NodeId, message: peer_message::Message) -> (NodeId, PeerMessage) {
     (
         node,
@@ -1192,20 +654,4 @@ fn to(node: NodeId, message: peer_message::Message) -> (NodeId, PeerMessage) {
 
 fn raft_message((node, bytes): (NodeId, Bytes)) -> (NodeId, PeerMessage) {
     to(node, peer_message::Message::Raft(bytes))
-}
-
-fn refused() -> RenewalReply {
-    RenewalReply {
-        outcome: renewal_reply::Outcome::Refused.into(),
-        ..RenewalReply::default()
-    }
-}
-
-fn renewed(ttl_ms: u64) -> RenewalReply {
-    let outcome = renewal_reply::Outcome::Renewed.into();
-    RenewalReply {
-        outcome,
-        ttl_ms,
-        ..RenewalReply::default()
-    }
 }

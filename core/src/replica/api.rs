@@ -47,22 +47,36 @@ pub struct Config {
 #[derive(Debug)]
 pub enum Input<M: Machine> {
     /// From another member. May be lost, doubled, late and out of order.
-    Peer { from: NodeId, message: PeerMessage },
+    Peer {
+        /// The sender, as the transport has verified it.
+        from: NodeId,
+        /// What it says.
+        message: PeerMessage,
+    },
     /// The connection to a member broke.
-    PeerLost { peer: NodeId },
+    PeerLost {
+        /// Which member.
+        peer: NodeId,
+    },
     /// A command of a client of this node.
     Command {
+        /// Names the answer.
         number: RequestNumber,
+        /// What to do.
         body: command::Body,
     },
     /// A linearizable read for a client of this node.
     Read {
+        /// Names the answer.
         number: RequestNumber,
+        /// What to answer.
         query: Query<M>,
     },
     /// A renewal of a client of this node.
     Renew {
+        /// Names the answer.
         number: RequestNumber,
+        /// Whom to renew.
         session: SessionId,
     },
     /// Hand leadership over, if this node has it.
@@ -80,8 +94,11 @@ pub enum Query<M: Machine> {
     Sessions,
     /// Keys, now or at an earlier revision.
     Range {
+        /// Which keys.
         range: KeyRange,
+        /// As of when; `None` for now.
         revision: Option<Revision>,
+        /// At most so many, from the first on.
         limit: usize,
     },
     /// A question for the machine.
@@ -105,16 +122,31 @@ pub enum AnswerBody<M: Machine> {
     /// To `Query::Barrier`, and to commands that only succeed.
     Done,
     /// A session was opened.
-    SessionOpened { session: SessionId, ttl_ms: u64 },
+    SessionOpened {
+        /// Its id.
+        session: SessionId,
+        /// Its TTL, within the limits.
+        ttl_ms: u64,
+    },
     /// A session was renewed.
-    Renewed { ttl_ms: u64 },
+    Renewed {
+        /// How long it lives from when the renewal was sent, at least.
+        ttl_ms: u64,
+    },
     /// The session named is not alive.
     SessionEnded(EndReason),
     /// To `Query::Session`: it lives, with this many keys.
-    Session { session: Session, keys: usize },
+    Session {
+        /// The session.
+        session: Session,
+        /// How many keys are bound to it.
+        keys: usize,
+    },
     /// To `Query::Sessions`: each with the number of its keys.
     Sessions {
+        /// The newest log time, to tell ages.
         log_time_ms: u64,
+        /// In order of id.
         sessions: Vec<(SessionId, Session, usize)>,
     },
     /// To `Query::Range`.
