@@ -58,7 +58,7 @@ const SLOW_READERS: Metric = counter(
 const INFO: Metric = gauge("conclave_info", "Always 1; the labels say what runs.");
 const HAS_LEADER: Metric = gauge("conclave_has_leader", "Whether this member knows a leader.");
 const IS_LEADER: Metric = gauge("conclave_is_leader", "Whether this member leads.");
-const TERM: Metric = gauge("conclave_term", "The Raft term.");
+const TERM: Metric = gauge("conclave_term", "The current Raft term.");
 const COMMITTED: Metric = gauge(
     "conclave_committed_index",
     "The last entry known to be committed.",
@@ -67,8 +67,8 @@ const APPLIED: Metric = gauge("conclave_applied_index", "The last entry applied.
 const LAST: Metric = gauge("conclave_last_index", "The last entry of the log.");
 const LOG_BYTES: Metric = gauge("conclave_log_bytes", "Bytes of the log on disk.");
 const REVISION: Metric = gauge("conclave_revision", "The newest revision of the keyspace.");
-const SESSIONS: Metric = gauge("conclave_sessions", "Live sessions.");
-const KEYS: Metric = gauge("conclave_keys", "Live keys.");
+const SESSIONS: Metric = gauge("conclave_sessions", "Sessions that are alive.");
+const KEYS: Metric = gauge("conclave_keys", "Keys that are there now.");
 const PEER_CONNECTED: Metric = gauge(
     "conclave_peer_connected",
     "Whether the link to a member stands, by member.",
@@ -89,7 +89,7 @@ const START_TIME: Metric = gauge(
     "process_start_time_seconds",
     "When the process started, in seconds since 1970.",
 );
-const RESIDENT: Metric = gauge("process_resident_memory_bytes", "Resident memory.");
+const RESIDENT: Metric = gauge("process_resident_memory_bytes", "Memory in use, in bytes.");
 const CPU: Metric = counter("process_cpu_seconds_total", "Processor time used.");
 
 /// Every metric there is.
@@ -302,17 +302,15 @@ fn render_links(page: &mut Page, links: &[(&str, bool, &LinkCounters)]) {
     for (name, connected, _) in links {
         page.series(PEER_CONNECTED, &[("peer", name)], u8::from(*connected));
     }
-    let counters: [(Metric, fn(&LinkCounters) -> &AtomicU64); 3] = [
-        (PEER_SENT, |link| &link.sent),
-        (PEER_DROPPED, |link| &link.dropped),
-        (PEER_RECEIVED, |link| &link.received),
-    ];
-    for (metric, counter) in counters {
+    let mut one = |metric, counter: fn(&LinkCounters) -> &AtomicU64| {
         page.begin(metric);
         for (name, _, link) in links {
             page.series(metric, &[("peer", name)], load(counter(link)));
         }
-    }
+    };
+    one(PEER_SENT, |link| &link.sent);
+    one(PEER_DROPPED, |link| &link.dropped);
+    one(PEER_RECEIVED, |link| &link.received);
 }
 
 fn render_status(page: &mut Page, snapshot: &Snapshot<'_>) {
@@ -412,7 +410,7 @@ mod tests {
         assert_eq!(names.len(), CATALOGUE.len());
         for metric in CATALOGUE {
             assert!(
-                metric.help.ends_with('.') && metric.help.len() > 10,
+                metric.help.ends_with('.') && metric.help.contains(' '),
                 "{metric:?}"
             );
             assert_eq!(

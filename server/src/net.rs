@@ -40,7 +40,7 @@ pub(crate) fn listen(url: &Url) -> Result<StdListener, BindError> {
     let preferred = addresses
         .iter()
         .find(|address| address.is_ipv4())
-        .or(addresses.first());
+        .or_else(|| addresses.first());
     let address = *preferred.ok_or_else(|| failed(io::ErrorKind::AddrNotAvailable.into()))?;
     match bind(address) {
         Ok(listener) => Ok(listener),

@@ -313,82 +313,67 @@ mod tests {
     }
 
     #[test]
+    fn the_end_of_a_session_is_told_alike_by_every_request() {
+        for (end, expected) in [
+            (EndReason::Unknown, "NotFound SESSION_NOT_FOUND"),
+            (EndReason::Expired, "FailedPrecondition SESSION_EXPIRED"),
+            (EndReason::Closed, "FailedPrecondition SESSION_CLOSED"),
+            (EndReason::Revoked, "FailedPrecondition SESSION_REVOKED"),
+        ] {
+            assert_eq!(told(Refusal::SessionEnded(end)), expected);
+            assert_eq!(
+                told(Refusal::Rejected(Rejection::SessionEnded(end))),
+                expected
+            );
+        }
+    }
+
+    #[test]
+    fn the_loss_of_a_place_says_why() {
+        let lost = |loss| told(Refusal::Rejected(Rejection::PlaceLost(loss)));
+        let ended = |end| lost(LossReason::SessionEnded(end));
+        let forced = lost(LossReason::Forced("stuck".to_owned()));
+        assert_eq!(forced, "Aborted PLACE_LOST detail=stuck loss=forced");
+        assert_eq!(
+            lost(LossReason::KeyDeleted),
+            "Aborted PLACE_LOST loss=key_deleted"
+        );
+        assert_eq!(
+            ended(EndReason::Expired),
+            "Aborted PLACE_LOST loss=session_expired"
+        );
+        assert_eq!(
+            ended(EndReason::Closed),
+            "Aborted PLACE_LOST loss=session_closed"
+        );
+        assert_eq!(ended(EndReason::Revoked), "Aborted PLACE_LOST loss=revoked");
+        assert_eq!(ended(EndReason::Unknown), "Aborted PLACE_LOST loss=unknown");
+    }
+
+    #[test]
     fn refusals_of_the_state_machine_have_stable_reasons() {
         use Rejection as R;
-        let forced_loss = LossReason::Forced("stuck".to_owned());
-        let ended = |end| LossReason::SessionEnded(end);
-        let table = [
-            (
-                R::Invalid(name::Invalid::NameEmpty),
-                "InvalidArgument INVALID_NAME",
-            ),
-            (
-                R::SessionEnded(EndReason::Unknown),
-                "NotFound SESSION_NOT_FOUND",
-            ),
-            (
-                R::SessionEnded(EndReason::Expired),
-                "FailedPrecondition SESSION_EXPIRED",
-            ),
-            (
-                R::SessionEnded(EndReason::Closed),
-                "FailedPrecondition SESSION_CLOSED",
-            ),
-            (
-                R::SessionEnded(EndReason::Revoked),
-                "FailedPrecondition SESSION_REVOKED",
-            ),
-            (R::Held, "FailedPrecondition LOCK_HELD"),
-            (R::WaitTimedOut, "DeadlineExceeded WAIT_TIMED_OUT"),
-            (R::Cancelled, "Cancelled CANCELLED"),
-            (
-                R::PlaceLost(LossReason::KeyDeleted),
-                "Aborted PLACE_LOST loss=key_deleted",
-            ),
-            (
-                R::PlaceLost(forced_loss),
-                "Aborted PLACE_LOST detail=stuck loss=forced",
-            ),
-            (
-                R::PlaceLost(ended(EndReason::Expired)),
-                "Aborted PLACE_LOST loss=session_expired",
-            ),
-            (
-                R::PlaceLost(ended(EndReason::Closed)),
-                "Aborted PLACE_LOST loss=session_closed",
-            ),
-            (
-                R::PlaceLost(ended(EndReason::Revoked)),
-                "Aborted PLACE_LOST loss=revoked",
-            ),
-            (
-                R::PlaceLost(ended(EndReason::Unknown)),
-                "Aborted PLACE_LOST loss=unknown",
-            ),
-            (R::StaleRequest, "FailedPrecondition STALE_REQUEST"),
-            (
-                R::AlreadyContending { token: 5 },
-                "AlreadyExists ALREADY_CONTENDING token=5",
-            ),
-            (
-                R::NotHolder { forced: None },
-                "FailedPrecondition NOT_HOLDER",
-            ),
-            (
-                R::NotHolder {
-                    forced: Some(forced()),
-                },
-                "FailedPrecondition NOT_HOLDER forced=stuck",
-            ),
-            (R::NotHeld, "NotFound NOT_HELD"),
-            (R::TooManyCancelled, "ResourceExhausted TOO_MANY_CANCELLED"),
-        ];
-        for (rejection, expected) in table {
-            let shown = format!("{rejection:?}");
-            if let R::SessionEnded(end) = rejection {
-                assert_eq!(told(Refusal::SessionEnded(end)), expected, "{shown}");
-            }
-            assert_eq!(told(Refusal::Rejected(rejection)), expected, "{shown}");
-        }
+        let told = |rejection| told(Refusal::Rejected(rejection));
+        let not_holder = |forced| told(R::NotHolder { forced });
+        let contending = told(R::AlreadyContending { token: 5 });
+        assert_eq!(
+            told(R::Invalid(name::Invalid::NameEmpty)),
+            "InvalidArgument INVALID_NAME"
+        );
+        assert_eq!(told(R::Held), "FailedPrecondition LOCK_HELD");
+        assert_eq!(told(R::WaitTimedOut), "DeadlineExceeded WAIT_TIMED_OUT");
+        assert_eq!(told(R::Cancelled), "Cancelled CANCELLED");
+        assert_eq!(told(R::StaleRequest), "FailedPrecondition STALE_REQUEST");
+        assert_eq!(contending, "AlreadyExists ALREADY_CONTENDING token=5");
+        assert_eq!(not_holder(None), "FailedPrecondition NOT_HOLDER");
+        assert_eq!(
+            not_holder(Some(forced())),
+            "FailedPrecondition NOT_HOLDER forced=stuck"
+        );
+        assert_eq!(told(R::NotHeld), "NotFound NOT_HELD");
+        assert_eq!(
+            told(R::TooManyCancelled),
+            "ResourceExhausted TOO_MANY_CANCELLED"
+        );
     }
 }

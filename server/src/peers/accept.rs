@@ -80,7 +80,7 @@ impl Peer for PeerService {
             .inspect_err(|refusal| self.log_refusal(refusal))?;
         let (answers, stream) = mpsc::channel(2);
         // There is room, and if the member is gone already, reading fails next.
-        answers.try_send(Ok(self.peers.greeting.clone())).ok();
+        answers.try_send(Ok(self.peers.greeting)).ok();
         let reader = Reader {
             peers: Arc::clone(&self.peers),
             handle: self.handle.clone(),

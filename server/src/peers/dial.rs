@@ -87,7 +87,7 @@ async fn greet(
     channel: Channel,
     greeting: &PeerGreeting,
 ) -> Result<Streaming<PeerGreeting>, LinkError> {
-    let frames = link.outbox.open(greeting.clone());
+    let frames = link.outbox.open(*greeting);
     let response = PeerClient::new(channel)
         .exchange(frames)
         .await
