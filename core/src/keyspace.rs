@@ -1,8 +1,37 @@
 //! The MVCC keyspace, with etcd's data model.
+//!
+//! A command writes to an [`Overlay`], which is kept or dropped as a whole. A
+//! command that is kept takes one main revision, and its writes are numbered
+//! inside it in their order. Every earlier revision stays readable.
+//!
+//! Two maps hold the keys: `live` has the newest version of each key that is
+//! there, so that reads of the present never meet what was deleted; `past` has
+//! every version that was replaced or deleted, each under the revision that
+//! ended it. The version of a key that was there at revision r is thus the one
+//! with the lowest end above r, if it was made by then. A compaction at r will
+//! drop from `past` what ended by r, and nothing else. Keys and values are
+//! reference-counted: an index on top costs a handle, not a copy.
+
+mod overlay;
+mod range;
+pub mod txn;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    ops::Bound,
+};
 
 use bytes::Bytes;
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::ids::{Revision, SessionId};
+
+pub use overlay::{Overlay, Writes};
+pub use range::KeyRange;
+
+/// The revision of a keyspace that nothing was ever written to.
+pub const REVISION_FRESH: Revision = 1;
 
 /// One version of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,106 +65,335 @@ pub struct Change {
     pub after: Option<Record>,
 }
 
-/// A set of keys, in etcd's terms: see [`KeyRange::new`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeyRange {
-    start: Bytes,
-    end: Option<Bytes>,
+/// The keyspace. See the module.
+#[derive(Clone, PartialEq)]
+pub struct Keyspace {
+    revision: Revision,
+    /// The newest version of every key that is there.
+    live: BTreeMap<Bytes, Record>,
+    /// Versions that are no more, by key and the main revision that ended them.
+    /// A version made and ended inside one revision is never seen by a read, and
+    /// not here.
+    past: BTreeMap<(Bytes, Revision), Record>,
+    /// The live keys of each session that has any.
+    bound: BTreeMap<SessionId, BTreeSet<Bytes>>,
+    digest: u64,
 }
-
-impl KeyRange {
-    /// The range `[key, end)` as on the wire: an empty `end` means the one key,
-    /// a single zero byte means all keys from `key` on.
-    pub fn new(key: Bytes, end: Bytes) -> Self {
-        todo!()
-    }
-
-    /// All keys that start with `prefix`.
-    pub fn prefix(prefix: &[u8]) -> Self {
-        todo!()
-    }
-}
-
-/// The keyspace.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Keyspace {}
 
 impl Keyspace {
     /// An empty keyspace, at revision 1.
     pub fn new() -> Self {
-        todo!()
+        Self {
+            revision: REVISION_FRESH,
+            live: BTreeMap::new(),
+            past: BTreeMap::new(),
+            bound: BTreeMap::new(),
+            digest: 0,
+        }
     }
+
     /// The newest revision.
     pub fn revision(&self) -> Revision {
-        todo!()
+        self.revision
     }
+
     /// How many keys live.
     pub fn len(&self) -> usize {
-        todo!()
+        self.live.len()
     }
-    /// A key's newest version.
+
+    /// Whether no key lives.
+    pub fn is_empty(&self) -> bool {
+        self.live.is_empty()
+    }
+
+    /// A key's newest version, if it lives.
     pub fn get(&self, key: &[u8]) -> Option<&Record> {
-        todo!()
+        self.live.get(key)
     }
-    /// The keys of a range in order, as they were at `revision` (`None`: now).
-    pub fn range(&self, range: &KeyRange, revision: Option<Revision>) -> impl Iterator<Item = &Record> {
-        std::iter::empty()
+
+    /// The keys of a range in order, as they were at `revision`. `None`, or a
+    /// revision not reached yet, means now.
+    pub fn range(
+        &self,
+        range: &KeyRange,
+        revision: Option<Revision>,
+    ) -> impl Iterator<Item = &Record> {
+        let at = revision.unwrap_or(self.revision);
+        let live = self
+            .live
+            .range::<[u8], _>(range.bounds())
+            .map(|(_, record)| record)
+            .filter(move |record| record.mod_revision <= at);
+        // Of one key, at most one version was there at a time, so no key is in both.
+        let ended = (at < self.revision).then(|| self.ended_after(range, at));
+        merge(live, ended.into_iter().flatten())
     }
+
     /// The keys bound to a session, in order.
     pub fn keys_of(&self, session: SessionId) -> impl Iterator<Item = &Bytes> {
-        std::iter::empty()
+        self.bound.get(&session).into_iter().flatten()
     }
+
+    /// How many keys are bound to a session, without a walk over them.
+    pub fn keys_bound(&self, session: SessionId) -> usize {
+        self.bound.get(&session).map_or(0, BTreeSet::len)
+    }
+
     /// Begins a command.
     pub fn overlay(&self) -> Overlay<'_> {
-        todo!()
+        Overlay::new(self)
     }
-    /// Keeps the writes of an overlay: one main revision, or none if there are no writes.
+
+    /// Keeps the writes of an overlay: one main revision, or none if there are no
+    /// writes. The changes are in the order in which they were written.
+    ///
+    /// Panics if the writes were not made on this state of the keyspace.
     pub fn keep(&mut self, writes: Writes) -> Vec<Change> {
-        todo!()
+        let changes = writes.into_changes();
+        let Some(first) = changes.first() else {
+            return changes;
+        };
+        assert_eq!(
+            first.revision,
+            self.revision + 1,
+            "writes on another state of the keyspace"
+        );
+        self.revision = first.revision;
+        for change in &changes {
+            self.apply(change);
+        }
+        changes
     }
+
     /// A hash of the whole history of changes, equal on nodes that applied the same.
     pub fn digest(&self) -> u64 {
-        todo!()
+        self.digest
+    }
+
+    fn apply(&mut self, change: &Change) {
+        self.digest = chain(self.digest, change);
+        self.bind(change);
+        let replaced = match &change.after {
+            Some(after) => self.live.insert(change.key.clone(), after.clone()),
+            None => self.live.remove(&change.key),
+        };
+        debug_assert_eq!(
+            replaced, change.before,
+            "a change follows from the version before"
+        );
+        if let Some(replaced) = replaced
+            && replaced.mod_revision < change.revision
+        {
+            self.past
+                .insert((change.key.clone(), change.revision), replaced);
+        }
+    }
+
+    /// Moves a changed key in the index of sessions.
+    fn bind(&mut self, change: &Change) {
+        let before = change.before.as_ref().and_then(|record| record.lease);
+        let after = change.after.as_ref().and_then(|record| record.lease);
+        if before == after {
+            return;
+        }
+        if let Some(session) = before
+            && let Some(keys) = self.bound.get_mut(&session)
+        {
+            keys.remove(&change.key);
+            if keys.is_empty() {
+                self.bound.remove(&session);
+            }
+        }
+        if let Some(session) = after {
+            self.bound
+                .entry(session)
+                .or_default()
+                .insert(change.key.clone());
+        }
+    }
+
+    /// What was there at `at` and has ended since, in order of key. Costs two
+    /// descents a key, however many versions it has had.
+    fn ended_after(&self, range: &KeyRange, at: Revision) -> impl Iterator<Item = &Record> {
+        let mut from = Bound::Included((range.start().clone(), 0));
+        std::iter::from_fn(move || {
+            loop {
+                let next = self.past.range((from.clone(), Bound::Unbounded)).next();
+                let ((key, ended), record) = next.filter(|((key, _), _)| range.contains(key))?;
+                if *ended <= at {
+                    from = Bound::Included((key.clone(), at + 1));
+                    continue;
+                }
+                from = Bound::Excluded((key.clone(), Revision::MAX));
+                if record.mod_revision <= at {
+                    return Some(record);
+                }
+            }
+        })
     }
 }
 
-/// A keyspace with the writes of one command on top, to be kept or dropped.
-#[derive(Debug)]
-pub struct Overlay<'a> {
-    base: &'a Keyspace,
+impl Default for Keyspace {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
-/// What an overlay wrote.
-#[derive(Debug)]
-pub struct Writes {}
+impl fmt::Debug for Keyspace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Keyspace")
+            .field("revision", &self.revision)
+            .field("live", &self.live.len())
+            .field("past", &self.past.len())
+            .field("digest", &format_args!("{:016x}", self.digest))
+            .finish()
+    }
+}
 
-impl<'a> Overlay<'a> {
-    /// The revision that this command's writes get.
-    pub fn revision(&self) -> Revision {
-        todo!()
+/// Two sequences in order of key as one.
+fn merge<'a>(
+    left: impl Iterator<Item = &'a Record>,
+    right: impl Iterator<Item = &'a Record>,
+) -> impl Iterator<Item = &'a Record> {
+    let (mut left, mut right) = (left.peekable(), right.peekable());
+    std::iter::from_fn(move || match (left.peek(), right.peek()) {
+        (Some(a), Some(b)) if b.key < a.key => right.next(),
+        (Some(_), _) => left.next(),
+        (None, _) => right.next(),
+    })
+}
+
+/// The digest of a history that goes on with `change`. Each field has a fixed
+/// width or its length before it, so that no two changes read the same.
+fn chain(digest: u64, change: &Change) -> u64 {
+    let mut hasher = Xxh3::new();
+    let mut number = |n: u64| hasher.update(&n.to_le_bytes());
+    number(digest);
+    number(change.revision);
+    number(u64::from(change.sub));
+    number(
+        change
+            .before
+            .as_ref()
+            .map_or(0, |record| record.mod_revision),
+    );
+    if let Some(after) = &change.after {
+        number(after.create_revision);
+        number(after.version);
+        number(after.lease.map_or(0, |session| session.0.cast_unsigned()));
+        number(after.value.len() as u64);
+        hasher.update(&after.value);
     }
-    /// A key with this command's writes.
-    pub fn get(&self, key: &[u8]) -> Option<&Record> {
-        todo!()
+    hasher.update(&change.key);
+    hasher.digest()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: SessionId = SessionId(1);
+    const TWO: SessionId = SessionId(2);
+
+    fn put(keyspace: &mut Keyspace, key: &'static str, lease: Option<SessionId>) -> Vec<Change> {
+        let mut overlay = keyspace.overlay();
+        overlay.put(key.into(), "value".into(), lease);
+        let writes = overlay.into_writes();
+        keyspace.keep(writes)
     }
-    /// The live keys of a range with this command's writes, in order.
-    pub fn range(&self, range: &KeyRange) -> Vec<&Record> {
-        todo!()
+
+    fn delete(keyspace: &mut Keyspace, key: &str) -> Vec<Change> {
+        let mut overlay = keyspace.overlay();
+        overlay.delete(key.as_bytes());
+        let writes = overlay.into_writes();
+        keyspace.keep(writes)
     }
-    /// Writes a key.
-    pub fn put(&mut self, key: Bytes, value: Bytes, lease: Option<SessionId>) {
-        todo!()
+
+    fn versions_at(keyspace: &Keyspace, key: &'static str, at: Revision) -> Vec<u64> {
+        let range = KeyRange::single(key.into());
+        keyspace
+            .range(&range, Some(at))
+            .map(|record| record.version)
+            .collect()
     }
-    /// Deletes a key; whether it was there.
-    pub fn delete(&mut self, key: &[u8]) -> bool {
-        todo!()
+
+    #[test]
+    fn the_first_write_makes_revision_two_and_nothing_makes_none() {
+        let mut keyspace = Keyspace::new();
+        assert_eq!(keyspace.revision(), 1);
+        assert_eq!(delete(&mut keyspace, "a"), []);
+        assert_eq!(keyspace.revision(), 1);
+        let changes = put(&mut keyspace, "a", None);
+        assert_eq!(
+            (keyspace.revision(), changes[0].revision, changes[0].sub),
+            (2, 2, 0)
+        );
     }
-    /// Deletes a range; how many were there.
-    pub fn delete_range(&mut self, range: &KeyRange) -> usize {
-        todo!()
+
+    #[test]
+    fn every_version_stays_readable_at_its_revisions() {
+        let mut keyspace = Keyspace::new();
+        put(&mut keyspace, "a", None); // 2
+        put(&mut keyspace, "b", None); // 3
+        put(&mut keyspace, "a", None); // 4
+        delete(&mut keyspace, "a"); // 5
+        put(&mut keyspace, "a", None); // 6
+        let seen: Vec<_> = (1..=7).map(|at| versions_at(&keyspace, "a", at)).collect();
+        assert_eq!(
+            seen,
+            [vec![], vec![1], vec![1], vec![2], vec![], vec![1], vec![1]]
+        );
+        assert_eq!(keyspace.get(b"a").unwrap().create_revision, 6);
     }
-    /// Ends the borrow, for [`Keyspace::keep`].
-    pub fn into_writes(self) -> Writes {
-        todo!()
+
+    #[test]
+    fn what_one_revision_made_and_ended_is_no_history() {
+        let mut keyspace = Keyspace::new();
+        let mut overlay = keyspace.overlay();
+        overlay.put("a".into(), "1".into(), None);
+        overlay.delete(b"a");
+        let writes = overlay.into_writes();
+        assert_eq!(keyspace.keep(writes).len(), 2);
+        assert_eq!(keyspace.revision(), 2);
+        assert_eq!(versions_at(&keyspace, "a", 2), []);
+        assert!(keyspace.past.is_empty());
+    }
+
+    #[test]
+    fn a_key_belongs_to_the_session_of_its_last_put() {
+        let mut keyspace = Keyspace::new();
+        put(&mut keyspace, "a", Some(ONE));
+        put(&mut keyspace, "b", Some(ONE));
+        assert_eq!(keyspace.keys_bound(ONE), 2);
+        put(&mut keyspace, "a", Some(TWO));
+        put(&mut keyspace, "b", None);
+        assert_eq!((keyspace.keys_bound(ONE), keyspace.keys_bound(TWO)), (0, 1));
+        delete(&mut keyspace, "a");
+        assert!(keyspace.bound.is_empty());
+    }
+
+    #[test]
+    #[should_panic(expected = "another state")]
+    fn writes_made_on_an_older_state_are_refused() {
+        let mut keyspace = Keyspace::new();
+        let mut overlay = keyspace.overlay();
+        overlay.put("a".into(), "1".into(), None);
+        let stale = overlay.into_writes();
+        put(&mut keyspace, "a", None);
+        keyspace.keep(stale);
+    }
+
+    #[test]
+    fn the_digest_tells_histories_apart_that_end_in_the_same_keys() {
+        let (mut one, mut other) = (Keyspace::new(), Keyspace::new());
+        assert_eq!(one.digest(), other.digest());
+        put(&mut one, "a", None);
+        put(&mut other, "a", Some(ONE));
+        assert_ne!(one.digest(), other.digest());
+        put(&mut one, "a", None);
+        put(&mut other, "a", None);
+        assert_eq!(one.get(b"a"), other.get(b"a"));
+        assert_ne!(one.digest(), other.digest());
     }
 }

@@ -41,6 +41,11 @@ pub const EXPIRIES_PER_COMMAND_MAX: usize = 256;
 
 /// Commands and reads waiting for the loop thread.
 pub const QUEUED_REQUESTS_MAX: usize = 65_536;
+/// Renewals waiting for the loop thread: more than other requests, so that
+/// overload does not expire sessions.
+pub const QUEUED_RENEWALS_MAX: usize = 262_144;
+/// Messages of peers waiting for the loop thread.
+pub const QUEUED_PEER_MESSAGES_MAX: usize = 65_536;
 /// Commands given to Raft and not yet applied.
 pub const PENDING_COMMANDS_MAX: usize = 131_072;
 /// Bytes of entries that the leader appends beyond the committed ones.

@@ -18,7 +18,7 @@ use bytes::Bytes;
 
 use crate::{
     ids::{LogTime, Revision, SessionId},
-    keyspace::{Change, Keyspace, Overlay},
+    keyspace::{Change, Keyspace, Overlay, Writes},
     session::{EndReason, Session, Sessions},
     system::{ForcedRelease, System},
 };
@@ -107,14 +107,23 @@ pub enum Cause<'a, N> {
 #[derive(Debug)]
 pub struct Settled<M: Machine> {
     /// Places whose waiting is over.
-    pub resolved: Vec<(Place, Result<M::Reply, M::Rejection>)>,
+    pub resolved: Vec<Resolved<M>>,
     /// What sessions are told.
     pub events: Vec<(SessionId, M::Event)>,
 }
 
+/// The end of a wait: which place, and what came of it.
+pub type Resolved<M> = (
+    Place,
+    Result<<M as Machine>::Reply, <M as Machine>::Rejection>,
+);
+
 impl<M: Machine> Default for Settled<M> {
     fn default() -> Self {
-        Self { resolved: Vec::new(), events: Vec::new() }
+        Self {
+            resolved: Vec::new(),
+            events: Vec::new(),
+        }
     }
 }
 
@@ -134,9 +143,8 @@ pub struct View<'a> {
 pub struct Context<'a> {
     /// The keys, with this command's writes on top.
     pub overlay: Overlay<'a>,
-    sessions: &'a Sessions,
-    system: &'a System,
-    pub(crate) staged: Staged,
+    state: View<'a>,
+    staged: Staged,
 }
 
 /// Writes of a command beside keys.
@@ -148,23 +156,34 @@ pub(crate) struct Staged {
 }
 
 impl<'a> Context<'a> {
-    pub(crate) fn new(keyspace: &'a Keyspace, sessions: &'a Sessions, system: &'a System) -> Self {
-        Self { overlay: keyspace.overlay(), sessions, system, staged: Staged::default() }
+    pub(crate) fn new(state: View<'a>) -> Self {
+        Self {
+            overlay: state.keyspace.overlay(),
+            state,
+            staged: Staged::default(),
+        }
+    }
+
+    pub(crate) fn into_parts(self) -> (Writes, Staged) {
+        (self.overlay.into_writes(), self.staged)
     }
 
     /// Log time of the entry that is applied.
     pub fn now(&self) -> LogTime {
-        self.system.log_time()
+        self.state.system.log_time()
     }
 
     /// A live session, or why there is none.
     pub fn session(&self, id: SessionId) -> Result<&'a Session, EndReason> {
-        self.sessions.get(id).ok_or_else(|| self.system.end_reason(id))
+        self.state
+            .sessions
+            .get(id)
+            .ok_or_else(|| self.state.system.end_reason(id))
     }
 
     /// The forced release of a grant, if it is still on record.
     pub fn forced_release(&self, token: Revision) -> Option<&'a ForcedRelease> {
-        self.system.forced_release(token)
+        self.state.system.forced_release(token)
     }
 
     /// Refuses every request of `session` up to `request` from now on.

@@ -1,295 +1,657 @@
-//! One member of the cluster as a step function.
+//! One member of the cluster as a step function: [`Replica`].
+//!
+//! Everything happens in turns. A turn takes in what has arrived, and has two
+//! halves. [`Replica::begin`] hands it to consensus; what may leave before
+//! anything is durable leaves with it, and so does the batch that must be made
+//! durable. [`Replica::finish`], called when that is done, applies what is
+//! committed and gives out the answers. No clock, no disk, no network and no
+//! randomness in here: the loop thread ([`crate::node`]) and the simulator drive
+//! the same code.
+//!
+//! What becomes of a request:
+//! - a command goes into the entry that this turn proposes, or, once, to the
+//!   leader. It is answered when this node applies it. If the leader or the term
+//!   is lost first, the answer is [`Failure::OutcomeUnknown`];
+//! - a read waits for a quorum's confirmation that began after it arrived, and
+//!   for this node to apply what was committed then;
+//! - a renewal does the same, always on the leader, and never enters the log.
+//!
+//! Not done here: retries of commands. Only a client repeats, since only it can
+//! say that two requests are the same.
 
-use conclave_proto::internal::{PeerMessage, command};
+mod admission;
+mod api;
+mod commands;
+mod leadership;
+mod reads;
+mod renewals;
 
-use crate::{
-    ids::{Index, NodeId, RequestNumber, Revision, SessionId, Term},
-    keyspace::{KeyRange, Record},
-    log::{Batch, Recovered},
-    machine::Machine,
-    session::{EndReason, Session},
+use std::{collections::BTreeMap, mem, sync::Arc};
+
+use bytes::Bytes;
+use conclave_proto::internal::{
+    Forward, Hello, HelloReply, Origin, PeerMessage, Renewals, command, peer_message,
 };
 
-/// The clocks, read by the driver at the start of each turn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Now {
-    /// CLOCK_BOOTTIME in microseconds: goes on during suspend, is never set.
-    pub boot_us: u64,
-    /// The date, in milliseconds since 1970. For display only.
-    pub date_ms: u64,
-}
+pub use self::api::{
+    Answer, AnswerBody, Begun, Config, Event, EventBody, Failure, Fatal, Finished, Input, Now,
+    Query, Role, Status,
+};
+use self::{
+    admission::Admission,
+    leadership::Leadership,
+    reads::{Ask, AskBody, Reads, Renewer},
+};
+use crate::{
+    clock::Clock,
+    consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
+    ids::{Index, NodeId, RequestNumber, SessionId, Term},
+    log::{Batch, EntryKind, Facts, LogEntry, Recovered},
+    machine::{Machine, Outcome, Place},
+    state::{Applied, Resolved, State},
+};
 
-/// How a replica takes part.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// This member.
-    pub node: NodeId,
-    /// A random number for this start of the process.
-    pub boot: u64,
-    /// From which election timeouts are drawn.
-    pub seed: u64,
-    /// Between two heartbeats of the leader, in milliseconds.
-    pub heartbeat_ms: u64,
-    /// Without a heartbeat for this long, and up to twice as long, a follower campaigns.
-    pub election_ms: u64,
-    /// This member's name, told to the others.
-    pub name: String,
-    /// Where clients reach this member, told to the others.
-    pub client_urls: Vec<String>,
-}
-
-/// What a turn takes in.
-#[derive(Debug)]
-pub enum Input<M: Machine> {
-    /// From another member. May be lost, doubled, late and out of order.
-    Peer { from: NodeId, message: PeerMessage },
-    /// The connection to a member broke.
-    PeerLost { peer: NodeId },
-    /// A command of a client of this node.
-    Command { number: RequestNumber, body: command::Body },
-    /// A linearizable read for a client of this node.
-    Read { number: RequestNumber, query: Query<M> },
-    /// A renewal of a client of this node.
-    Renew { number: RequestNumber, session: SessionId },
-    /// Hand leadership over, if this node has it.
-    Resign,
-}
-
-/// A linearizable question.
-#[derive(Debug)]
-pub enum Query<M: Machine> {
-    /// Nothing but the confirmation.
-    Barrier,
-    /// A session, or why there is none.
-    Session(SessionId),
-    /// All live sessions.
-    Sessions,
-    /// Keys, now or at an earlier revision.
-    Range { range: KeyRange, revision: Option<Revision>, limit: usize },
-    /// A question for the machine.
-    Machine(M::Query),
-}
-
-/// What a request led to.
-#[derive(Debug)]
-pub struct Answer<M: Machine> {
-    /// The revision of the keyspace when it was made.
-    pub revision: Revision,
-    /// The term then.
-    pub term: Term,
-    /// The result.
-    pub body: AnswerBody<M>,
-}
-
-/// See [`Answer`].
-#[derive(Debug)]
-pub enum AnswerBody<M: Machine> {
-    /// To `Query::Barrier`, and to commands that only succeed.
-    Done,
-    /// A session was opened.
-    SessionOpened { session: SessionId, ttl_ms: u64 },
-    /// A session was renewed.
-    Renewed { ttl_ms: u64 },
-    /// The session named is not alive.
-    SessionEnded(EndReason),
-    /// To `Query::Session`: it lives, with this many keys.
-    Session { session: Session, keys: usize },
-    /// To `Query::Sessions`: each with the number of its keys.
-    Sessions { log_time_ms: u64, sessions: Vec<(SessionId, Session, usize)> },
-    /// To `Query::Range`.
-    Range(Vec<Record>),
-    /// Of a transaction.
-    Txn(TxnReply),
-    /// Of a machine's command.
-    Machine(Result<M::Reply, M::Rejection>),
-    /// To `Query::Machine`.
-    Query(M::Answer),
-}
-
-/// The result of a transaction.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TxnReply {
-    /// Whether the compares held.
-    pub succeeded: bool,
-    /// One for each operation that ran.
-    pub results: Vec<OperationReply>,
-}
-
-/// The result of one operation of a transaction.
-#[derive(Clone, Debug, PartialEq)]
-pub enum OperationReply {
-    /// Of a put: the version before.
-    Put(Option<Record>),
-    /// Of a delete: how many keys were there.
-    DeleteRange(usize),
-    /// Of a range.
-    Range(Vec<Record>),
-}
-
-/// Why this attempt has no answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Failure {
-    /// This node does not lead and could not pass the request on. Certainly not
-    /// applied.
-    #[error("no leader to serve the request")]
-    NotLeader {
-        /// Who leads, as far as is known.
-        leader: Option<NodeId>,
-    },
-    /// A queue is full. Certainly not applied.
-    #[error("too many requests")]
-    Overloaded,
-    /// The leader, the connection to it or its term was lost meanwhile. It may
-    /// have been applied, or may yet be.
-    #[error("the outcome is unknown")]
-    OutcomeUnknown,
-    /// The node is stopping. Certainly not applied.
-    #[error("the server is stopping")]
-    ShuttingDown,
-}
-
-impl Failure {
-    /// Whether the request may have been, or may yet be, applied.
-    pub fn may_have_applied(self) -> bool {
-        matches!(self, Self::OutcomeUnknown)
-    }
-}
-
-/// Something a session is told.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Event<E> {
-    /// Whom it concerns.
-    pub session: SessionId,
-    /// The revision of the change.
-    pub revision: Revision,
-    /// What happened.
-    pub body: EventBody<E>,
-}
-
-/// See [`Event`].
-#[derive(Clone, Debug, PartialEq)]
-pub enum EventBody<E> {
-    /// The session ended.
-    SessionEnded(EndReason),
-    /// Of the machine.
-    Machine(E),
-}
-
-/// What leaves in the first half of a turn, before anything is synced.
-#[derive(Debug, Default)]
-pub struct Begun {
-    /// May be sent at once.
-    pub messages: Vec<(NodeId, PeerMessage)>,
-    /// Must be durable before `finish` is called.
-    pub batch: Option<Batch>,
-}
-
-/// What leaves in the second half of a turn.
-#[derive(Debug)]
-pub struct Finished<M: Machine> {
-    /// To be sent.
-    pub messages: Vec<(NodeId, PeerMessage)>,
-    /// To this node's clients.
-    pub answers: Vec<(RequestNumber, Result<Answer<M>, Failure>)>,
-    /// To sessions, in order; each node sees the same ones.
-    pub events: Vec<Event<M::Event>>,
-}
-
-/// What a node knows of itself and the cluster, for status, metrics, leader hints.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Status {
-    /// The current term.
-    pub term: Term,
-    /// Who leads, if known.
-    pub leader: Option<NodeId>,
-    /// What this node is.
-    pub role: Role,
-    /// Up to where entries are applied.
-    pub applied: Index,
-    /// Up to where entries are committed.
-    pub committed: Index,
-    /// The last entry of the log.
-    pub last: Index,
-    /// The newest revision.
-    pub revision: Revision,
-    /// Live sessions.
-    pub sessions: usize,
-    /// Live keys.
-    pub keys: usize,
-    /// Members that have served: id, name, client addresses.
-    pub members: Vec<(NodeId, String, Vec<String>)>,
-}
-
-/// See [`Status::role`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Role {
-    /// Its directory is new; it may not vote before enough others know it.
-    #[default]
-    Joining,
-    /// Follows a leader, or waits for one.
-    Follower,
-    /// Asks for votes.
-    Candidate,
-    /// Leads.
-    Leader,
-}
-
-/// A reason to stop this node for good.
-#[derive(Debug, thiserror::Error)]
-pub enum Fatal {
-    /// The disk failed, or holds what cannot be trusted.
-    #[error("storage: {0}")]
-    Storage(String),
-    /// Another directory is known under this member's id.
-    #[error(
-        "member {node} is known to the cluster with another data directory; \
-         restore that directory, or remove the member and add it again under a new id"
-    )]
-    Replaced {
-        /// This member.
-        node: NodeId,
-    },
-    /// The log holds what this version does not know in full.
-    #[error("entry {index} was written by a newer version: {what}")]
-    Unknown {
-        /// Where.
-        index: Index,
-        /// What was not understood.
-        what: String,
-    },
-}
+/// Between two attempts to propose an entry for timers that are due.
+const TIMER_RETRY_US: u64 = 1_000;
 
 /// One member. See the module.
 #[derive(Debug)]
 pub struct Replica<M: Machine> {
-    _machine: M,
+    config: Config,
+    incarnation: u64,
+    facts: Facts,
+    consensus: Consensus,
+    state: State<M>,
+
+    now: Now,
+    clock: Clock,
+    next_tick_us: u64,
+    next_publish_us: u64,
+
+    /// While this directory is new.
+    admission: Option<Admission>,
+    /// While this node leads.
+    leadership: Option<Leadership>,
+    /// The leader and term at the end of the last turn.
+    served_under: Option<(NodeId, Term)>,
+
+    /// What arrived in this turn.
+    arrived: Arrived,
+    /// Commands of this node's clients on their way.
+    pending: BTreeMap<RequestNumber, Pending>,
+    /// Requests of this node's clients that have a place in a queue.
+    waiting: BTreeMap<Place, Vec<RequestNumber>>,
+    reads: Reads<M>,
+    /// Renewals of this node's clients on their way to the leader.
+    renewals: BTreeMap<RequestNumber, PendingRenewal>,
+
+    outbox: Vec<(NodeId, PeerMessage)>,
+    /// Must not leave before the batch of this turn is durable.
+    outbox_durable: Vec<(NodeId, PeerMessage)>,
+    facts_changed: bool,
+    output: Finished<M>,
+    status: Status,
+    /// As of `status.members`.
+    published_seen: u64,
+}
+
+/// Commands and renewals of one turn, before it is clear who leads.
+#[derive(Debug, Default)]
+struct Arrived {
+    commands: Vec<(RequestNumber, command::Body)>,
+    forwarded: Vec<(NodeId, Forward)>,
+    renewals: Vec<(Renewer, SessionId)>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    /// The leader and term under which it was proposed or passed on.
+    under: (NodeId, Term),
+    deadline_us: u64,
+}
+
+#[derive(Debug)]
+struct PendingRenewal {
+    session: SessionId,
+    under: (NodeId, Term),
+    deadline_us: u64,
+    /// The leader said that the session ended; why is in this node's state once
+    /// it has applied this entry.
+    ended_by: Option<Index>,
 }
 
 impl<M: Machine> Replica<M> {
-    /// A replica over what its log held. Replays nothing yet: entries are applied
-    /// as they are learnt to be committed.
+    /// A replica over what its log held. Entries are applied as they are learnt
+    /// to be committed.
     pub fn new(config: Config, recovered: Recovered, now: Now) -> Self {
-        todo!()
+        let Recovered {
+            identity,
+            hard_state,
+            facts,
+            entries,
+        } = recovered;
+        let consensus_config = ConsensusConfig {
+            node: config.node,
+            voters: facts.voters.clone(),
+            boot: config.boot,
+            seed: config.seed,
+            heartbeats_per_election: usize::try_from(config.election_ms / config.heartbeat_ms)
+                .expect("validated to be a small number"),
+        };
+        let admission = (!facts.admitted).then(|| Admission::new(config.node, &facts.voters));
+        Self {
+            consensus: Consensus::new(&consensus_config, hard_state, entries),
+            clock: Clock::new(now, config.election_ms * 1_000),
+            state: State::new(identity.cluster),
+            incarnation: identity.incarnation,
+            facts,
+            config,
+            now,
+            next_tick_us: now.boot_us,
+            next_publish_us: now.boot_us,
+            admission,
+            leadership: None,
+            served_under: None,
+            arrived: Arrived::default(),
+            pending: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            reads: Reads::default(),
+            renewals: BTreeMap::new(),
+            outbox: Vec::new(),
+            outbox_durable: Vec::new(),
+            facts_changed: false,
+            output: Finished::default(),
+            status: Status::default(),
+            published_seen: 0,
+        }
     }
 
-    /// The first half of a turn: takes in what has arrived.
-    pub fn begin(&mut self, now: Now, inputs: impl IntoIterator<Item = Input<M>>) -> Result<Begun, Fatal> {
-        todo!()
+    /// The replicated state.
+    pub fn state(&self) -> &State<M> {
+        &self.state
     }
 
-    /// The second half, once `Begun::batch` is durable: applies and answers.
-    pub fn finish(&mut self) -> Result<Finished<M>, Fatal> {
-        todo!()
+    /// What this node knows, as of the end of its last turn.
+    pub fn status(&self) -> &Status {
+        &self.status
     }
 
     /// When the next turn is due although nothing arrives, by CLOCK_BOOTTIME in
     /// microseconds.
     pub fn next_turn_us(&self) -> u64 {
-        todo!()
+        if self.consensus.has_ready() || (self.reads.has_fresh() && self.can_confirm()) {
+            return self.now.boot_us;
+        }
+        let timer_us = self.leadership.as_ref().and_then(|leadership| {
+            let due_us = self.state.machine().next_due()?.saturating_mul(1_000);
+            let wait_us = due_us.saturating_sub(self.clock.micros());
+            let under_way = leadership.timers_entry > self.state.applied();
+            (!under_way).then(|| self.now.boot_us + wait_us.max(TIMER_RETRY_US))
+        });
+        timer_us.map_or(self.next_tick_us, |timer_us| {
+            timer_us.min(self.next_tick_us)
+        })
     }
 
-    /// What this node knows now.
-    pub fn status(&self) -> &Status {
-        todo!()
+    /// The first half of a turn: takes in what has arrived.
+    pub fn begin(
+        &mut self,
+        now: Now,
+        inputs: impl IntoIterator<Item = Input<M>>,
+    ) -> Result<Begun, Fatal> {
+        self.now = now;
+        self.clock.advance(now);
+        for input in inputs {
+            self.take(input)?;
+        }
+        self.tick();
+        self.follow_role();
+        self.dispatch();
+        self.ask_for_confirmation();
+        let prepared = self.consensus.prepare();
+        for (sequence, index) in prepared.reads {
+            self.reads.confirm(sequence, index, self.leader_and_term());
+        }
+        let mut messages = mem::take(&mut self.outbox);
+        messages.extend(prepared.messages.into_iter().map(raft_message));
+        Ok(Begun {
+            messages,
+            batch: self.batch(prepared.unsaved),
+        })
     }
+
+    /// The second half, once `Begun::batch` is durable: applies and answers.
+    pub fn finish(&mut self) -> Result<Finished<M>, Fatal> {
+        let advanced = self.consensus.advance();
+        self.output.messages = mem::take(&mut self.outbox_durable);
+        self.output
+            .messages
+            .extend(advanced.messages.into_iter().map(raft_message));
+        for entry in advanced.committed {
+            self.apply(&entry)?;
+        }
+        self.follow_role();
+        self.fail_what_lost_its_leader();
+        self.answer_reads();
+        self.give_up_late();
+        self.output.messages.append(&mut self.outbox);
+        self.update_status();
+        Ok(mem::take(&mut self.output))
+    }
+
+    fn take(&mut self, input: Input<M>) -> Result<(), Fatal> {
+        match input {
+            Input::Peer { from, message } => return self.receive(from, message),
+            Input::PeerLost { peer } => self.lose_peer(peer),
+            Input::Command { number, body } => self.arrived.commands.push((number, body)),
+            Input::Read { number, query } => self.reads.add(Ask {
+                deadline_us: self.request_deadline_us(),
+                body: AskBody::Read { number, query },
+            }),
+            Input::Renew { number, session } => {
+                self.arrived.renewals.push((Renewer::Here(number), session));
+            }
+            Input::Resign => self.consensus.hand_over(),
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, from: NodeId, message: PeerMessage) -> Result<(), Fatal> {
+        use peer_message::Message;
+        // An unknown kind of message comes from a newer version; the handshake
+        // decides who may talk to whom, so it can only be one that may be lost.
+        let Some(message) = message.message else {
+            return Ok(());
+        };
+        match message {
+            Message::Hello(hello) => self.receive_hello(from, &hello),
+            Message::HelloReply(reply) => return self.receive_hello_reply(from, &reply),
+            _ if self.admission.is_some() => {}
+            Message::Raft(bytes) => {
+                if let Err(why) = self.consensus.step(from, &bytes) {
+                    tracing::warn!(peer = %from, why, "dropped a malformed message");
+                }
+            }
+            Message::Forward(forward) => self.arrived.forwarded.push((from, forward)),
+            Message::ForwardRefused(refused) => self.receive_refusal(&refused),
+            Message::Renewals(renewals) => {
+                let Renewals { boot, renewals } = renewals;
+                self.arrived
+                    .renewals
+                    .extend(renewals.into_iter().map(|renewal| {
+                        let number = renewal.number;
+                        (
+                            Renewer::There {
+                                node: from,
+                                boot,
+                                number,
+                            },
+                            SessionId(renewal.session_id),
+                        )
+                    }));
+            }
+            Message::RenewalReplies(replies) => self.receive_renewal_replies(replies),
+        }
+        Ok(())
+    }
+
+    fn receive_hello(&mut self, from: NodeId, hello: &Hello) {
+        if !self.facts.voters.contains(&from) || hello.incarnation == 0 {
+            return;
+        }
+        let incarnation = hello.incarnation;
+        let known = *self.facts.incarnations.entry(from).or_insert_with(|| {
+            self.facts_changed = true;
+            incarnation
+        });
+        let reply = HelloReply { incarnation, known };
+        self.outbox_durable
+            .push(to(from, peer_message::Message::HelloReply(reply)));
+    }
+
+    fn receive_hello_reply(&mut self, from: NodeId, reply: &HelloReply) -> Result<(), Fatal> {
+        let Some(admission) = &mut self.admission else {
+            return Ok(());
+        };
+        if reply.incarnation != self.incarnation {
+            return Ok(());
+        }
+        if reply.known != self.incarnation {
+            return Err(Fatal::Replaced {
+                node: self.config.node,
+            });
+        }
+        admission.known_by(from);
+        Ok(())
+    }
+
+    /// The connection to a peer broke: what was on its way there, or the answer
+    /// that was on its way back, may be lost.
+    fn lose_peer(&mut self, peer: NodeId) {
+        self.consensus.unreachable(peer);
+        self.fail_pending(|under| under.0 == peer);
+    }
+
+    fn tick(&mut self) {
+        if self.now.boot_us < self.next_tick_us {
+            return;
+        }
+        // One tick a turn, however late: a node that stood still must first hear
+        // what happened meanwhile.
+        self.next_tick_us = self.now.boot_us + self.tick_us();
+        let Some(admission) = &self.admission else {
+            self.consensus.tick(self.facts.voters.len() == 1);
+            return;
+        };
+        if admission.is_complete() {
+            self.admission = None;
+            self.facts.admitted = true;
+            self.facts_changed = true;
+            return;
+        }
+        let hello = Hello {
+            incarnation: self.incarnation,
+        };
+        for peer in admission.unanswered() {
+            self.outbox
+                .push(to(peer, peer_message::Message::Hello(hello)));
+        }
+    }
+
+    /// Makes or drops what belongs to a term of leadership.
+    fn follow_role(&mut self) {
+        let term = self.consensus.term();
+        let leads = self.consensus.role() == Role::Leader;
+        if leads
+            && self
+                .leadership
+                .as_ref()
+                .is_some_and(|leadership| leadership.term == term)
+        {
+            return;
+        }
+        if let Some(leadership) = self.leadership.take() {
+            let given_up = leadership.early.into_iter().chain(leadership.parked);
+            for renewal in given_up.chain(self.reads.take_renewals()) {
+                self.refuse_renewal(renewal.from);
+            }
+        }
+        if leads {
+            self.clock.raise(self.state.system().log_time());
+            self.leadership = Some(Leadership::new(term));
+        }
+    }
+
+    fn can_confirm(&self) -> bool {
+        match &self.leadership {
+            Some(_) => self.consensus.has_committed_in_term(),
+            None => self.consensus.leader().is_some(),
+        }
+    }
+
+    fn ask_for_confirmation(&mut self) {
+        let of = self.leader_and_term();
+        self.reads.renew_stale(of, self.now.boot_us);
+        if let Some(of) = of
+            && self.reads.has_fresh()
+            && self.can_confirm()
+        {
+            let sequence = self.reads.ask(of, self.now.boot_us + self.election_us());
+            self.consensus.confirm(sequence);
+        }
+    }
+
+    fn answer_reads(&mut self) {
+        for ask in self.reads.take_ready(self.state.applied()) {
+            match ask.body {
+                AskBody::Read { number, query } => {
+                    let body = self.query(query);
+                    self.answer(number, body);
+                }
+                AskBody::Renewal(renewal) => self.renew(renewal),
+            }
+        }
+    }
+
+    fn query(&self, query: Query<M>) -> AnswerBody<M> {
+        let (keyspace, sessions) = (self.state.keyspace(), self.state.sessions());
+        match query {
+            Query::Barrier => AnswerBody::Done,
+            Query::Session(id) => match sessions.get(id) {
+                Some(session) => AnswerBody::Session {
+                    session: session.clone(),
+                    keys: keyspace.keys_bound(id),
+                },
+                None => AnswerBody::SessionEnded(self.state.system().end_reason(id)),
+            },
+            Query::Sessions => AnswerBody::Sessions {
+                log_time_ms: self.state.system().log_time(),
+                sessions: sessions
+                    .iter()
+                    .map(|(id, session)| (id, session.clone(), keyspace.keys_bound(id)))
+                    .collect(),
+            },
+            Query::Range {
+                range,
+                revision,
+                limit,
+            } => AnswerBody::Range(
+                keyspace
+                    .range(&range, revision)
+                    .take(limit)
+                    .cloned()
+                    .collect(),
+            ),
+            Query::Machine(query) => {
+                AnswerBody::Query(self.state.machine().query(self.state.view(), query))
+            }
+        }
+    }
+
+    fn apply(&mut self, entry: &LogEntry) -> Result<(), Fatal> {
+        if entry.kind == EntryKind::Membership {
+            let what = "a change of membership".to_owned();
+            return Err(Fatal::Unknown {
+                index: entry.index,
+                what,
+            });
+        }
+        let applied = self.state.apply(entry.index, entry.term, &entry.data)?;
+        let Applied {
+            outcomes,
+            resolved,
+            events,
+            lives,
+        } = applied;
+        for (origin, outcome) in outcomes {
+            if self.is_mine(&origin) && self.pending.remove(&origin.number).is_some() {
+                match outcome {
+                    Outcome::Done(answer) => self.output.answers.push((origin.number, Ok(answer))),
+                    Outcome::Waiting(place) => {
+                        self.waiting.entry(place).or_default().push(origin.number);
+                    }
+                }
+            }
+        }
+        for resolved in resolved {
+            self.resolve(resolved, entry.term);
+        }
+        self.output.events.extend(events);
+        self.follow_lives(entry.term, &lives);
+        Ok(())
+    }
+
+    fn resolve(&mut self, resolved: Resolved<M>, term: Term) {
+        let Resolved {
+            place,
+            revision,
+            result,
+        } = resolved;
+        for number in self.waiting.remove(&place).unwrap_or_default() {
+            let body = AnswerBody::Machine(result.clone());
+            self.output.answers.push((
+                number,
+                Ok(Answer {
+                    revision,
+                    term,
+                    body,
+                }),
+            ));
+        }
+    }
+
+    /// Commands on their way under another leader or in another term than now
+    /// may or may not be applied one day; nobody will tell this node.
+    fn fail_what_lost_its_leader(&mut self) {
+        let now_under = self.leader_and_term();
+        if now_under == self.served_under {
+            return;
+        }
+        self.served_under = now_under;
+        self.fail_pending(|under| Some(under) != now_under);
+    }
+
+    /// Gives up what is on its way under certain leaders and terms.
+    fn fail_pending(&mut self, lost: impl Fn((NodeId, Term)) -> bool) {
+        let commands = self
+            .pending
+            .extract_if(.., |_, pending| lost(pending.under));
+        let renewals = self
+            .renewals
+            .extract_if(.., |_, renewal| lost(renewal.under));
+        let numbers = commands
+            .map(|(number, _)| number)
+            .chain(renewals.map(|(number, _)| number));
+        self.output
+            .answers
+            .extend(numbers.map(|number| (number, Err(Failure::OutcomeUnknown))));
+    }
+
+    fn give_up_late(&mut self) {
+        let now_us = self.now.boot_us;
+        let leader = self.consensus.leader();
+        for ask in self.reads.take_late(now_us) {
+            match ask.body {
+                AskBody::Read { number, .. } => self.fail(number, Failure::NotLeader { leader }),
+                AskBody::Renewal(renewal) => {
+                    if let Some(leadership) = &mut self.leadership
+                        && let Some(liveness) = &mut leadership.liveness
+                    {
+                        liveness.renewal_over(renewal.session, None);
+                    }
+                    self.refuse_renewal(renewal.from);
+                }
+            }
+        }
+        // Numbers grow with time, so the oldest are first. What was proposed here
+        // ends with this term: a leader that reaches no quorum steps down.
+        while let Some((&number, pending)) = self.pending.first_key_value()
+            && pending.deadline_us <= now_us
+            && pending.under.0 != self.config.node
+        {
+            self.pending.remove(&number);
+            self.fail(number, Failure::OutcomeUnknown);
+        }
+        self.answer_forwarded_renewals(now_us);
+    }
+
+    fn answer(&mut self, number: RequestNumber, body: AnswerBody<M>) {
+        let revision = self.state.keyspace().revision();
+        let term = self.consensus.term();
+        self.output.answers.push((
+            number,
+            Ok(Answer {
+                revision,
+                term,
+                body,
+            }),
+        ));
+    }
+
+    fn fail(&mut self, number: RequestNumber, failure: Failure) {
+        self.output.answers.push((number, Err(failure)));
+    }
+
+    fn batch(&mut self, unsaved: Option<Unsaved>) -> Option<Batch> {
+        let facts = mem::take(&mut self.facts_changed).then(|| self.facts.clone());
+        if unsaved.is_none() && facts.is_none() {
+            return None;
+        }
+        let Unsaved {
+            hard_state,
+            entries,
+        } = unsaved.unwrap_or_default();
+        Some(Batch {
+            hard_state,
+            facts,
+            entries,
+        })
+    }
+
+    fn update_status(&mut self) {
+        let system = self.state.system();
+        if system.publications() != self.published_seen {
+            self.published_seen = system.publications();
+            let members = system.members().iter();
+            let members =
+                members.map(|(id, member)| (*id, member.name.clone(), member.client_urls.clone()));
+            self.status.members = Arc::new(members.collect());
+        }
+        self.status.term = self.consensus.term();
+        self.status.leader = self.consensus.leader();
+        self.status.role = match self.admission {
+            Some(_) => Role::Joining,
+            None => self.consensus.role(),
+        };
+        self.status.applied = self.state.applied();
+        self.status.committed = self.consensus.committed();
+        self.status.last = self.consensus.last_index();
+        self.status.revision = self.state.keyspace().revision();
+        self.status.sessions = self.state.sessions().len();
+        self.status.keys = self.state.keyspace().len();
+    }
+
+    fn leader_and_term(&self) -> Option<(NodeId, Term)> {
+        self.consensus
+            .leader()
+            .map(|leader| (leader, self.consensus.term()))
+    }
+
+    fn origin(&self, number: RequestNumber) -> Origin {
+        Origin {
+            node: self.config.node.0,
+            boot: self.config.boot,
+            number,
+        }
+    }
+
+    fn is_mine(&self, origin: &Origin) -> bool {
+        origin.node == self.config.node.0 && origin.boot == self.config.boot
+    }
+
+    fn tick_us(&self) -> u64 {
+        self.config.heartbeat_ms * 1_000 / ticks_per_heartbeat()
+    }
+
+    fn election_us(&self) -> u64 {
+        self.config.election_ms * 1_000
+    }
+
+    /// Long enough for an election.
+    fn request_deadline_us(&self) -> u64 {
+        self.now.boot_us + 3 * self.election_us()
+    }
+}
+
+fn to(node: NodeId, message: peer_message::Message) -> (NodeId, PeerMessage) {
+    (
+        node,
+        PeerMessage {
+            message: Some(message),
+        },
+    )
+}
+
+fn raft_message((node, bytes): (NodeId, Bytes)) -> (NodeId, PeerMessage) {
+    to(node, peer_message::Message::Raft(bytes))
 }

@@ -58,7 +58,8 @@ impl RequestWindow {
     pub(crate) fn acknowledge(&mut self, request: u64) {
         if request > self.acknowledged {
             self.acknowledged = request;
-            self.cancelled = self.cancelled.split_off(&(request + 1));
+            self.cancelled = self.cancelled.split_off(&request);
+            self.cancelled.remove(&request);
         }
     }
 

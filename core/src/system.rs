@@ -44,6 +44,8 @@ pub struct System {
     /// Sessions opened so far, from which ids are made.
     sessions_opened: u64,
     members: BTreeMap<NodeId, PublishedMember>,
+    /// How often a member published itself.
+    publications: u64,
     /// The newest at the back; bounded.
     ended: VecDeque<(SessionId, EndReason)>,
     ended_by_id: BTreeMap<SessionId, EndReason>,
@@ -67,9 +69,17 @@ impl System {
         &self.members
     }
 
+    /// How often a member published itself; changes whenever `members` may have.
+    pub fn publications(&self) -> u64 {
+        self.publications
+    }
+
     /// Why a session that is not alive ended, as far as it is on record.
     pub fn end_reason(&self, id: SessionId) -> EndReason {
-        self.ended_by_id.get(&id).copied().unwrap_or(EndReason::Unknown)
+        self.ended_by_id
+            .get(&id)
+            .copied()
+            .unwrap_or(EndReason::Unknown)
     }
 
     /// The forced release of the grant with this token, if on record.
@@ -79,7 +89,9 @@ impl System {
 
     /// The forced releases on record that this session suffered.
     pub fn forced_releases_of(&self, session: SessionId) -> impl Iterator<Item = &ForcedRelease> {
-        self.forced.values().filter(move |record| record.session == session)
+        self.forced
+            .values()
+            .filter(move |record| record.session == session)
     }
 
     pub(crate) fn stamp(&mut self, log_time: LogTime, date_ms: u64) {
@@ -94,6 +106,7 @@ impl System {
 
     pub(crate) fn publish(&mut self, node: NodeId, member: PublishedMember) {
         self.members.insert(node, member);
+        self.publications += 1;
     }
 
     pub(crate) fn record_end(&mut self, id: SessionId, reason: EndReason) {

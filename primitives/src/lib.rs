@@ -1,4 +1,19 @@
-//! skeleton
+//! What Conclave means: its primitives as deterministic procedures on the
+//! replicated keyspace.
+//!
+//! In reading order:
+//!
+//! - [`name`]: names and owners, and the keys made of them;
+//! - `contenders`: who contends for what, in order, and who holds;
+//! - [`mutex`]: the commands, rules and answers of the mutex.
+//!
+//! [`Primitives`] joins them into the one [`Machine`] that core replicates. It has
+//! no state but an index derived from keys, and knows no clock, no network, no
+//! disk and no encoding but that of its own commands and values.
+
+mod contenders;
+pub mod mutex;
+pub mod name;
 
 use bytes::Bytes;
 use conclave_core::{
@@ -11,15 +26,27 @@ use conclave_core::{
 use conclave_proto::internal::{PrimitiveCommand, command, primitive_command};
 use prost::Message as _;
 
+pub use mutex::{Contender, Grant, LockInfo, LossReason, Note};
+pub use name::Invalid;
+
+use contenders::Contenders;
+
 /// All primitives as one machine.
 #[derive(Debug, PartialEq)]
-pub struct Primitives {}
+pub struct Primitives {
+    contenders: Contenders,
+}
 
 /// The result of a command that succeeded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
     /// The lock is held; `token` is the create revision of `key`.
-    Granted { key: Bytes, token: Revision },
+    Granted {
+        /// The key that the grant stands for.
+        key: Bytes,
+        /// The fencing token.
+        token: Revision,
+    },
     /// The lock was given up.
     Released,
     /// The request is withdrawn.
@@ -31,6 +58,8 @@ pub enum Reply {
 /// The result of a command that changed nothing, or of waiting that ended without a grant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rejection {
+    /// An argument that no server should have let through.
+    Invalid(Invalid),
     /// The session is not alive, or ended while waiting.
     SessionEnded(EndReason),
     /// Someone else holds the lock or is before, and the request would not wait.
@@ -44,86 +73,59 @@ pub enum Rejection {
     /// The request is over for the client that sent it; it does not run (again).
     StaleRequest,
     /// The same session and owner holds the lock or waits for it, by another request.
-    AlreadyContending { token: Revision },
+    AlreadyContending {
+        /// The create revision of its key.
+        token: Revision,
+    },
     /// The grant with this token is not held (any more). `forced` says why, if an
     /// operator took it.
-    NotHolder { forced: Option<ForcedRelease> },
+    NotHolder {
+        /// What the operator did, while it is on record.
+        forced: Option<ForcedRelease>,
+    },
     /// Nobody holds the lock.
     NotHeld,
     /// Too many cancelled requests in this session are not acknowledged.
     TooManyCancelled,
 }
 
-/// Why a grant or place ended other than by its owner's will.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LossReason {
-    /// The session ended.
-    SessionEnded(EndReason),
-    /// An operator took it; with the reason in words.
-    Forced(String),
-    /// The key was deleted by someone else.
-    KeyDeleted,
+impl From<Invalid> for Rejection {
+    fn from(invalid: Invalid) -> Self {
+        Self::Invalid(invalid)
+    }
 }
 
 /// What a session is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A grant ended other than by its owner's will.
-    GrantLost { grant: Grant, reason: LossReason },
-}
-
-/// A lock that is held.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Grant {
-    /// The lock.
-    pub lock: String,
-    /// The owner inside the session.
-    pub owner: String,
-    /// The key the grant stands for.
-    pub key: Bytes,
-    /// Its create revision.
-    pub token: Revision,
-}
-
-/// Who holds a lock or waits for it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Contender {
-    /// Its key.
-    pub key: Bytes,
-    /// The session the key is bound to, if any.
-    pub session: Option<SessionId>,
-    /// What people call that session.
-    pub session_name: String,
-    /// The owner inside the session.
-    pub owner: String,
-    /// The token it has or will have.
-    pub token: Revision,
-    /// How long it has contended, by log time; 0 if not known.
-    pub since_ms: u64,
-    /// 0 for the holder.
-    pub place: usize,
-}
-
-/// A lock with all who contend for it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LockInfo {
-    /// Its name.
-    pub name: String,
-    /// Who holds it.
-    pub holder: Contender,
-    /// In order; at most `limits::LIST_WAITERS_MAX`.
-    pub waiters: Vec<Contender>,
-    /// How many wait in all.
-    pub waiters_total: usize,
+    GrantLost {
+        /// What was held.
+        grant: Grant,
+        /// Why it is no more.
+        reason: LossReason,
+    },
 }
 
 /// A question.
 #[derive(Debug)]
 pub enum Query {
     /// One lock, or all locks after a name.
-    Locks { name: Option<String>, after: String, limit: usize },
+    Locks {
+        /// The one lock.
+        name: Option<String>,
+        /// Else: those behind this name.
+        after: String,
+        /// Else: at most so many; 0 for `limits::LIST_LOCKS_MAX`, which also caps it.
+        limit: usize,
+    },
     /// Whether the grant with this token holds.
-    Check { name: String, token: Revision },
+    Check {
+        /// The lock.
+        name: String,
+        /// The token.
+        token: Revision,
+    },
     /// What a session holds, and what operators took from it.
     GrantsOf(SessionId),
 }
@@ -131,23 +133,31 @@ pub enum Query {
 /// The answer to a [`Query`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// In order of name.
-    Locks { locks: Vec<LockInfo>, more: bool },
+    /// To `Query::Locks`, in order of name.
+    Locks {
+        /// Locks that are held; all others are free.
+        locks: Vec<LockInfo>,
+        /// Whether there are more behind the last one.
+        more: bool,
+    },
     /// To `Query::Check`.
     Checked(bool),
     /// To `Query::GrantsOf`.
-    Grants { grants: Vec<Grant>, forced: Vec<ForcedRelease> },
+    Grants {
+        /// In order of key.
+        grants: Vec<Grant>,
+        /// In order of token, as far as they are on record.
+        forced: Vec<ForcedRelease>,
+    },
 }
 
 /// Wraps a command for the log.
 pub fn command(command: primitive_command::Command) -> command::Body {
-    let command = PrimitiveCommand { command: Some(command) };
+    let command = PrimitiveCommand {
+        command: Some(command),
+    };
     command::Body::Machine(command.encode_to_vec().into())
 }
-
-/// Why a command changed keys.
-#[derive(Debug)]
-pub enum Note {}
 
 impl Machine for Primitives {
     type Command = primitive_command::Command;
@@ -158,29 +168,97 @@ impl Machine for Primitives {
     type Query = Query;
     type Answer = Answer;
 
-    fn rebuild(_keyspace: &Keyspace) -> Self {
-        todo!()
+    fn rebuild(keyspace: &Keyspace) -> Self {
+        Self {
+            contenders: Contenders::rebuild(keyspace),
+        }
     }
-    fn decode(_bytes: Bytes) -> Option<Self::Command> {
-        todo!()
+
+    fn decode(bytes: Bytes) -> Option<Self::Command> {
+        let length = bytes.len();
+        let decoded = PrimitiveCommand::decode(bytes).ok()?;
+        // Fields this version does not know are dropped, which shows in the length.
+        if decoded.encoded_len() == length {
+            decoded.command
+        } else {
+            None
+        }
     }
+
     fn execute(
         &self,
-        _context: &mut Context<'_>,
-        _command: Self::Command,
+        context: &mut Context<'_>,
+        command: Self::Command,
     ) -> Result<Executed<Self>, Rejection> {
-        todo!()
+        use primitive_command::Command;
+        match command {
+            Command::LockAcquire(command) => mutex::acquire(&self.contenders, context, command),
+            Command::LockRelease(command) => mutex::release(&self.contenders, context, command),
+            Command::LockCancel(command) => mutex::cancel(context, command),
+            Command::LockForceRelease(command) => {
+                mutex::force_release(&self.contenders, context, command)
+            }
+        }
     }
+
     fn next_due(&self) -> Option<LogTime> {
-        todo!()
+        mutex::next_due(&self.contenders)
     }
-    fn fire(&self, _context: &mut Context<'_>) -> Note {
-        todo!()
+
+    fn fire(&self, context: &mut Context<'_>) -> Note {
+        mutex::fire(&self.contenders, context)
     }
-    fn settle(&mut self, _changes: &[Change], _cause: Cause<'_, Note>) -> Settled<Self> {
-        todo!()
+
+    fn settle(&mut self, changes: &[Change], cause: Cause<'_, Note>) -> Settled<Self> {
+        mutex::settle(self.contenders.update(changes), cause)
     }
-    fn query(&self, _state: View<'_>, _query: Query) -> Answer {
-        todo!()
+
+    fn query(&self, view: View<'_>, query: Query) -> Answer {
+        match query {
+            Query::Locks { name, after, limit } => {
+                mutex::locks(&self.contenders, view, name, after, limit)
+            }
+            Query::Check { name, token } => mutex::check(&self.contenders, name, token),
+            Query::GrantsOf(session) => mutex::grants_of(&self.contenders, view, session),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use conclave_proto::internal::LockRelease;
+
+    use super::*;
+
+    fn release() -> PrimitiveCommand {
+        let release = LockRelease {
+            name: "a".to_owned(),
+            token: 2,
+            ..LockRelease::default()
+        };
+        let command = Some(primitive_command::Command::LockRelease(release));
+        PrimitiveCommand { command }
+    }
+
+    #[test]
+    fn a_command_comes_back_as_it_was_wrapped() {
+        let wrapped = command(release().command.unwrap());
+        let command::Body::Machine(bytes) = wrapped else {
+            panic!("not wrapped for the machine");
+        };
+        assert_eq!(Primitives::decode(bytes), release().command);
+    }
+
+    #[test]
+    fn what_this_version_does_not_know_is_not_decoded() {
+        let known = release().encode_to_vec();
+        // The same with a field 15, outside and inside the command, and a command 15.
+        let outside = [&known[..], &[0x78, 1]].concat();
+        let mut inside = [&known[..], &[0x78, 1]].concat();
+        inside[1] += 2;
+        let other = vec![0x7a, 0];
+        for bytes in [outside, inside, other, vec![], vec![0xff]] {
+            assert_eq!(Primitives::decode(bytes.into()), None);
+        }
     }
 }

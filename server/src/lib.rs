@@ -1,1 +1,43 @@
-//! skeleton
+//! The Conclave server: gRPC in, replies out.
+//!
+//! In reading order:
+//!
+//! - [`options`]: what a server is told, and who is in its cluster;
+//! - [`server`]: how it is put together, and taken apart;
+//! - [`storage`], [`net`], [`shutdown`]: the data directory, sockets, signals;
+//! - `routes`: everything that is served on the client addresses, which is
+//!   `session`, `lock` and `cluster` (the native API) and `http` (health, metrics);
+//! - `gateway`: the way from all of these to the replica and back;
+//! - `validate`, `convert`, `status`: requests are checked, answers converted,
+//!   and errors mapped to the wire, each in one place;
+//! - `events`: streams that follow sessions;
+//! - `peers`: the links between members;
+//! - `metrics`: what is counted.
+//!
+//! Nothing here decides who holds what, and nothing here keeps state that
+//! matters: that is the replica's, behind a [`Handle`]. No service builds a gRPC
+//! status of its own.
+//!
+//! [`Handle`]: conclave_core::node::Handle
+
+mod cluster;
+mod convert;
+mod events;
+mod gateway;
+mod http;
+mod lock;
+mod metrics;
+pub mod net;
+pub mod options;
+mod peers;
+mod routes;
+pub mod server;
+mod session;
+pub mod shutdown;
+mod status;
+pub mod storage;
+mod validate;
+
+pub use options::{ClusterState, Options};
+pub use server::{Server, ServerError, run};
+pub use shutdown::{Shutdown, Stopper};

@@ -1,0 +1,150 @@
+//! Three server processes that are killed while clients hold locks.
+
+#![expect(clippy::unwrap_used, reason = "a test stops where something is missing")]
+#![expect(unreachable_pub, missing_docs, reason = "shared between tests, not an interface")]
+
+mod support;
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, OpenOptions},
+    io::Write,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use conclave_client::{Client, SessionOptions};
+use support::{Cluster, eventually};
+use tokio::{task::JoinSet, time::sleep};
+
+const LOCKS: [&str; 2] = ["left", "right"];
+const CLIENTS: usize = 6;
+
+/// What the clients of one run share.
+struct Workers {
+    directory: PathBuf,
+    stop: AtomicBool,
+    /// Releases that were acknowledged: lock and token.
+    released: Mutex<Vec<(&'static str, u64)>>,
+}
+
+/// Takes locks in turn and appends to the file of each while it holds it.
+async fn work(worker: usize, client: Client, workers: Arc<Workers>) {
+    let options = SessionOptions { ttl: Duration::from_secs(5), ..SessionOptions::default() };
+    let mut session = None;
+    for round in worker.. {
+        if workers.stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let lock = LOCKS[round % LOCKS.len()];
+        let current = match session.take() {
+            Some(session) => session,
+            None => match client.session(options.clone()).await {
+                Ok(session) => session,
+                Err(_) => continue,
+            },
+        };
+        // An error here means that the session is over.
+        if let Ok(guard) = current.lock(lock).await {
+            let token = guard.token();
+            if !guard.remaining().is_zero() {
+                append(&workers.directory.join(lock), token, worker);
+            }
+            if guard.release().await.is_ok() {
+                workers.released.lock().unwrap().push((lock, token));
+            }
+            session = Some(current);
+        }
+    }
+}
+
+fn append(file: &Path, token: u64, worker: usize) {
+    let mut file = OpenOptions::new().create(true).append(true).open(file).unwrap();
+    file.write_all(format!("{token} {worker}\n").as_bytes()).unwrap();
+}
+
+fn tokens(file: &Path) -> Vec<u64> {
+    let lines = fs::read_to_string(file).unwrap();
+    lines.lines().map(|line| line.split(' ').next().unwrap().parse().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn tokens_only_grow_and_nothing_acknowledged_is_lost_while_servers_are_killed() {
+    let mut cluster = Cluster::start("kills", 3);
+    let client = cluster.client();
+    drop(cluster.session(&client, Duration::from_secs(5)).await);
+
+    let workers = Arc::new(Workers {
+        directory: cluster.directory().to_owned(),
+        stop: AtomicBool::new(false),
+        released: Mutex::default(),
+    });
+    let mut tasks = JoinSet::new();
+    for worker in 0..CLIENTS {
+        tasks.spawn(work(worker, cluster.client(), Arc::clone(&workers)));
+    }
+    for kill_leader in [true, false, true, false] {
+        sleep(Duration::from_millis(500)).await;
+        let leader = cluster.leader().await;
+        let victim = if kill_leader { leader } else { (leader + 1) % 3 };
+        let done_before = workers.released.lock().unwrap().len();
+        cluster.kill(victim);
+        // Two of three go on by themselves.
+        eventually("releases while a server is dead", || async {
+            (workers.released.lock().unwrap().len() > done_before + 20).then_some(())
+        })
+        .await;
+        cluster.spawn(victim);
+    }
+    workers.stop.store(true, Ordering::Relaxed);
+    while let Some(ended) = tasks.join_next().await {
+        ended.unwrap();
+    }
+
+    let session = cluster.session(&client, Duration::from_secs(5)).await;
+    let released = workers.released.lock().unwrap().clone();
+    let mut newest = BTreeMap::new();
+    for lock in LOCKS {
+        let tokens = tokens(&cluster.directory().join(lock));
+        assert!(tokens.is_sorted_by(|one, next| one < next), "tokens of {lock} do not grow");
+        let guard = session.lock(lock).await.expect("it is served again");
+        assert!(guard.token() > *tokens.last().unwrap());
+        newest.insert(lock, guard.token());
+        guard.release().await.unwrap();
+    }
+    for (lock, token) in released {
+        assert!(token < newest[lock]);
+        assert!(!client.check(lock, token).await.unwrap(), "a release of {lock} was lost");
+    }
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_survives_the_death_of_all() {
+    let mut cluster = Cluster::start("all", 3);
+    let client = cluster.client();
+    let session = cluster.session(&client, Duration::from_secs(60)).await;
+    let held = session.lock("held").await.unwrap();
+    let given_up = session.lock("given up").await.unwrap();
+    let given_up_token = given_up.token();
+    given_up.release().await.unwrap();
+
+    for node in 0..3 {
+        cluster.kill(node);
+    }
+    for node in 0..3 {
+        cluster.spawn(node);
+    }
+    cluster.leader().await;
+
+    let listed = eventually("a list", || async { client.sessions().await.ok() }).await;
+    assert!(listed.iter().any(|listed| listed.session_id == session.id()));
+    assert!(client.check("held", held.token()).await.unwrap());
+    assert!(!client.check("given up", given_up_token).await.unwrap());
+    held.release().await.expect("the holder holds it still");
+    let again = session.lock("held").await.unwrap();
+    assert!(again.token() > given_up_token);
+}

@@ -1,0 +1,89 @@
+//! Elapsed time that a stall does not advance.
+//!
+//! Log time is what waits, deadlines and expiry are measured in. It is the
+//! leader's: each turn adds the CLOCK_BOOTTIME since the turn before, but at
+//! most one election timeout, so that a leader that was stopped, swapped out or
+//! stuck in a sync does not find everybody's time over when it goes on. Entries
+//! carry it; the next leader continues from the last one it applied. So it runs
+//! late while nobody leads, and never early.
+
+use crate::{ids::LogTime, replica::Now};
+
+/// The clock of one node; see the module.
+#[derive(Debug)]
+pub(crate) struct Clock {
+    last_boot_us: u64,
+    elapsed_us: u64,
+    step_us_max: u64,
+}
+
+impl Clock {
+    pub(crate) fn new(now: Now, step_us_max: u64) -> Self {
+        Self {
+            last_boot_us: now.boot_us,
+            elapsed_us: 0,
+            step_us_max,
+        }
+    }
+
+    /// Takes note of the time at the start of a turn.
+    pub(crate) fn advance(&mut self, now: Now) {
+        let step = now.boot_us.saturating_sub(self.last_boot_us);
+        self.elapsed_us += step.min(self.step_us_max);
+        self.last_boot_us = now.boot_us.max(self.last_boot_us);
+    }
+
+    /// Never reads less than `log_time` from now on.
+    pub(crate) fn raise(&mut self, log_time: LogTime) {
+        self.elapsed_us = self.elapsed_us.max(log_time.saturating_mul(1_000));
+    }
+
+    /// In microseconds; for deadlines that stay on this node.
+    pub(crate) fn micros(&self) -> u64 {
+        self.elapsed_us
+    }
+
+    /// In log time, rounded down.
+    pub(crate) fn log_time(&self) -> LogTime {
+        self.elapsed_us / 1_000
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(boot_us: u64) -> Now {
+        Now {
+            boot_us,
+            date_ms: 0,
+        }
+    }
+
+    #[test]
+    fn a_stall_counts_as_one_step_at_most() {
+        let mut clock = Clock::new(at(1_000), 500);
+        clock.advance(at(1_100));
+        assert_eq!(clock.micros(), 100);
+        clock.advance(at(900_000));
+        assert_eq!(clock.micros(), 600);
+    }
+
+    #[test]
+    fn time_that_goes_back_stands_still() {
+        let mut clock = Clock::new(at(1_000), 500);
+        clock.advance(at(900));
+        clock.advance(at(1_010));
+        assert_eq!(clock.micros(), 10);
+    }
+
+    #[test]
+    fn it_continues_from_the_log() {
+        let mut clock = Clock::new(at(0), 1_000_000);
+        clock.raise(7_000);
+        clock.advance(at(2_500));
+        assert_eq!((clock.log_time(), clock.micros()), (7_002, 7_002_500));
+        clock.raise(5);
+        assert_eq!(clock.log_time(), 7_002);
+    }
+}

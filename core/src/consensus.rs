@@ -1,0 +1,519 @@
+//! raft-rs behind one door: the only module that knows its types.
+//!
+//! What this adds to `RawNode`:
+//! - election timeouts that depend on nothing but seed, node, term and role;
+//! - a check of every message from a peer before raft-rs sees it, since it
+//!   panics on some that a correct peer never sends;
+//! - quorum-confirmed reads only (`ReadOnlyOption::Safe`). raft-rs' lease-based
+//!   reads are stale under partitions even with perfect clocks.
+
+use std::fmt;
+
+use bytes::Bytes;
+use protobuf::Message as _;
+use raft::{
+    Config as RaftConfig, GetEntriesContext, RaftState, RawNode, Ready, StateRole, Storage,
+    StorageError,
+    eraftpb::{
+        ConfState, Entry, EntryType, HardState as RaftHardState, Message, MessageType, Snapshot,
+    },
+    util::limit_size,
+};
+use slog::{Discard, Logger, o};
+
+use crate::{
+    ids::{Index, NodeId, Term},
+    limits,
+    log::{EntryKind, HardState, LogEntry},
+    replica::Role,
+};
+
+/// Ticks between two heartbeats. More than one, so that randomised election
+/// timeouts are finer than a heartbeat.
+const HEARTBEAT_TICKS: usize = 2;
+
+/// Bytes of committed entries applied in one turn, so that a long replay does
+/// not keep a node from answering heartbeats.
+const APPLY_BYTES_PER_TURN_MAX: u64 = 8 << 20;
+
+/// How consensus is configured.
+#[derive(Clone, Debug)]
+pub(crate) struct ConsensusConfig {
+    pub(crate) node: NodeId,
+    pub(crate) voters: Vec<NodeId>,
+    /// A random number for this start of the process.
+    pub(crate) boot: u64,
+    pub(crate) seed: u64,
+    /// Heartbeats that fit into the shortest election timeout.
+    pub(crate) heartbeats_per_election: usize,
+}
+
+/// How many ticks make one heartbeat interval.
+pub(crate) const fn ticks_per_heartbeat() -> u64 {
+    HEARTBEAT_TICKS as u64
+}
+
+/// One member's part in Raft.
+pub(crate) struct Consensus {
+    raw: RawNode<MemoryLog>,
+    /// Between `ready` and `advance`.
+    ready: Option<Ready>,
+    boot: u64,
+    seed: u64,
+    /// The term and role for which the election timeout was last drawn.
+    drawn_for: (Term, Role),
+    /// As last given out for the log.
+    saved: HardState,
+}
+
+/// What must be made durable.
+#[derive(Debug, Default)]
+pub(crate) struct Unsaved {
+    pub(crate) hard_state: Option<HardState>,
+    pub(crate) entries: Vec<LogEntry>,
+}
+
+/// The first half of a step: what may leave at once, what must be durable first.
+#[derive(Debug, Default)]
+pub(crate) struct Prepared {
+    /// Encoded messages and their receivers.
+    pub(crate) messages: Vec<(NodeId, Bytes)>,
+    pub(crate) unsaved: Option<Unsaved>,
+    /// Confirmed reads: the sequence given, and the index to wait for.
+    pub(crate) reads: Vec<(u64, Index)>,
+}
+
+/// The second half of a step.
+#[derive(Debug, Default)]
+pub(crate) struct Advanced {
+    pub(crate) messages: Vec<(NodeId, Bytes)>,
+    pub(crate) committed: Vec<LogEntry>,
+}
+
+impl fmt::Debug for Consensus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Consensus")
+            .field("term", &self.term())
+            .field("role", &self.role())
+            .field("leader", &self.leader())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Consensus {
+    /// Starts over what the log held.
+    pub(crate) fn new(
+        config: &ConsensusConfig,
+        hard_state: HardState,
+        entries: Vec<LogEntry>,
+    ) -> Self {
+        let election_tick = config.heartbeats_per_election * HEARTBEAT_TICKS;
+        let raft_config = RaftConfig {
+            id: config.node.0,
+            election_tick,
+            heartbeat_tick: HEARTBEAT_TICKS,
+            max_size_per_msg: limits::APPEND_BYTES_MAX,
+            max_inflight_msgs: limits::APPENDS_INFLIGHT_MAX,
+            check_quorum: true,
+            pre_vote: true,
+            batch_append: true,
+            max_uncommitted_size: limits::UNCOMMITTED_BYTES_MAX,
+            max_committed_size_per_ready: APPLY_BYTES_PER_TURN_MAX,
+            ..RaftConfig::default()
+        };
+        let log = MemoryLog::new(&config.voters, hard_state, entries);
+        let logger = Logger::root(Discard, o!());
+        let raw = RawNode::new(&raft_config, log, &logger)
+            .expect("the configuration and a recovered log are valid");
+        let mut consensus = Self {
+            raw,
+            ready: None,
+            boot: config.boot,
+            seed: config.seed,
+            drawn_for: (0, Role::Joining),
+            saved: hard_state,
+        };
+        consensus.draw_election_timeout();
+        consensus
+    }
+
+    pub(crate) fn term(&self) -> Term {
+        self.raw.raft.term
+    }
+
+    pub(crate) fn leader(&self) -> Option<NodeId> {
+        let leader = self.raw.raft.leader_id;
+        (leader != 0).then_some(NodeId(leader))
+    }
+
+    pub(crate) fn role(&self) -> Role {
+        match self.raw.raft.state {
+            StateRole::Follower => Role::Follower,
+            StateRole::PreCandidate | StateRole::Candidate => Role::Candidate,
+            StateRole::Leader => Role::Leader,
+        }
+    }
+
+    pub(crate) fn committed(&self) -> Index {
+        self.raw.raft.raft_log.committed
+    }
+
+    pub(crate) fn last_index(&self) -> Index {
+        self.raw.raft.raft_log.last_index()
+    }
+
+    /// Whether this leader has committed an entry of its term. Before that,
+    /// raft-rs drops reads without a word.
+    pub(crate) fn has_committed_in_term(&self) -> bool {
+        self.raw.raft.commit_to_current_term()
+    }
+
+    /// One tick. A sole voter need not wait for anybody: it campaigns at once.
+    pub(crate) fn tick(&mut self, sole_voter: bool) {
+        if sole_voter && self.raw.raft.state != StateRole::Leader {
+            // Refused only while an entry of membership is not applied.
+            self.raw.campaign().ok();
+        } else {
+            self.raw.tick();
+        }
+        self.draw_election_timeout();
+    }
+
+    /// The connection to a peer broke: messages to it may be lost.
+    pub(crate) fn unreachable(&mut self, peer: NodeId) {
+        self.raw.report_unreachable(peer.0);
+    }
+
+    /// Takes a message from a peer. One that no correct peer sends is dropped,
+    /// with the reason.
+    pub(crate) fn step(&mut self, from: NodeId, bytes: &Bytes) -> Result<(), &'static str> {
+        let message = Message::parse_from_carllerche_bytes(bytes)
+            .map_err(|_| "does not decode as a Raft message")?;
+        self.check(from, &message)?;
+        // An error here says that the message does not matter any more.
+        self.raw.step(message).ok();
+        self.draw_election_timeout();
+        Ok(())
+    }
+
+    /// Appends an entry to the log of this leader; false if it cannot now.
+    pub(crate) fn propose(&mut self, data: Vec<u8>) -> bool {
+        self.raw.raft.state == StateRole::Leader && self.raw.propose(Vec::new(), data).is_ok()
+    }
+
+    /// Asks for a confirmation that this group's leader still leads. `sequence`
+    /// must never have been used before in this start of the process: a late
+    /// answer to an earlier one would confirm this one on a deposed leader (etcd
+    /// issue 20418). Node and boot make it unique in the cluster.
+    pub(crate) fn confirm(&mut self, sequence: u64) {
+        let mut context = self.context_prefix();
+        context.extend_from_slice(&sequence.to_be_bytes());
+        self.raw.read_index(context);
+    }
+
+    fn context_prefix(&self) -> Vec<u8> {
+        let mut prefix = Vec::with_capacity(24);
+        prefix.extend_from_slice(&self.raw.raft.id.to_be_bytes());
+        prefix.extend_from_slice(&self.boot.to_be_bytes());
+        prefix
+    }
+
+    fn confirmed(&self, state: &raft::ReadState) -> Option<(u64, Index)> {
+        let sequence = state
+            .request_ctx
+            .strip_prefix(self.context_prefix().as_slice())?;
+        Some((u64::from_be_bytes(sequence.try_into().ok()?), state.index))
+    }
+
+    /// Hands leadership to the follower that has most of the log.
+    pub(crate) fn hand_over(&mut self) {
+        let me = self.raw.raft.id;
+        let best = self
+            .raw
+            .raft
+            .prs()
+            .iter()
+            .filter(|(id, progress)| **id != me && progress.recent_active)
+            .max_by_key(|(id, progress)| (progress.matched, **id))
+            .map(|(id, _)| *id);
+        if let Some(best) = best {
+            self.raw.transfer_leader(best);
+        }
+    }
+
+    /// Whether there is something to prepare.
+    pub(crate) fn has_ready(&self) -> bool {
+        self.raw.has_ready()
+    }
+
+    /// The first half of a step. `advance` must follow before anything else.
+    pub(crate) fn prepare(&mut self) -> Prepared {
+        assert!(self.ready.is_none(), "prepare without advance");
+        if !self.raw.has_ready() {
+            return Prepared::default();
+        }
+        let mut ready = self.raw.ready();
+        let entries = ready.take_entries();
+        self.raw.mut_store().append(&entries);
+        if let Some(hard_state) = ready.hs() {
+            self.raw.mut_store().hard_state = hard_state.clone();
+        }
+        let prepared = Prepared {
+            messages: encode(ready.take_messages()),
+            unsaved: ready.must_sync().then(|| self.unsaved(&entries)),
+            reads: ready
+                .take_read_states()
+                .iter()
+                .filter_map(|s| self.confirmed(s))
+                .collect(),
+        };
+        self.ready = Some(ready);
+        prepared
+    }
+
+    /// The second half, after what `prepare` gave out is durable.
+    pub(crate) fn advance(&mut self) -> Advanced {
+        let Some(mut ready) = self.ready.take() else {
+            return Advanced::default();
+        };
+        let mut messages = encode(ready.take_persisted_messages());
+        let mut committed = ready.take_committed_entries();
+        let mut light = self.raw.advance_append(ready);
+        messages.extend(encode(light.take_messages()));
+        committed.extend(light.take_committed_entries());
+        if let Some(commit) = light.commit_index() {
+            self.raw.mut_store().hard_state.commit = commit;
+        }
+        self.raw.advance_apply();
+        Advanced {
+            messages,
+            committed: committed.iter().map(log_entry).collect(),
+        }
+    }
+
+    fn unsaved(&mut self, entries: &[Entry]) -> Unsaved {
+        let now = plain(&self.raw.store().hard_state);
+        let changed = now != self.saved;
+        self.saved = now;
+        Unsaved {
+            hard_state: changed.then_some(now),
+            entries: entries.iter().map(log_entry).collect(),
+        }
+    }
+
+    /// Replaces the timeout that raft-rs drew from the system's randomness.
+    fn draw_election_timeout(&mut self) {
+        let drawn_for = (self.term(), self.role());
+        if drawn_for == self.drawn_for {
+            return;
+        }
+        self.drawn_for = drawn_for;
+        let raft = &mut self.raw.raft;
+        let shortest = raft.election_timeout() as u64;
+        let mut bytes = [0; 25];
+        bytes[..8].copy_from_slice(&self.seed.to_be_bytes());
+        bytes[8..16].copy_from_slice(&raft.id.to_be_bytes());
+        bytes[16..24].copy_from_slice(&raft.term.to_be_bytes());
+        bytes[24] = drawn_for.1 as u8;
+        let draw = xxhash_rust::xxh3::xxh3_64(&bytes) % shortest;
+        let ticks = usize::try_from(shortest + draw).expect("a few dozen ticks");
+        raft.set_randomized_election_timeout(ticks);
+    }
+
+    /// Shapes that raft-rs trusts a peer to keep.
+    fn check(&self, from: NodeId, message: &Message) -> Result<(), &'static str> {
+        use MessageType::{
+            MsgAppend, MsgAppendResponse, MsgHeartbeat, MsgHeartbeatResponse, MsgReadIndex,
+            MsgReadIndexResp, MsgRequestPreVote, MsgRequestPreVoteResponse, MsgRequestVote,
+            MsgRequestVoteResponse, MsgTimeoutNow,
+        };
+        let last = self.last_index();
+        if message.from != from.0 || message.to != self.raw.raft.id {
+            return Err("names another sender or receiver");
+        }
+        if !self.raw.store().voters.contains(&from.0) {
+            return Err("comes from no member");
+        }
+        if message.term == 0 && message.msg_type != MsgReadIndex {
+            return Err("has no term");
+        }
+        match message.msg_type {
+            MsgAppend => self.check_append(message),
+            MsgHeartbeat if message.term >= self.term() && message.commit > last => {
+                Err("commits more than this log holds")
+            }
+            MsgAppendResponse if !message.reject && message.index > last => {
+                Err("acknowledges more than was sent")
+            }
+            MsgReadIndex | MsgReadIndexResp if message.entries.len() != 1 => {
+                Err("asks for a read without a context")
+            }
+            MsgHeartbeat
+            | MsgAppendResponse
+            | MsgReadIndex
+            | MsgReadIndexResp
+            | MsgHeartbeatResponse
+            | MsgRequestPreVote
+            | MsgRequestPreVoteResponse
+            | MsgRequestVote
+            | MsgRequestVoteResponse
+            | MsgTimeoutNow => Ok(()),
+            _ => Err("has a type that members do not exchange"),
+        }
+    }
+
+    fn check_append(&self, message: &Message) -> Result<(), &'static str> {
+        let mut before = (message.index, message.log_term);
+        for entry in message.entries.iter() {
+            if entry.index != before.0 + 1 || entry.term < before.1 || entry.term > message.term {
+                return Err("appends entries out of order");
+            }
+            before = (entry.index, entry.term);
+            let replaces_committed = entry.index <= self.committed()
+                && self.raw.raft.raft_log.term(entry.index).ok() != Some(entry.term);
+            if replaces_committed && message.term >= self.term() {
+                return Err("replaces committed entries");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Raft's log in memory, as raft-rs reads it. All of it is kept: cutting comes
+/// with checkpoints.
+struct MemoryLog {
+    hard_state: RaftHardState,
+    voters: Vec<u64>,
+    /// The entry at index i is at i - 1.
+    entries: Vec<Entry>,
+}
+
+impl MemoryLog {
+    fn new(voters: &[NodeId], hard_state: HardState, entries: Vec<LogEntry>) -> Self {
+        let hard_state = RaftHardState {
+            term: hard_state.term,
+            vote: hard_state.vote,
+            commit: hard_state.commit.min(entries.len() as u64),
+            ..RaftHardState::default()
+        };
+        Self {
+            hard_state,
+            voters: voters.iter().map(|node| node.0).collect(),
+            entries: entries.into_iter().map(raft_entry).collect(),
+        }
+    }
+
+    fn append(&mut self, entries: &[Entry]) {
+        if let Some(first) = entries.first() {
+            self.entries.truncate(position(first.index));
+            assert_eq!(
+                self.entries.len(),
+                position(first.index),
+                "a gap in the log"
+            );
+            self.entries.extend_from_slice(entries);
+        }
+    }
+
+    fn last(&self) -> Index {
+        self.entries.len() as u64
+    }
+}
+
+impl Storage for MemoryLog {
+    fn initial_state(&self) -> raft::Result<RaftState> {
+        let conf_state = ConfState::from((self.voters.clone(), Vec::new()));
+        Ok(RaftState::new(self.hard_state.clone(), conf_state))
+    }
+
+    fn entries(
+        &self,
+        low: u64,
+        high: u64,
+        max_size: impl Into<Option<u64>>,
+        _: GetEntriesContext,
+    ) -> raft::Result<Vec<Entry>> {
+        assert!(
+            high <= self.last() + 1,
+            "raft asks for entries it has not appended"
+        );
+        let mut entries = self.entries[position(low)..position(high)].to_vec();
+        limit_size(&mut entries, max_size.into());
+        Ok(entries)
+    }
+
+    fn term(&self, index: u64) -> raft::Result<u64> {
+        if index == 0 {
+            return Ok(0);
+        }
+        self.entries
+            .get(position(index))
+            .map(|entry| entry.term)
+            .ok_or(raft::Error::Store(StorageError::Unavailable))
+    }
+
+    fn first_index(&self) -> raft::Result<u64> {
+        Ok(1)
+    }
+
+    fn last_index(&self) -> raft::Result<u64> {
+        Ok(self.last())
+    }
+
+    fn snapshot(&self, _: u64, _: u64) -> raft::Result<Snapshot> {
+        // Never needed while the log is whole.
+        Err(raft::Error::Store(
+            StorageError::SnapshotTemporarilyUnavailable,
+        ))
+    }
+}
+
+fn position(index: Index) -> usize {
+    usize::try_from(index - 1).expect("indexes fit in memory")
+}
+
+fn encode(messages: Vec<Message>) -> Vec<(NodeId, Bytes)> {
+    messages
+        .into_iter()
+        .map(|message| {
+            let bytes = message
+                .write_to_bytes()
+                .expect("writing to memory does not fail");
+            (NodeId(message.to), Bytes::from(bytes))
+        })
+        .collect()
+}
+
+fn plain(hard_state: &RaftHardState) -> HardState {
+    HardState {
+        term: hard_state.term,
+        vote: hard_state.vote,
+        commit: hard_state.commit,
+    }
+}
+
+fn log_entry(entry: &Entry) -> LogEntry {
+    let kind = match entry.entry_type {
+        EntryType::EntryNormal => EntryKind::Normal,
+        EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => EntryKind::Membership,
+    };
+    LogEntry {
+        index: entry.index,
+        term: entry.term,
+        kind,
+        data: entry.data.clone(),
+    }
+}
+
+fn raft_entry(entry: LogEntry) -> Entry {
+    Entry {
+        index: entry.index,
+        term: entry.term,
+        data: entry.data,
+        entry_type: match entry.kind {
+            EntryKind::Normal => EntryType::EntryNormal,
+            EntryKind::Membership => EntryType::EntryConfChangeV2,
+        },
+        ..Entry::default()
+    }
+}

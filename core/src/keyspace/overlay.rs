@@ -1,0 +1,212 @@
+//! The writes of one command on top of the keyspace.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+
+use super::{Change, KeyRange, Keyspace, Record, merge};
+use crate::ids::{Revision, SessionId};
+
+/// A keyspace with the writes of one command on top, to be kept or dropped. Its
+/// reads see its writes.
+#[derive(Debug)]
+pub struct Overlay<'a> {
+    base: &'a Keyspace,
+    changes: Vec<Change>,
+    /// The last change of each key that has one.
+    newest: BTreeMap<Bytes, usize>,
+}
+
+/// What an overlay wrote.
+#[derive(Debug)]
+pub struct Writes {
+    changes: Vec<Change>,
+}
+
+impl<'a> Overlay<'a> {
+    pub(super) fn new(base: &'a Keyspace) -> Self {
+        Self {
+            base,
+            changes: Vec::new(),
+            newest: BTreeMap::new(),
+        }
+    }
+
+    /// The keyspace below, which does not see the writes.
+    pub fn base(&self) -> &'a Keyspace {
+        self.base
+    }
+
+    /// The revision that this command's writes get.
+    pub fn revision(&self) -> Revision {
+        self.base.revision() + 1
+    }
+
+    /// A key with this command's writes.
+    pub fn get(&self, key: &[u8]) -> Option<&Record> {
+        match self.newest.get(key) {
+            Some(change) => self.changes[*change].after.as_ref(),
+            None => self.base.get(key),
+        }
+    }
+
+    /// The live keys of a range with this command's writes, in order.
+    pub fn range(&self, range: &KeyRange) -> impl Iterator<Item = &Record> {
+        let untouched = self
+            .base
+            .range(range, None)
+            .filter(|record| !self.newest.contains_key(&record.key));
+        let written = self
+            .newest
+            .range::<[u8], _>(range.bounds())
+            .filter_map(|(_, change)| self.changes[*change].after.as_ref());
+        merge(untouched, written)
+    }
+
+    /// Writes a key, bound to a session or to none whatever it was bound to before.
+    ///
+    /// Panics if the key is empty.
+    pub fn put(&mut self, key: Bytes, value: Bytes, lease: Option<SessionId>) {
+        assert!(!key.is_empty(), "a key is never empty");
+        let revision = self.revision();
+        let before = self.get(&key);
+        let after = Record {
+            key: key.clone(),
+            value,
+            create_revision: before.map_or(revision, |record| record.create_revision),
+            mod_revision: revision,
+            version: before.map_or(1, |record| record.version + 1),
+            lease,
+        };
+        self.write(key, Some(after));
+    }
+
+    /// Deletes a key; whether it was there.
+    pub fn delete(&mut self, key: &[u8]) -> bool {
+        let Some(record) = self.get(key) else {
+            return false;
+        };
+        let key = record.key.clone();
+        self.write(key, None);
+        true
+    }
+
+    /// Deletes a range; how many were there.
+    pub fn delete_range(&mut self, range: &KeyRange) -> usize {
+        let keys: Vec<Bytes> = self.range(range).map(|record| record.key.clone()).collect();
+        let deleted = keys.len();
+        for key in keys {
+            self.write(key, None);
+        }
+        deleted
+    }
+
+    /// Ends the borrow, for [`Keyspace::keep`].
+    pub fn into_writes(self) -> Writes {
+        Writes {
+            changes: self.changes,
+        }
+    }
+
+    fn write(&mut self, key: Bytes, after: Option<Record>) {
+        let change = Change {
+            revision: self.revision(),
+            sub: u32::try_from(self.changes.len())
+                .expect("a command has fewer writes than it has bytes or there are keys"),
+            before: self.get(&key).cloned(),
+            after,
+            key: key.clone(),
+        };
+        self.newest.insert(key, self.changes.len());
+        self.changes.push(change);
+    }
+}
+
+impl Writes {
+    /// Whether nothing was written.
+    pub fn is_empty(&self) -> bool {
+        self.changes.is_empty()
+    }
+
+    pub(super) fn into_changes(self) -> Vec<Change> {
+        self.changes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(overlay: &mut Overlay<'_>, key: &'static str, value: &'static str) {
+        overlay.put(key.into(), value.into(), None);
+    }
+
+    #[test]
+    fn reads_see_the_writes_before_them() {
+        let mut keyspace = Keyspace::new();
+        let mut first = keyspace.overlay();
+        put(&mut first, "a", "1");
+        put(&mut first, "c", "1");
+        let writes = first.into_writes();
+        keyspace.keep(writes);
+
+        let mut overlay = keyspace.overlay();
+        assert_eq!(overlay.revision(), 3);
+        assert!(overlay.delete(b"a"));
+        put(&mut overlay, "b", "2");
+        put(&mut overlay, "c", "2");
+        let seen: Vec<_> = overlay
+            .range(&KeyRange::prefix(b""))
+            .map(|r| &r.value[..])
+            .collect();
+        assert_eq!(seen, [b"2", b"2"]);
+        assert_eq!(overlay.get(b"a"), None);
+        assert!(!overlay.delete(b"a"));
+        assert_eq!(overlay.get(b"c").unwrap().create_revision, 2);
+        assert_eq!(keyspace.get(b"c").unwrap().value, "1");
+    }
+
+    #[test]
+    fn a_key_made_again_in_one_command_starts_anew() {
+        let mut keyspace = Keyspace::new();
+        let mut overlay = keyspace.overlay();
+        put(&mut overlay, "a", "1");
+        put(&mut overlay, "a", "2");
+        assert_eq!(overlay.get(b"a").unwrap().version, 2);
+        assert!(overlay.delete(b"a"));
+        put(&mut overlay, "a", "3");
+        let writes = overlay.into_writes();
+        let changes = keyspace.keep(writes);
+
+        assert_eq!(
+            changes.iter().map(|change| change.sub).collect::<Vec<_>>(),
+            [0, 1, 2, 3]
+        );
+        assert_eq!(changes[2].before.as_ref().unwrap().version, 2);
+        assert_eq!(changes[3].before, None);
+        let made = keyspace.get(b"a").unwrap();
+        assert_eq!(
+            (made.create_revision, made.mod_revision, made.version),
+            (2, 2, 1)
+        );
+        assert_eq!(keyspace.revision(), 2);
+    }
+
+    #[test]
+    fn deleting_a_range_counts_what_was_there() {
+        let keyspace = Keyspace::new();
+        let mut overlay = keyspace.overlay();
+        put(&mut overlay, "a", "1");
+        put(&mut overlay, "b", "1");
+        put(&mut overlay, "c", "1");
+        assert_eq!(
+            overlay.delete_range(&KeyRange::new("a".into(), "c".into())),
+            2
+        );
+        assert_eq!(
+            overlay.delete_range(&KeyRange::new("a".into(), "c".into())),
+            0
+        );
+        assert_eq!(overlay.range(&KeyRange::prefix(b"")).count(), 1);
+    }
+}

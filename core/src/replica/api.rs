@@ -1,0 +1,303 @@
+//! What goes into a replica and what comes out of it.
+
+use std::sync::Arc;
+
+use conclave_proto::internal::{PeerMessage, command};
+
+use crate::{
+    ids::{Index, NodeId, RequestNumber, Revision, SessionId, Term},
+    keyspace::{
+        KeyRange, Record,
+        txn::{TxnError, TxnReply},
+    },
+    log::Batch,
+    machine::Machine,
+    session::{EndReason, Session},
+};
+
+/// The clocks, read by the driver at the start of each turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Now {
+    /// CLOCK_BOOTTIME in microseconds: goes on during suspend, is never set.
+    pub boot_us: u64,
+    /// The date, in milliseconds since 1970. For display only.
+    pub date_ms: u64,
+}
+
+/// How a replica takes part.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// This member.
+    pub node: NodeId,
+    /// A random number for this start of the process.
+    pub boot: u64,
+    /// From which election timeouts are drawn.
+    pub seed: u64,
+    /// Between two heartbeats of the leader, in milliseconds.
+    pub heartbeat_ms: u64,
+    /// Without a heartbeat for this long, and up to twice as long, a follower campaigns.
+    pub election_ms: u64,
+    /// This member's name, told to the others.
+    pub name: String,
+    /// Where clients reach this member, told to the others.
+    pub client_urls: Vec<String>,
+}
+
+/// What a turn takes in.
+#[derive(Debug)]
+pub enum Input<M: Machine> {
+    /// From another member. May be lost, doubled, late and out of order.
+    Peer {
+        /// The sender, as the transport has verified it.
+        from: NodeId,
+        /// What it says.
+        message: PeerMessage,
+    },
+    /// The connection to a member broke.
+    PeerLost {
+        /// Which member.
+        peer: NodeId,
+    },
+    /// A command of a client of this node.
+    Command {
+        /// Names the answer.
+        number: RequestNumber,
+        /// What to do.
+        body: command::Body,
+    },
+    /// A linearizable read for a client of this node.
+    Read {
+        /// Names the answer.
+        number: RequestNumber,
+        /// What to answer.
+        query: Query<M>,
+    },
+    /// A renewal of a client of this node.
+    Renew {
+        /// Names the answer.
+        number: RequestNumber,
+        /// Whom to renew.
+        session: SessionId,
+    },
+    /// Hand leadership over, if this node has it.
+    Resign,
+}
+
+/// A linearizable question.
+#[derive(Debug)]
+pub enum Query<M: Machine> {
+    /// Nothing but the confirmation.
+    Barrier,
+    /// A session, or why there is none.
+    Session(SessionId),
+    /// All live sessions.
+    Sessions,
+    /// Keys, now or at an earlier revision.
+    Range {
+        /// Which keys.
+        range: KeyRange,
+        /// As of when; `None` for now.
+        revision: Option<Revision>,
+        /// At most so many, from the first on.
+        limit: usize,
+    },
+    /// A question for the machine.
+    Machine(M::Query),
+}
+
+/// What a request led to.
+#[derive(Debug)]
+pub struct Answer<M: Machine> {
+    /// The revision of the keyspace when it was made.
+    pub revision: Revision,
+    /// The term then.
+    pub term: Term,
+    /// The result.
+    pub body: AnswerBody<M>,
+}
+
+/// See [`Answer`].
+#[derive(Debug)]
+pub enum AnswerBody<M: Machine> {
+    /// To `Query::Barrier`, and to commands that only succeed.
+    Done,
+    /// A session was opened.
+    SessionOpened {
+        /// Its id.
+        session: SessionId,
+        /// Its TTL, within the limits.
+        ttl_ms: u64,
+    },
+    /// A session was renewed.
+    Renewed {
+        /// How long it lives from when the renewal was sent, at least.
+        ttl_ms: u64,
+    },
+    /// The session named is not alive.
+    SessionEnded(EndReason),
+    /// To `Query::Session`: it lives, with this many keys.
+    Session {
+        /// The session.
+        session: Session,
+        /// How many keys are bound to it.
+        keys: usize,
+    },
+    /// To `Query::Sessions`: each with the number of its keys.
+    Sessions {
+        /// The newest log time, to tell ages.
+        log_time_ms: u64,
+        /// In order of id.
+        sessions: Vec<(SessionId, Session, usize)>,
+    },
+    /// To `Query::Range`.
+    Range(Vec<Record>),
+    /// Of a transaction.
+    Txn(Result<TxnReply, TxnError>),
+    /// Of a machine's command.
+    Machine(Result<M::Reply, M::Rejection>),
+    /// To `Query::Machine`.
+    Query(M::Answer),
+}
+
+/// Why this attempt has no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// This node does not lead and could not pass the request on. Certainly not
+    /// applied.
+    #[error("no leader to serve the request")]
+    NotLeader {
+        /// Who leads, as far as is known.
+        leader: Option<NodeId>,
+    },
+    /// A queue is full. Certainly not applied.
+    #[error("too many requests")]
+    Overloaded,
+    /// The leader, the connection to it or its term was lost meanwhile. It may
+    /// have been applied, or may yet be.
+    #[error("the outcome is unknown")]
+    OutcomeUnknown,
+    /// The node is stopping. Certainly not applied.
+    #[error("the server is stopping")]
+    ShuttingDown,
+}
+
+impl Failure {
+    /// Whether the request may have been, or may yet be, applied.
+    pub fn may_have_applied(self) -> bool {
+        matches!(self, Self::OutcomeUnknown)
+    }
+}
+
+/// Something a session is told.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event<E> {
+    /// Whom it concerns.
+    pub session: SessionId,
+    /// The revision of the change.
+    pub revision: Revision,
+    /// What happened.
+    pub body: EventBody<E>,
+}
+
+/// See [`Event`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum EventBody<E> {
+    /// The session ended.
+    SessionEnded(EndReason),
+    /// Of the machine.
+    Machine(E),
+}
+
+/// What leaves in the first half of a turn, before anything is synced.
+#[derive(Debug, Default)]
+pub struct Begun {
+    /// May be sent at once.
+    pub messages: Vec<(NodeId, PeerMessage)>,
+    /// Must be durable before `finish` is called.
+    pub batch: Option<Batch>,
+}
+
+/// What leaves in the second half of a turn.
+#[derive(Debug)]
+pub struct Finished<M: Machine> {
+    /// To be sent.
+    pub messages: Vec<(NodeId, PeerMessage)>,
+    /// To this node's clients.
+    pub answers: Vec<(RequestNumber, Result<Answer<M>, Failure>)>,
+    /// To sessions, in order; each node sees the same ones.
+    pub events: Vec<Event<M::Event>>,
+}
+
+impl<M: Machine> Default for Finished<M> {
+    fn default() -> Self {
+        Self {
+            messages: Vec::new(),
+            answers: Vec::new(),
+            events: Vec::new(),
+        }
+    }
+}
+
+/// What a node knows of itself and the cluster, for status, metrics, leader hints.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Status {
+    /// The current term.
+    pub term: Term,
+    /// Who leads, if known.
+    pub leader: Option<NodeId>,
+    /// What this node is.
+    pub role: Role,
+    /// Up to where entries are applied.
+    pub applied: Index,
+    /// Up to where entries are committed.
+    pub committed: Index,
+    /// The last entry of the log.
+    pub last: Index,
+    /// The newest revision.
+    pub revision: Revision,
+    /// Live sessions.
+    pub sessions: usize,
+    /// Live keys.
+    pub keys: usize,
+    /// Members that have served: id, name, client addresses.
+    pub members: Arc<Vec<(NodeId, String, Vec<String>)>>,
+}
+
+/// See [`Status::role`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// Its directory is new; it may not vote before enough others know it.
+    #[default]
+    Joining,
+    /// Follows a leader, or waits for one.
+    Follower,
+    /// Asks for votes.
+    Candidate,
+    /// Leads.
+    Leader,
+}
+
+/// A reason to stop this node for good.
+#[derive(Debug, thiserror::Error)]
+pub enum Fatal {
+    /// The disk failed, or holds what cannot be trusted.
+    #[error("storage: {0}")]
+    Storage(String),
+    /// Another directory is known under this member's id.
+    #[error(
+        "member {node} is known to the cluster with another data directory; \
+         restore that directory, or remove the member and add it again under a new id"
+    )]
+    Replaced {
+        /// This member.
+        node: NodeId,
+    },
+    /// The log holds what this version does not know in full.
+    #[error("entry {index} was written by a newer version: {what}")]
+    Unknown {
+        /// Where.
+        index: Index,
+        /// What was not understood.
+        what: String,
+    },
+}

@@ -1,0 +1,327 @@
+//! Commands on their way: proposed by the leader, passed on by everybody else.
+
+use std::mem;
+
+use conclave_proto::internal::{
+    Command, Entry, ExpireSessions, Forward, ForwardRefused, Origin, PublishMember, Stamp, command,
+    peer_message,
+};
+use prost::Message as _;
+
+use super::{Arrived, Failure, Pending, Replica, reads::Renewer, to};
+use crate::{
+    APPLY_VERSION,
+    ids::{NodeId, RequestNumber, SessionId},
+    limits,
+    machine::Machine,
+};
+
+impl<M: Machine> Replica<M> {
+    /// Sends commands and renewals of this turn where they belong.
+    pub(super) fn dispatch(&mut self) {
+        let arrived = mem::take(&mut self.arrived);
+        if self.leadership.is_some() {
+            self.lead(arrived);
+        } else {
+            let Arrived {
+                commands,
+                forwarded,
+                renewals,
+            } = arrived;
+            self.refuse_forwarded(forwarded);
+            match self.consensus.leader() {
+                Some(leader) if leader != self.config.node => {
+                    self.forward(leader, commands);
+                    self.forward_renewals(leader, renewals);
+                }
+                _ => self.refuse(commands, renewals),
+            }
+        }
+    }
+
+    fn lead(&mut self, arrived: Arrived) {
+        let mut commands = Vec::new();
+        for (number, body) in arrived.commands {
+            if self.admit(number, self.config.node) {
+                let origin = self.origin(number);
+                commands.push(Command {
+                    origin: Some(origin),
+                    body: Some(body),
+                });
+            }
+        }
+        for (from, forward) in arrived.forwarded {
+            self.take_forwarded(from, forward, &mut commands);
+        }
+        for (from, session) in arrived.renewals {
+            self.take_renewal(from, session);
+        }
+        self.propose_all(commands);
+        self.expire();
+        self.publish_self();
+        self.propose_due_timers();
+    }
+
+    fn take_forwarded(&mut self, from: NodeId, forward: Forward, accepted: &mut Vec<Command>) {
+        let Forward {
+            boot,
+            term,
+            commands,
+        } = forward;
+        if term != self.consensus.term() {
+            self.refuse_forwarded(vec![(
+                from,
+                Forward {
+                    boot,
+                    term,
+                    commands,
+                },
+            )]);
+            return;
+        }
+        let leadership = self
+            .leadership
+            .as_mut()
+            .expect("only a leader takes commands");
+        for command in commands {
+            if !may_be_forwarded::<M>(from, boot, &command) {
+                tracing::warn!(peer = %from, "dropped a malformed command");
+                continue;
+            }
+            let number = command.origin.as_ref().map(|origin| origin.number);
+            if number.is_none_or(|number| leadership.take(from, boot, number)) {
+                accepted.push(command);
+            }
+        }
+    }
+
+    /// Packs commands into entries and proposes them.
+    fn propose_all(&mut self, commands: Vec<Command>) {
+        let mut entry = Vec::new();
+        let mut bytes = 0;
+        for command in commands {
+            let size = command.encoded_len();
+            let full =
+                entry.len() == limits::ENTRY_COMMANDS_MAX || bytes + size > limits::ENTRY_BYTES_MAX;
+            if full && !entry.is_empty() {
+                self.propose(mem::take(&mut entry));
+                bytes = 0;
+            }
+            bytes += size;
+            entry.push(command);
+        }
+        if !entry.is_empty() {
+            self.propose(entry);
+        }
+    }
+
+    /// Proposes one entry; whether raft took it. If not, its commands are
+    /// refused.
+    pub(super) fn propose(&mut self, commands: Vec<Command>) -> bool {
+        self.clock.raise(self.state.system().log_time());
+        let stamp = Stamp {
+            log_time_ms: self.clock.log_time(),
+            date_ms: self.now.date_ms,
+        };
+        let entry = Entry {
+            stamp: Some(stamp),
+            commands,
+        };
+        if self.consensus.propose(entry.encode_to_vec()) {
+            return true;
+        }
+        for origin in entry
+            .commands
+            .into_iter()
+            .filter_map(|command| command.origin)
+        {
+            self.refuse_command(&origin);
+        }
+        false
+    }
+
+    fn expire(&mut self) {
+        let now_us = self.clock.micros();
+        let Some(leadership) = &mut self.leadership else {
+            return;
+        };
+        let Some(liveness) = &mut leadership.liveness else {
+            return;
+        };
+        let due = liveness.expire(now_us, limits::EXPIRIES_PER_COMMAND_MAX);
+        if due.is_empty() {
+            return;
+        }
+        let session_ids = due.iter().map(|id| id.0).collect();
+        let expire = ExpireSessions {
+            term: leadership.term,
+            session_ids,
+        };
+        let body = Some(command::Body::ExpireSessions(expire));
+        if !self.propose(vec![Command { origin: None, body }])
+            && let Some(leadership) = &mut self.leadership
+            && let Some(liveness) = &mut leadership.liveness
+        {
+            liveness.expiry_dropped(&due);
+        }
+    }
+
+    /// Proposes an entry for timers that are due; applying it fires them.
+    fn propose_due_timers(&mut self) {
+        let Some(leadership) = &self.leadership else {
+            return;
+        };
+        let under_way = leadership.timers_entry > self.state.applied();
+        if !under_way && self.state.has_due(self.clock.log_time()) && self.propose(Vec::new()) {
+            let entry = self.consensus.last_index();
+            if let Some(leadership) = &mut self.leadership {
+                leadership.timers_entry = entry;
+            }
+        }
+    }
+
+    /// Tells the cluster this member's name and addresses, until it knows.
+    fn publish_self(&mut self) {
+        if self.now.boot_us < self.next_publish_us || self.is_published() {
+            return;
+        }
+        self.next_publish_us = self.now.boot_us + 2 * self.election_us();
+        let member = PublishMember {
+            node: self.config.node.0,
+            name: self.config.name.clone(),
+            client_urls: self.config.client_urls.clone(),
+            apply_version: APPLY_VERSION,
+        };
+        let body = Some(command::Body::PublishMember(member));
+        let command = Command { origin: None, body };
+        match self.consensus.leader() {
+            _ if self.leadership.is_some() => {
+                self.propose(vec![command]);
+            }
+            Some(leader) => self.send_forward(leader, vec![command]),
+            None => {}
+        }
+    }
+
+    pub(super) fn is_published(&self) -> bool {
+        self.state
+            .system()
+            .members()
+            .get(&self.config.node)
+            .is_some_and(|member| {
+                member.name == self.config.name
+                    && member.client_urls == self.config.client_urls
+                    && member.apply_version == APPLY_VERSION
+            })
+    }
+
+    fn forward(&mut self, leader: NodeId, arrived: Vec<(RequestNumber, command::Body)>) {
+        let mut commands = Vec::new();
+        for (number, body) in arrived {
+            if self.admit(number, leader) {
+                let origin = self.origin(number);
+                commands.push(Command {
+                    origin: Some(origin),
+                    body: Some(body),
+                });
+            }
+        }
+        if !commands.is_empty() {
+            self.send_forward(leader, commands);
+        }
+        self.publish_self();
+    }
+
+    fn send_forward(&mut self, leader: NodeId, commands: Vec<Command>) {
+        let forward = Forward {
+            boot: self.config.boot,
+            term: self.consensus.term(),
+            commands,
+        };
+        self.outbox
+            .push(to(leader, peer_message::Message::Forward(forward)));
+    }
+
+    /// Nobody leads, as far as this node knows.
+    fn refuse(
+        &mut self,
+        commands: Vec<(RequestNumber, command::Body)>,
+        renewals: Vec<(Renewer, SessionId)>,
+    ) {
+        let failure = Failure::NotLeader { leader: None };
+        for (number, _) in commands {
+            self.fail(number, failure);
+        }
+        for (from, _) in renewals {
+            self.refuse_renewal(from);
+        }
+    }
+
+    fn refuse_forwarded(&mut self, forwarded: Vec<(NodeId, Forward)>) {
+        for (from, Forward { boot, commands, .. }) in forwarded {
+            let origins = commands.into_iter().filter_map(|command| command.origin);
+            let numbers: Vec<_> = origins.map(|origin| origin.number).collect();
+            if !numbers.is_empty() {
+                let refused = ForwardRefused { boot, numbers };
+                self.outbox
+                    .push(to(from, peer_message::Message::ForwardRefused(refused)));
+            }
+        }
+    }
+
+    /// A command that was taken and could not be proposed.
+    fn refuse_command(&mut self, origin: &Origin) {
+        if self.is_mine(origin) {
+            self.pending.remove(&origin.number);
+            self.fail(origin.number, Failure::Overloaded);
+        } else {
+            let refused = ForwardRefused {
+                boot: origin.boot,
+                numbers: vec![origin.number],
+            };
+            let message = peer_message::Message::ForwardRefused(refused);
+            self.outbox.push(to(NodeId(origin.node), message));
+        }
+    }
+
+    pub(super) fn receive_refusal(&mut self, refused: &ForwardRefused) {
+        if refused.boot != self.config.boot {
+            return;
+        }
+        let leader = self.consensus.leader();
+        for number in &refused.numbers {
+            if self.pending.remove(number).is_some() {
+                self.fail(*number, Failure::NotLeader { leader });
+            }
+        }
+    }
+
+    /// Notes a command as on its way; false if too many are.
+    fn admit(&mut self, number: RequestNumber, leader: NodeId) -> bool {
+        if self.pending.len() >= limits::PENDING_COMMANDS_MAX {
+            self.fail(number, Failure::Overloaded);
+            return false;
+        }
+        let deadline_us = self.request_deadline_us();
+        let under = (leader, self.consensus.term());
+        self.pending.insert(number, Pending { under, deadline_us });
+        true
+    }
+}
+
+/// What only a leader may propose, or what this version does not know, is not
+/// taken from another member: in the log it would stop every node.
+fn may_be_forwarded<M: Machine>(from: NodeId, boot: u64, command: &Command) -> bool {
+    let from_sender =
+        |origin: &Origin| NodeId(origin.node) == from && origin.boot == boot && origin.number > 0;
+    match &command.body {
+        Some(command::Body::PublishMember(member)) => member.node == from.0,
+        Some(
+            command::Body::OpenSession(_) | command::Body::CloseSession(_) | command::Body::Txn(_),
+        ) => command.origin.as_ref().is_some_and(from_sender),
+        Some(command::Body::Machine(bytes)) => {
+            command.origin.as_ref().is_some_and(from_sender) && M::decode(bytes.clone()).is_some()
+        }
+        Some(command::Body::ExpireSessions(_)) | None => false,
+    }
+}

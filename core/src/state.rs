@@ -1,0 +1,430 @@
+//! The replicated state, and the one way to change it: [`State::apply`].
+//!
+//! Apply does no I/O, reads no clock and cannot fail because of its
+//! surroundings. What a command may not do is a result like any other; an entry
+//! that this version does not understand stops the node.
+
+use bytes::Bytes;
+use conclave_proto::internal::{
+    Command, Entry, ExpireSessions, OpenSession, Origin, PublishMember, Stamp, Txn, command,
+};
+use prost::Message as _;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::{
+    ids::{Index, LogTime, NodeId, Revision, SessionId, Term},
+    keyspace::{Change, Keyspace, txn},
+    limits,
+    machine::{Cause, Context, Machine, Outcome, Place, Settled, Staged, View},
+    replica::{Answer, AnswerBody, Event, EventBody, Fatal},
+    session::{EndReason, Session, Sessions},
+    system::{PublishedMember, System},
+};
+
+/// Everything that is replicated.
+#[derive(Debug, PartialEq)]
+pub struct State<M: Machine> {
+    cluster: u64,
+    applied: Index,
+    digest: u64,
+    keyspace: Keyspace,
+    sessions: Sessions,
+    system: System,
+    machine: M,
+}
+
+/// What applying one entry led to.
+#[derive(Debug)]
+pub struct Applied<M: Machine> {
+    /// One for each command that names its origin, in order.
+    pub outcomes: Vec<(Origin, Outcome<Answer<M>>)>,
+    /// Requests that wait no longer.
+    pub resolved: Vec<Resolved<M>>,
+    /// What sessions are told, in order.
+    pub events: Vec<Event<M::Event>>,
+    /// Sessions that began or ended, in order.
+    pub lives: Vec<Life>,
+}
+
+/// The end of a wait.
+#[derive(Debug)]
+pub struct Resolved<M: Machine> {
+    /// Which place.
+    pub place: Place,
+    /// The revision of the change that ended it.
+    pub revision: Revision,
+    /// What came of it.
+    pub result: Result<M::Reply, M::Rejection>,
+}
+
+/// See [`Applied::lives`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// It was opened.
+    Opened {
+        /// Which.
+        session: SessionId,
+        /// How long it lives without a renewal.
+        ttl_ms: u64,
+    },
+    /// It ended.
+    Ended(SessionId),
+}
+
+impl<M: Machine> Default for Applied<M> {
+    fn default() -> Self {
+        Self {
+            outcomes: Vec::new(),
+            resolved: Vec::new(),
+            events: Vec::new(),
+            lives: Vec::new(),
+        }
+    }
+}
+
+impl<M: Machine> State<M> {
+    /// The state before the first entry.
+    pub fn new(cluster: u64) -> Self {
+        let keyspace = Keyspace::new();
+        Self {
+            cluster,
+            applied: 0,
+            digest: cluster,
+            machine: M::rebuild(&keyspace),
+            keyspace,
+            sessions: Sessions::default(),
+            system: System::default(),
+        }
+    }
+
+    /// Up to where entries are applied.
+    pub fn applied(&self) -> Index {
+        self.applied
+    }
+
+    /// A hash of the history: equal on all nodes that applied the same entries.
+    pub fn digest(&self) -> u64 {
+        self.digest
+    }
+
+    /// The keys.
+    pub fn keyspace(&self) -> &Keyspace {
+        &self.keyspace
+    }
+
+    /// The live sessions.
+    pub fn sessions(&self) -> &Sessions {
+        &self.sessions
+    }
+
+    /// The system table.
+    pub fn system(&self) -> &System {
+        &self.system
+    }
+
+    /// The index of the machine.
+    pub fn machine(&self) -> &M {
+        &self.machine
+    }
+
+    /// What queries see.
+    pub fn view(&self) -> View<'_> {
+        View {
+            keyspace: &self.keyspace,
+            sessions: &self.sessions,
+            system: &self.system,
+        }
+    }
+
+    /// Whether a timer is due at `now`.
+    pub fn has_due(&self, now: LogTime) -> bool {
+        self.machine.next_due().is_some_and(|due| due <= now)
+    }
+
+    /// Applies the entry at `index`, which must be the next one. An empty entry
+    /// changes nothing.
+    pub fn apply(&mut self, index: Index, term: Term, data: &Bytes) -> Result<Applied<M>, Fatal> {
+        assert_eq!(index, self.applied + 1, "entries are applied in order");
+        let mut applied = Applied::default();
+        if !data.is_empty() {
+            let entry = decode(index, data)?;
+            let Stamp {
+                log_time_ms,
+                date_ms,
+            } = entry.stamp.unwrap_or_default();
+            self.system.stamp(log_time_ms, date_ms);
+            self.fire_timers(&mut applied);
+            for command in entry.commands {
+                self.apply_command(index, term, command, &mut applied)?;
+            }
+        }
+        self.applied = index;
+        self.update_digest(term);
+        Ok(applied)
+    }
+
+    fn fire_timers(&mut self, applied: &mut Applied<M>) {
+        for _ in 0..limits::TIMERS_PER_ENTRY_MAX {
+            if !self.has_due(self.system.log_time()) {
+                break;
+            }
+            let mut context = self.context();
+            let note = self.machine.fire(&mut context);
+            let (writes, staged) = context.into_parts();
+            let changes = self.keyspace.keep(writes);
+            self.keep_staged(staged);
+            self.settle(&changes, Cause::Machine(&note), applied);
+        }
+    }
+
+    fn apply_command(
+        &mut self,
+        index: Index,
+        term: Term,
+        command: Command,
+        applied: &mut Applied<M>,
+    ) -> Result<(), Fatal> {
+        let unknown = |what: &str| Fatal::Unknown {
+            index,
+            what: what.to_owned(),
+        };
+        let body = command
+            .body
+            .ok_or_else(|| unknown("a command of an unknown kind"))?;
+        let outcome = match body {
+            command::Body::OpenSession(open) => Outcome::Done(self.open_session(open, applied)),
+            command::Body::CloseSession(close) => {
+                let id = SessionId(close.session_id);
+                Outcome::Done(self.close_session(id, applied))
+            }
+            command::Body::ExpireSessions(expire) => {
+                Outcome::Done(self.expire_sessions(&expire, term, applied))
+            }
+            command::Body::Txn(txn) => Outcome::Done(self.txn(txn, applied)),
+            command::Body::PublishMember(member) => Outcome::Done(self.publish_member(member)),
+            command::Body::Machine(bytes) => {
+                let command =
+                    M::decode(bytes).ok_or_else(|| unknown("an unknown command of the machine"))?;
+                self.execute(command, applied)
+            }
+        };
+        if let Some(origin) = command.origin {
+            let outcome = match outcome {
+                Outcome::Done(body) => Outcome::Done(self.answer(term, body)),
+                Outcome::Waiting(place) => Outcome::Waiting(place),
+            };
+            applied.outcomes.push((origin, outcome));
+        }
+        Ok(())
+    }
+
+    fn open_session(&mut self, open: OpenSession, applied: &mut Applied<M>) -> AnswerBody<M> {
+        let session = self.next_session_id();
+        let ttl_ms = open
+            .ttl_ms
+            .clamp(limits::SESSION_TTL_MS_MIN, limits::SESSION_TTL_MS_MAX);
+        let opened = Session {
+            ttl_ms,
+            name: open.name,
+            metadata: open.metadata.into_iter().collect(),
+            opened_revision: self.keyspace.revision(),
+            opened_at: self.system.log_time(),
+            requests: Default::default(),
+        };
+        self.sessions.insert(session, opened);
+        applied.lives.push(Life::Opened { session, ttl_ms });
+        AnswerBody::SessionOpened { session, ttl_ms }
+    }
+
+    /// Ids look random, so that one of another cluster is hardly ever one of
+    /// this, and are never given out twice.
+    fn next_session_id(&mut self) -> SessionId {
+        loop {
+            let count = self.system.count_session();
+            let hash = xxh3_64_with_seed(&count.to_be_bytes(), self.cluster);
+            let id = SessionId(hash.cast_signed() & i64::MAX);
+            if id.0 != 0
+                && self.sessions.get(id).is_none()
+                && self.system.end_reason(id) == EndReason::Unknown
+            {
+                return id;
+            }
+        }
+    }
+
+    fn close_session(&mut self, id: SessionId, applied: &mut Applied<M>) -> AnswerBody<M> {
+        if self.sessions.get(id).is_none() {
+            return AnswerBody::SessionEnded(self.system.end_reason(id));
+        }
+        self.end_session(id, EndReason::Closed, applied);
+        AnswerBody::Done
+    }
+
+    /// Only the leader decides on expiry, and only in its own term: the term of
+    /// the entry, which is the same on every node, unlike a node's current one.
+    fn expire_sessions(
+        &mut self,
+        expire: &ExpireSessions,
+        term: Term,
+        applied: &mut Applied<M>,
+    ) -> AnswerBody<M> {
+        if expire.term == term {
+            for id in expire.session_ids.iter().copied().map(SessionId) {
+                if self.sessions.get(id).is_some() {
+                    self.end_session(id, EndReason::Expired, applied);
+                }
+            }
+        }
+        AnswerBody::Done
+    }
+
+    fn end_session(&mut self, id: SessionId, reason: EndReason, applied: &mut Applied<M>) {
+        let mut overlay = self.keyspace.overlay();
+        let keys: Vec<Bytes> = self.keyspace.keys_of(id).cloned().collect();
+        for key in &keys {
+            overlay.delete(key);
+        }
+        let writes = overlay.into_writes();
+        let changes = self.keyspace.keep(writes);
+        self.sessions.remove(id);
+        self.system.record_end(id, reason);
+        self.settle(&changes, Cause::SessionEnded(reason), applied);
+        let revision = self.keyspace.revision();
+        applied.events.push(Event {
+            session: id,
+            revision,
+            body: EventBody::SessionEnded(reason),
+        });
+        applied.lives.push(Life::Ended(id));
+    }
+
+    fn txn(&mut self, txn: Txn, applied: &mut Applied<M>) -> AnswerBody<M> {
+        let mut overlay = self.keyspace.overlay();
+        match txn::execute(&mut overlay, &self.sessions, txn) {
+            Ok(reply) => {
+                let writes = overlay.into_writes();
+                let changes = self.keyspace.keep(writes);
+                self.settle(&changes, Cause::Txn, applied);
+                AnswerBody::Txn(Ok(reply))
+            }
+            Err(error) => AnswerBody::Txn(Err(error)),
+        }
+    }
+
+    fn publish_member(&mut self, member: PublishMember) -> AnswerBody<M> {
+        let PublishMember {
+            node,
+            name,
+            client_urls,
+            apply_version,
+        } = member;
+        self.system.publish(
+            NodeId(node),
+            PublishedMember {
+                name,
+                client_urls,
+                apply_version,
+            },
+        );
+        AnswerBody::Done
+    }
+
+    fn execute(&mut self, command: M::Command, applied: &mut Applied<M>) -> Outcome<AnswerBody<M>> {
+        let mut context = self.context();
+        match self.machine.execute(&mut context, command) {
+            Ok(executed) => {
+                let (writes, staged) = context.into_parts();
+                let changes = self.keyspace.keep(writes);
+                self.keep_staged(staged);
+                self.settle(&changes, Cause::Machine(&executed.note), applied);
+                match executed.outcome {
+                    Outcome::Done(reply) => Outcome::Done(AnswerBody::Machine(Ok(reply))),
+                    Outcome::Waiting(place) => Outcome::Waiting(place),
+                }
+            }
+            Err(rejection) => Outcome::Done(AnswerBody::Machine(Err(rejection))),
+        }
+    }
+
+    fn context(&self) -> Context<'_> {
+        Context::new(self.view())
+    }
+
+    fn keep_staged(&mut self, staged: Staged) {
+        if let Some((id, request)) = staged.acknowledged
+            && let Some(session) = self.sessions.get_mut(id)
+        {
+            session.requests.acknowledge(request);
+        }
+        if let Some((id, request)) = staged.cancelled
+            && let Some(session) = self.sessions.get_mut(id)
+        {
+            session.requests.cancel(request);
+        }
+        if let Some(record) = staged.forced {
+            self.system.record_forced(record);
+        }
+    }
+
+    fn settle(&mut self, changes: &[Change], cause: Cause<'_, M::Note>, applied: &mut Applied<M>) {
+        if changes.is_empty() {
+            return;
+        }
+        let Settled { resolved, events } = self.machine.settle(changes, cause);
+        let revision = self.keyspace.revision();
+        let resolved = resolved.into_iter();
+        applied
+            .resolved
+            .extend(resolved.map(|(place, result)| Resolved {
+                place,
+                revision,
+                result,
+            }));
+        applied
+            .events
+            .extend(events.into_iter().map(|(session, event)| Event {
+                session,
+                revision,
+                body: EventBody::Machine(event),
+            }));
+    }
+
+    fn answer(&self, term: Term, body: AnswerBody<M>) -> Answer<M> {
+        Answer {
+            revision: self.keyspace.revision(),
+            term,
+            body,
+        }
+    }
+
+    fn update_digest(&mut self, term: Term) {
+        let parts = [
+            self.applied,
+            term,
+            self.keyspace.digest(),
+            self.keyspace.revision(),
+            self.sessions.len() as u64,
+            self.system.log_time(),
+        ];
+        let mut bytes = [0; 48];
+        for (chunk, part) in bytes.chunks_exact_mut(8).zip(parts) {
+            chunk.copy_from_slice(&part.to_be_bytes());
+        }
+        self.digest = xxh3_64_with_seed(&bytes, self.digest);
+    }
+}
+
+/// Decodes an entry in full: what this version would drop on the way is unknown
+/// to it.
+fn decode(index: Index, data: &Bytes) -> Result<Entry, Fatal> {
+    let unknown = |what: &str| Fatal::Unknown {
+        index,
+        what: what.to_owned(),
+    };
+    let entry = Entry::decode(data.clone()).map_err(|_| unknown("it does not decode"))?;
+    if entry.encoded_len() == data.len() {
+        Ok(entry)
+    } else {
+        Err(unknown("it has unknown fields"))
+    }
+}

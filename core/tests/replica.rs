@@ -1,0 +1,710 @@
+//! Replicas in one process, without network, disk or clock: what a turn does,
+//! step by step. The machine is a register whose only command appends a letter.
+
+#![expect(clippy::unwrap_used, reason = "a test stops where something is missing")]
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+use conclave_core::{
+    ids::{LogTime, NodeId, RequestNumber, SessionId},
+    keyspace::{Change, Keyspace},
+    log::{Facts, HardState, Identity, LogEntry, Recovered},
+    machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
+    replica::{
+        Answer, AnswerBody, Config, EventBody, Failure, Fatal, Finished, Input, Now, Query,
+        Replica, Role,
+    },
+    session::EndReason,
+};
+use conclave_proto::internal::{
+    CloseSession, Hello, OpenSession, PeerMessage, command, peer_message,
+};
+
+/// Appends letters to the key `register`.
+#[derive(Debug, PartialEq)]
+struct Register;
+
+impl Machine for Register {
+    type Command = Bytes;
+    type Reply = Bytes;
+    type Rejection = &'static str;
+    type Note = ();
+    type Event = ();
+    type Query = ();
+    type Answer = Bytes;
+
+    fn rebuild(_: &Keyspace) -> Self {
+        Self
+    }
+
+    fn decode(bytes: Bytes) -> Option<Bytes> {
+        (bytes.len() == 1).then_some(bytes)
+    }
+
+    fn execute(
+        &self,
+        context: &mut Context<'_>,
+        letter: Bytes,
+    ) -> Result<Executed<Self>, &'static str> {
+        if letter == "!" {
+            return Err("not a letter");
+        }
+        let old = context
+            .overlay
+            .get(b"register")
+            .map_or(Bytes::new(), |r| r.value.clone());
+        let new = Bytes::from([&old[..], &letter[..]].concat());
+        context
+            .overlay
+            .put(Bytes::from_static(b"register"), new.clone(), None);
+        Ok(Executed {
+            outcome: Outcome::Done(new),
+            note: (),
+        })
+    }
+
+    fn next_due(&self) -> Option<LogTime> {
+        None
+    }
+
+    fn fire(&self, _: &mut Context<'_>) {}
+
+    fn settle(&mut self, _: &[Change], _: Cause<'_, ()>) -> Settled<Self> {
+        Settled::default()
+    }
+
+    fn query(&self, state: View<'_>, (): ()) -> Bytes {
+        state
+            .keyspace
+            .get(b"register")
+            .map_or(Bytes::new(), |r| r.value.clone())
+    }
+}
+
+type Outcomes = BTreeMap<RequestNumber, Result<AnswerBody<Register>, Failure>>;
+
+/// One member with its durable log and what its clients were told.
+struct Node {
+    replica: Replica<Register>,
+    log: Recovered,
+    inbox: VecDeque<Input<Register>>,
+    outcomes: Outcomes,
+    events: Vec<(SessionId, EventBody<()>)>,
+    fatal: Option<Fatal>,
+}
+
+/// Nodes 1 to n, with a common clock.
+struct Cluster {
+    nodes: BTreeMap<NodeId, Node>,
+    boot_us: u64,
+    /// Nobody hears these, and they hear nobody.
+    cut: Vec<NodeId>,
+    last_number: RequestNumber,
+}
+
+const HEARTBEAT_MS: u64 = 100;
+const ELECTION_MS: u64 = 500;
+
+fn fresh(node: NodeId, size: u64, incarnation: u64) -> Recovered {
+    Recovered {
+        identity: Identity {
+            cluster: 7,
+            node,
+            incarnation,
+        },
+        hard_state: HardState::default(),
+        facts: Facts {
+            voters: (1..=size).map(NodeId).collect(),
+            ..Facts::default()
+        },
+        entries: Vec::new(),
+    }
+}
+
+fn replica(log: &Recovered, boot: u64, boot_us: u64) -> Replica<Register> {
+    let config = Config {
+        node: log.identity.node,
+        boot,
+        seed: 1,
+        heartbeat_ms: HEARTBEAT_MS,
+        election_ms: ELECTION_MS,
+        name: format!("n{}", log.identity.node),
+        client_urls: vec![format!("http://n{}", log.identity.node)],
+    };
+    Replica::new(
+        config,
+        log.clone(),
+        Now {
+            boot_us,
+            date_ms: 0,
+        },
+    )
+}
+
+impl Cluster {
+    fn new(size: u64) -> Self {
+        let nodes = (1..=size).map(NodeId).map(|id| {
+            let log = fresh(id, size, 100 + id.0);
+            (id, Node::new(log, 1, 0))
+        });
+        Self {
+            nodes: nodes.collect(),
+            boot_us: 0,
+            cut: Vec::new(),
+            last_number: 0,
+        }
+    }
+
+    /// A cluster that has a leader which has committed in its term.
+    fn ready(size: u64) -> Self {
+        let mut cluster = Self::new(size);
+        cluster.run_ms(3_000);
+        cluster.leader();
+        cluster
+    }
+
+    fn leader(&self) -> NodeId {
+        let leads = |node: &&NodeId| {
+            !self.cut.contains(node) && self.nodes[*node].replica.status().role == Role::Leader
+        };
+        *self.nodes.keys().find(leads).expect("a leader")
+    }
+
+    fn follower(&self) -> NodeId {
+        let leader = self.leader();
+        *self
+            .nodes
+            .keys()
+            .find(|id| **id != leader && !self.cut.contains(id))
+            .unwrap()
+    }
+
+    fn run_ms(&mut self, ms: u64) {
+        for _ in 0..ms / 10 {
+            self.boot_us += 10_000;
+            self.settle();
+        }
+    }
+
+    /// Turns until nothing moves at this instant.
+    fn settle(&mut self) {
+        for _ in 0..1_000 {
+            let mut moved = false;
+            for id in self.nodes.keys().copied().collect::<Vec<_>>() {
+                moved |= self.turn(id);
+            }
+            if !moved {
+                return;
+            }
+        }
+        panic!("the cluster does not come to rest");
+    }
+
+    fn turn(&mut self, id: NodeId) -> bool {
+        let now = Now {
+            boot_us: self.boot_us,
+            date_ms: 0,
+        };
+        let node = self.nodes.get_mut(&id).unwrap();
+        let due = node.replica.next_turn_us() <= self.boot_us;
+        if node.fatal.is_some() || (node.inbox.is_empty() && !due) {
+            return false;
+        }
+        match node.turn(now) {
+            Ok(messages) => self.deliver(id, messages),
+            Err(fatal) => self.nodes.get_mut(&id).unwrap().fatal = Some(fatal),
+        }
+        true
+    }
+
+    fn deliver(&mut self, from: NodeId, messages: Vec<(NodeId, PeerMessage)>) {
+        for (to, message) in messages {
+            if !self.cut.contains(&from) && !self.cut.contains(&to) {
+                self.input(to, Input::Peer { from, message });
+            }
+        }
+    }
+
+    fn input(&mut self, node: NodeId, input: Input<Register>) {
+        self.nodes.get_mut(&node).unwrap().inbox.push_back(input);
+    }
+
+    fn send(&mut self, node: NodeId, body: command::Body) -> RequestNumber {
+        self.last_number += 1;
+        self.input(
+            node,
+            Input::Command {
+                number: self.last_number,
+                body,
+            },
+        );
+        self.last_number
+    }
+
+    fn append(&mut self, node: NodeId, letter: &'static str) -> RequestNumber {
+        self.send(
+            node,
+            command::Body::Machine(Bytes::from_static(letter.as_bytes())),
+        )
+    }
+
+    fn read(&mut self, node: NodeId) -> RequestNumber {
+        self.last_number += 1;
+        self.input(
+            node,
+            Input::Read {
+                number: self.last_number,
+                query: Query::Machine(()),
+            },
+        );
+        self.last_number
+    }
+
+    fn renew(&mut self, node: NodeId, session: SessionId) -> RequestNumber {
+        self.last_number += 1;
+        self.input(
+            node,
+            Input::Renew {
+                number: self.last_number,
+                session,
+            },
+        );
+        self.last_number
+    }
+
+    fn outcome(&mut self, node: NodeId, number: RequestNumber) -> String {
+        let outcome = self.nodes.get_mut(&node).unwrap().outcomes.remove(&number);
+        outcome.map_or("none".to_owned(), |outcome| format!("{outcome:?}"))
+    }
+
+    fn open(&mut self, node: NodeId, ttl_ms: u64) -> SessionId {
+        let open = OpenSession {
+            ttl_ms,
+            ..OpenSession::default()
+        };
+        let number = self.send(node, command::Body::OpenSession(open));
+        self.settle();
+        match self.nodes.get_mut(&node).unwrap().outcomes.remove(&number) {
+            Some(Ok(AnswerBody::SessionOpened { session, .. })) => session,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The process of a node dies and starts again over its log.
+    fn restart(&mut self, id: NodeId, boot: u64) {
+        let log = self.nodes[&id].log.clone();
+        self.nodes.insert(id, Node::new(log, boot, self.boot_us));
+    }
+
+    fn assert_equal_states(&self) {
+        let digests: Vec<_> = self
+            .nodes
+            .values()
+            .map(|node| {
+                (
+                    node.replica.state().applied(),
+                    node.replica.state().digest(),
+                )
+            })
+            .collect();
+        assert!(
+            digests.windows(2).all(|pair| pair[0] == pair[1]),
+            "{digests:?}"
+        );
+    }
+}
+
+impl Node {
+    fn new(log: Recovered, boot: u64, boot_us: u64) -> Self {
+        Self {
+            replica: replica(&log, boot, boot_us),
+            log,
+            inbox: VecDeque::new(),
+            outcomes: BTreeMap::new(),
+            events: Vec::new(),
+            fatal: None,
+        }
+    }
+
+    fn turn(&mut self, now: Now) -> Result<Vec<(NodeId, PeerMessage)>, Fatal> {
+        let begun = self.replica.begin(now, self.inbox.drain(..))?;
+        if let Some(batch) = begun.batch {
+            self.log.hard_state = batch.hard_state.unwrap_or(self.log.hard_state);
+            if let Some(facts) = batch.facts {
+                self.log.facts = facts;
+            }
+            for entry in batch.entries {
+                self.log
+                    .entries
+                    .truncate(usize::try_from(entry.index).unwrap() - 1);
+                self.log.entries.push(entry);
+            }
+        }
+        let Finished {
+            messages,
+            answers,
+            events,
+        } = self.replica.finish()?;
+        for (number, answer) in answers {
+            let before = self
+                .outcomes
+                .insert(number, answer.map(|Answer { body, .. }| body));
+            assert!(before.is_none(), "request {number} is answered twice");
+        }
+        self.events
+            .extend(events.into_iter().map(|event| (event.session, event.body)));
+        Ok([begun.messages, messages].concat())
+    }
+}
+
+#[test]
+fn a_sole_member_serves_at_once() {
+    let mut cluster = Cluster::new(1);
+    cluster.run_ms(200);
+    let number = cluster.append(NodeId(1), "a");
+    cluster.settle();
+    assert_eq!(
+        cluster.outcome(NodeId(1), number),
+        r#"Ok(Machine(Ok(b"a")))"#
+    );
+}
+
+#[test]
+fn three_members_elect_a_leader_and_agree() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let first = cluster.append(leader, "a");
+    cluster.settle();
+    let second = cluster.append(follower, "b");
+    let third = cluster.append(follower, "!");
+    cluster.settle();
+    assert_eq!(cluster.outcome(leader, first), r#"Ok(Machine(Ok(b"a")))"#);
+    assert_eq!(
+        cluster.outcome(follower, second),
+        r#"Ok(Machine(Ok(b"ab")))"#
+    );
+    assert_eq!(
+        cluster.outcome(follower, third),
+        r#"Ok(Machine(Err("not a letter")))"#
+    );
+    cluster.run_ms(300);
+    cluster.assert_equal_states();
+    let status = cluster.nodes[&follower].replica.status();
+    assert_eq!(status.leader, Some(leader));
+    assert_eq!(status.members.len(), 3, "all have published themselves");
+}
+
+#[test]
+fn a_read_on_any_member_sees_what_was_acknowledged() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    cluster.append(leader, "a");
+    cluster.settle();
+    for node in [leader, follower] {
+        let number = cluster.read(node);
+        cluster.settle();
+        assert_eq!(cluster.outcome(node, number), r#"Ok(Query(b"a"))"#);
+    }
+}
+
+#[test]
+fn a_leader_cut_off_answers_no_reads_and_does_not_know_what_became_of_writes() {
+    let mut cluster = Cluster::ready(3);
+    let old = cluster.leader();
+    cluster.cut.push(old);
+    let (write, read) = (cluster.append(old, "x"), cluster.read(old));
+    cluster.run_ms(4_000);
+    assert_eq!(cluster.outcome(old, write), "Err(OutcomeUnknown)");
+    assert_eq!(
+        cluster.outcome(old, read),
+        "Err(NotLeader { leader: None })"
+    );
+    let new = cluster.leader();
+    let number = cluster.append(new, "b");
+    cluster.settle();
+    assert_eq!(cluster.outcome(new, number), r#"Ok(Machine(Ok(b"b")))"#);
+    cluster.cut.clear();
+    cluster.run_ms(2_000);
+    cluster.assert_equal_states();
+}
+
+#[test]
+fn without_a_leader_a_command_is_refused_as_certainly_not_applied() {
+    let mut cluster = Cluster::new(3);
+    let number = cluster.append(NodeId(1), "a");
+    cluster.settle();
+    assert_eq!(
+        cluster.outcome(NodeId(1), number),
+        "Err(NotLeader { leader: None })"
+    );
+}
+
+#[test]
+fn everything_acknowledged_survives_a_restart_of_all() {
+    let mut cluster = Cluster::ready(3);
+    let leader = cluster.leader();
+    cluster.append(leader, "a");
+    let session = cluster.open(leader, 60_000);
+    for id in 1..=3 {
+        cluster.restart(NodeId(id), 2);
+    }
+    cluster.run_ms(3_000);
+    let node = cluster.follower();
+    let number = cluster.read(node);
+    cluster.settle();
+    assert_eq!(cluster.outcome(node, number), r#"Ok(Query(b"a"))"#);
+    assert!(
+        cluster.nodes[&node]
+            .replica
+            .state()
+            .sessions()
+            .get(session)
+            .is_some()
+    );
+}
+
+#[test]
+fn a_session_lives_by_renewals_on_any_member_and_expires_without() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let session = cluster.open(follower, 1_000);
+    for node in [leader, follower, leader, follower] {
+        cluster.run_ms(700);
+        let number = cluster.renew(node, session);
+        cluster.settle();
+        assert_eq!(
+            cluster.outcome(node, number),
+            "Ok(Renewed { ttl_ms: 1000 })"
+        );
+    }
+    cluster.run_ms(1_200);
+    assert!(cluster.nodes[&leader].replica.state().sessions().is_empty());
+    let expired = (session, EventBody::SessionEnded(EndReason::Expired));
+    assert_eq!(cluster.nodes[&follower].events, [expired]);
+    let number = cluster.renew(follower, session);
+    cluster.settle();
+    assert_eq!(
+        cluster.outcome(follower, number),
+        "Ok(SessionEnded(Expired))"
+    );
+}
+
+#[test]
+fn a_renewal_on_a_leader_cut_off_is_not_acknowledged() {
+    let mut cluster = Cluster::ready(3);
+    let old = cluster.leader();
+    let session = cluster.open(old, 60_000);
+    cluster.cut.push(old);
+    let number = cluster.renew(old, session);
+    cluster.run_ms(2_000);
+    assert_eq!(
+        cluster.outcome(old, number),
+        "Err(NotLeader { leader: None })"
+    );
+}
+
+#[test]
+fn a_new_leader_gives_every_session_its_full_ttl() {
+    let mut cluster = Cluster::ready(3);
+    let old = cluster.leader();
+    let session = cluster.open(old, 2_000);
+    cluster.run_ms(1_500);
+    cluster.cut.push(old);
+    cluster.run_ms(1_500);
+    let new = cluster.leader();
+    assert!(
+        cluster.nodes[&new]
+            .replica
+            .state()
+            .sessions()
+            .get(session)
+            .is_some()
+    );
+    cluster.run_ms(2_500);
+    assert!(
+        cluster.nodes[&new]
+            .replica
+            .state()
+            .sessions()
+            .get(session)
+            .is_none()
+    );
+}
+
+#[test]
+fn a_stall_of_the_leader_expires_nobody() {
+    let mut cluster = Cluster::ready(1);
+    let session = cluster.open(NodeId(1), 2_000);
+    cluster.boot_us += 60_000_000;
+    cluster.settle();
+    assert!(
+        cluster.nodes[&NodeId(1)]
+            .replica
+            .state()
+            .sessions()
+            .get(session)
+            .is_some()
+    );
+    cluster.run_ms(2_000);
+    assert!(
+        cluster.nodes[&NodeId(1)]
+            .replica
+            .state()
+            .sessions()
+            .get(session)
+            .is_none()
+    );
+}
+
+#[test]
+fn closing_an_ended_session_says_how_it_ended() {
+    let mut cluster = Cluster::ready(1);
+    let session = cluster.open(NodeId(1), 2_000);
+    let close = command::Body::CloseSession(CloseSession {
+        session_id: session.0,
+    });
+    let (first, second) = (
+        cluster.send(NodeId(1), close.clone()),
+        cluster.send(NodeId(1), close),
+    );
+    cluster.settle();
+    assert_eq!(cluster.outcome(NodeId(1), first), "Ok(Done)");
+    assert_eq!(
+        cluster.outcome(NodeId(1), second),
+        "Ok(SessionEnded(Closed))"
+    );
+}
+
+#[test]
+fn a_leader_that_resigns_hands_over_without_an_election_timeout() {
+    let mut cluster = Cluster::ready(3);
+    let old = cluster.leader();
+    cluster.input(old, Input::Resign);
+    cluster.run_ms(100);
+    assert_ne!(cluster.leader(), old);
+}
+
+#[test]
+fn a_new_cluster_waits_for_all_three_once() {
+    let mut cluster = Cluster::new(3);
+    cluster.cut.push(NodeId(3));
+    cluster.run_ms(3_000);
+    assert_eq!(
+        cluster.nodes[&NodeId(1)].replica.status().role,
+        Role::Joining
+    );
+    cluster.cut.clear();
+    cluster.run_ms(3_000);
+    cluster.cut.push(cluster.follower());
+    let leader = cluster.leader();
+    let number = cluster.append(leader, "a");
+    cluster.settle();
+    assert_eq!(cluster.outcome(leader, number), r#"Ok(Machine(Ok(b"a")))"#);
+}
+
+#[test]
+fn an_emptied_directory_under_a_known_id_is_refused() {
+    let mut cluster = Cluster::ready(3);
+    let victim = cluster.follower();
+    let emptied = fresh(victim, 3, 999);
+    cluster
+        .nodes
+        .insert(victim, Node::new(emptied, 2, cluster.boot_us));
+    cluster.run_ms(500);
+    let fatal = cluster.nodes[&victim]
+        .fatal
+        .as_ref()
+        .map(ToString::to_string);
+    assert!(fatal.expect("it stops").contains("another data directory"));
+    assert_eq!(
+        cluster.nodes[&victim].log.hard_state,
+        HardState::default(),
+        "it never voted"
+    );
+}
+
+#[test]
+fn malformed_messages_of_peers_change_nothing() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let raft = |bytes: &'static [u8]| peer_message::Message::Raft(Bytes::from_static(bytes));
+    let messages = [
+        None,
+        Some(raft(b"")),
+        Some(raft(b"garbage")),
+        // MsgPropose without entries; it names no sender.
+        Some(raft(&[0x08, 0x02])),
+        Some(peer_message::Message::Hello(Hello { incarnation: 0 })),
+        Some(peer_message::Message::Hello(Hello { incarnation: 5 })),
+        Some(peer_message::Message::Forward(forward_of_unknown_command(
+            follower,
+        ))),
+    ];
+    for message in messages {
+        let message = PeerMessage { message };
+        cluster.input(
+            leader,
+            Input::Peer {
+                from: follower,
+                message: message.clone(),
+            },
+        );
+        cluster.input(
+            leader,
+            Input::Peer {
+                from: NodeId(99),
+                message,
+            },
+        );
+    }
+    cluster.run_ms(100);
+    let number = cluster.append(leader, "a");
+    cluster.settle();
+    assert_eq!(cluster.outcome(leader, number), r#"Ok(Machine(Ok(b"a")))"#);
+}
+
+fn forward_of_unknown_command(from: NodeId) -> conclave_proto::internal::Forward {
+    let origin = conclave_proto::internal::Origin {
+        node: from.0,
+        boot: 1,
+        number: 1_000,
+    };
+    let body = Some(command::Body::Machine(Bytes::from_static(b"two letters")));
+    conclave_proto::internal::Forward {
+        boot: 1,
+        term: 1,
+        commands: vec![conclave_proto::internal::Command {
+            origin: Some(origin),
+            body,
+        }],
+    }
+}
+
+#[test]
+fn an_entry_of_a_newer_version_stops_the_node() {
+    let mut log = fresh(NodeId(1), 1, 100);
+    log.facts.admitted = true;
+    log.hard_state = HardState {
+        term: 1,
+        vote: 1,
+        commit: 1,
+    };
+    // Field 15 of an entry is unknown to this version.
+    let data = Bytes::from_static(&[0x7a, 0x00]);
+    let kind = conclave_core::log::EntryKind::Normal;
+    log.entries = vec![LogEntry {
+        index: 1,
+        term: 1,
+        kind,
+        data,
+    }];
+    let mut cluster = Cluster::new(1);
+    cluster.nodes.insert(NodeId(1), Node::new(log, 2, 0));
+    cluster.run_ms(100);
+    let fatal = cluster.nodes[&NodeId(1)]
+        .fatal
+        .as_ref()
+        .map(ToString::to_string);
+    assert!(fatal.expect("it stops").contains("newer version"));
+}

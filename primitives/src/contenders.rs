@@ -1,0 +1,221 @@
+//! Who contends for what, in order: the index over the contenders of all names.
+//!
+//! One rule says who holds: the live key with the lowest (create revision, key)
+//! among the contenders of a name. Keys are the truth and this is derived from
+//! them. Every change of keys passes through [`Contenders::update`], whoever made
+//! it, and [`Contenders::rebuild`] makes the same from the keys alone.
+//!
+//! All names share one ordered map, so that a name costs nothing but its
+//! contenders, and an operation costs O(log n) in the number of all contenders.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Bound,
+};
+
+use bytes::Bytes;
+use conclave_core::{
+    ids::{LogTime, Revision, SessionId},
+    keyspace::{Change, KeyRange, Keyspace, Record},
+};
+use conclave_proto::internal::LockContender;
+use prost::Message as _;
+
+use crate::name;
+
+/// A place in a queue. The order of these fields is the rule: tickets of one name
+/// follow each other, the holder first.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Ticket {
+    /// The name contended for; shares the memory of the key.
+    pub(crate) lock: Bytes,
+    /// The token, once it holds.
+    pub(crate) create_revision: Revision,
+    /// The contender's key.
+    pub(crate) key: Bytes,
+}
+
+/// The index. See the module.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Contenders {
+    /// Every contender, with the end of its wait if it has one.
+    tickets: BTreeMap<Ticket, Option<LogTime>>,
+    /// The waits that end. A holder waits no more and is not here.
+    timers: BTreeSet<(LogTime, Ticket)>,
+}
+
+/// What a command changed.
+#[derive(Debug, Default)]
+pub(crate) struct Shift {
+    /// Contenders that were there before the command and are no more, in the order
+    /// in which they went.
+    pub(crate) gone: Vec<Gone>,
+    /// Who holds now and did not before, in order of name.
+    pub(crate) granted: Vec<Ticket>,
+}
+
+/// A contender that is no more.
+#[derive(Debug)]
+pub(crate) struct Gone {
+    pub(crate) ticket: Ticket,
+    /// Whether it held; else it waited.
+    pub(crate) held: bool,
+    /// The session that its key was bound to.
+    pub(crate) session: Option<SessionId>,
+}
+
+impl Ticket {
+    fn of(record: &Record) -> Option<Self> {
+        let lock = name::lock_of(&record.key)?;
+        Some(Self {
+            lock,
+            create_revision: record.create_revision,
+            key: record.key.clone(),
+        })
+    }
+
+    /// Before every ticket of a name.
+    fn before(lock: Bytes) -> Self {
+        Self {
+            lock,
+            create_revision: Revision::MIN,
+            key: Bytes::new(),
+        }
+    }
+
+    /// Behind every ticket of a name, since no key has this revision.
+    fn behind(lock: Bytes) -> Self {
+        Self {
+            lock,
+            create_revision: Revision::MAX,
+            key: Bytes::new(),
+        }
+    }
+
+    /// The name contended for.
+    pub(crate) fn lock_name(&self) -> String {
+        String::from_utf8_lossy(&self.lock).into_owned()
+    }
+}
+
+impl Contenders {
+    /// The index for these keys.
+    pub(crate) fn rebuild(keyspace: &Keyspace) -> Self {
+        let mut contenders = Self::default();
+        for record in keyspace.range(&KeyRange::prefix(b""), None) {
+            contenders.insert(record);
+        }
+        let mut next = contenders.holders_after(Bytes::new()).next().cloned();
+        while let Some(holder) = next {
+            contenders.stop_timer(&holder);
+            next = contenders.holders_after(holder.lock).next().cloned();
+        }
+        contenders
+    }
+
+    /// Takes note of what one command changed. Who holds is settled once, at the
+    /// end: one who was first only in between never held.
+    pub(crate) fn update(&mut self, changes: &[Change]) -> Shift {
+        let mut shift = Shift::default();
+        let mut holders = BTreeMap::<Bytes, Option<Ticket>>::new();
+        for change in changes {
+            let Some(lock) = name::lock_of(&change.key) else {
+                continue;
+            };
+            let holder = holders
+                .entry(lock)
+                .or_insert_with_key(|lock| self.holder(lock).cloned());
+            let removed = change
+                .before
+                .as_ref()
+                .and_then(|record| self.remove(record));
+            let inserted = change.after.as_ref().and_then(|record| self.insert(record));
+            if let Some(ticket) = removed
+                && inserted.as_ref() != Some(&ticket)
+                && ticket.create_revision < change.revision
+            {
+                let session = change.before.as_ref().and_then(|record| record.lease);
+                shift.gone.push(Gone {
+                    held: holder.as_ref() == Some(&ticket),
+                    ticket,
+                    session,
+                });
+            }
+        }
+        for (lock, before) in holders {
+            let Some(holder) = self.holder(&lock).cloned() else {
+                continue;
+            };
+            self.stop_timer(&holder);
+            if before.as_ref() != Some(&holder) {
+                shift.granted.push(holder);
+            }
+        }
+        shift
+    }
+
+    /// Who holds this.
+    pub(crate) fn holder(&self, lock: &Bytes) -> Option<&Ticket> {
+        self.queue(lock).next()
+    }
+
+    /// Everyone who contends for this, the holder first.
+    pub(crate) fn queue(&self, lock: &Bytes) -> impl Iterator<Item = &Ticket> {
+        let range = Ticket::before(lock.clone())..Ticket::behind(lock.clone());
+        self.tickets.range(range).map(|(ticket, _)| ticket)
+    }
+
+    /// The holders of everything behind this name, in order of name. A step costs
+    /// O(log n), whoever waits.
+    pub(crate) fn holders_after(&self, lock: Bytes) -> impl Iterator<Item = &Ticket> {
+        let mut behind = Ticket::behind(lock);
+        std::iter::from_fn(move || {
+            let range = (Bound::Excluded(&behind), Bound::Unbounded);
+            let (holder, _) = self.tickets.range(range).next()?;
+            behind = Ticket::behind(holder.lock.clone());
+            Some(holder)
+        })
+    }
+
+    /// The wait that ends first, and when.
+    pub(crate) fn first_timer(&self) -> Option<&(LogTime, Ticket)> {
+        self.timers.first()
+    }
+
+    fn insert(&mut self, record: &Record) -> Option<Ticket> {
+        let ticket = Ticket::of(record)?;
+        let wait_until = native(record)
+            .map(|value| value.wait_until_ms)
+            .filter(|end| *end != 0);
+        if let Some(end) = wait_until {
+            self.timers.insert((end, ticket.clone()));
+        }
+        self.tickets.insert(ticket.clone(), wait_until);
+        Some(ticket)
+    }
+
+    fn remove(&mut self, record: &Record) -> Option<Ticket> {
+        let ticket = Ticket::of(record)?;
+        self.stop_timer(&ticket);
+        self.tickets.remove(&ticket);
+        Some(ticket)
+    }
+
+    fn stop_timer(&mut self, ticket: &Ticket) {
+        if let Some(Some(end)) = self.tickets.get(ticket) {
+            self.timers.remove(&(*end, ticket.clone()));
+        }
+    }
+}
+
+/// What a contender of this API wrote as its value. `None` for everyone else: a
+/// key that is not named after the session it is bound to, or a value of another
+/// kind, is a plain contender that waits without limit.
+pub(crate) fn native(record: &Record) -> Option<LockContender> {
+    let session = record.lease?;
+    if record.value.is_empty() || !name::is_of(&record.key, session) {
+        return None;
+    }
+    let value = LockContender::decode(record.value.clone()).ok()?;
+    (value.encoded_len() == record.value.len()).then_some(value)
+}

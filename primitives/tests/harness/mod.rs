@@ -1,0 +1,109 @@
+//! The machine under test as core runs it: one state, one command an entry.
+
+use bytes::Bytes;
+use conclave_core::{
+    ids::{LogTime, SessionId},
+    machine::{Machine as _, Outcome},
+    replica::{Answer, AnswerBody},
+    state::{Applied, State},
+};
+use conclave_primitives::Primitives;
+use conclave_proto::internal::{
+    CloseSession, Command, Entry, ExpireSessions, OpenSession, Origin, Stamp, command,
+};
+use prost::Message as _;
+
+const TERM: u64 = 1;
+
+/// Applies commands; after each one the index must equal the one made from the
+/// keys alone.
+pub(crate) struct Driver {
+    pub(crate) state: State<Primitives>,
+    pub(crate) now: LogTime,
+}
+
+/// What one command led to.
+pub(crate) struct Step {
+    pub(crate) outcome: Outcome<Answer<Primitives>>,
+    pub(crate) applied: Applied<Primitives>,
+}
+
+impl Driver {
+    pub(crate) fn new() -> Self {
+        Self {
+            state: State::new(1),
+            now: 0,
+        }
+    }
+
+    pub(crate) fn run(&mut self, body: command::Body) -> Step {
+        let origin = Origin {
+            node: 1,
+            boot: 1,
+            number: self.state.applied(),
+        };
+        let command = Command {
+            origin: Some(origin),
+            body: Some(body),
+        };
+        let mut applied = self.apply(vec![command]);
+        let (_, outcome) = applied.outcomes.pop().expect("each command has an outcome");
+        Step { outcome, applied }
+    }
+
+    /// Lets log time pass.
+    pub(crate) fn pass(&mut self, ms: u64) -> Applied<Primitives> {
+        self.now += ms;
+        self.apply(Vec::new())
+    }
+
+    pub(crate) fn open(&mut self, name: &str) -> SessionId {
+        let open = OpenSession {
+            ttl_ms: 10_000,
+            name: name.to_owned(),
+            ..OpenSession::default()
+        };
+        match self.run(command::Body::OpenSession(open)).outcome {
+            Outcome::Done(Answer {
+                body: AnswerBody::SessionOpened { session, .. },
+                ..
+            }) => session,
+            other => panic!("opening a session gave {other:?}"),
+        }
+    }
+
+    pub(crate) fn close(&mut self, session: SessionId) -> Step {
+        self.run(command::Body::CloseSession(CloseSession {
+            session_id: session.0,
+        }))
+    }
+
+    pub(crate) fn expire(&mut self, session: SessionId) -> Step {
+        self.run(command::Body::ExpireSessions(ExpireSessions {
+            term: TERM,
+            session_ids: vec![session.0],
+        }))
+    }
+
+    fn apply(&mut self, commands: Vec<Command>) -> Applied<Primitives> {
+        let stamp = Stamp {
+            log_time_ms: self.now,
+            date_ms: 0,
+        };
+        let entry = Entry {
+            stamp: Some(stamp),
+            commands,
+        };
+        let data = Bytes::from(entry.encode_to_vec());
+        let applied = self
+            .state
+            .apply(self.state.applied() + 1, TERM, &data)
+            .expect("this version knows all of its own commands");
+        assert_eq!(
+            *self.state.machine(),
+            Primitives::rebuild(self.state.keyspace()),
+            "the index must follow from the keys alone"
+        );
+        applied
+    }
+}

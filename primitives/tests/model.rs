@@ -1,0 +1,848 @@
+//! The mutex against a naive model: a list of contenders, searched from end to end
+//! for every question, whose states before and after a command are compared.
+//!
+//! Beside what the model says, each step checks what a mutex promises: whoever is
+//! first in a queue has been told so, and the grants of one lock grow. The harness
+//! checks that the index follows from the keys alone.
+
+mod harness;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use conclave_core::{
+    ids::{Revision, SessionId},
+    machine::{Machine as _, Outcome},
+    replica::{AnswerBody, EventBody},
+    session::EndReason,
+    state::Applied,
+    system::ForcedRelease,
+};
+use conclave_primitives::{
+    Answer, Contender, Event, LockInfo, LossReason, Primitives, Query, Rejection, Reply, command,
+    name::lock_of,
+};
+use conclave_proto::internal::{
+    DeleteRange, LockAcquire, LockCancel, LockContender, LockForceRelease, LockRelease, Operation,
+    Put, Txn, command::Body, operation::Operation as Kind, primitive_command::Command,
+};
+use harness::{Driver, Step};
+use proptest::prelude::*;
+use prost::Message as _;
+
+const SESSIONS: usize = 4;
+const LOCKS: [&str; 3] = ["a", "a/b", "c"];
+/// Each as it is in a request and in a key.
+const OWNERS: [(&str, &str); 2] = [("", ""), ("o/1", ":o%2F1")];
+/// Contenders without a session in their name, and keys that contend for nothing.
+const OTHER_KEYS: [&str; 5] = ["a/etcd", "a/b/x", "c/", "plain", "_conclave/a/1"];
+const REASON: &str = "because";
+
+/// Who contends for what, by number.
+#[derive(Clone, Copy, Debug)]
+struct Who {
+    session: usize,
+    lock: usize,
+    owner: usize,
+}
+
+#[derive(Clone, Debug)]
+enum Action {
+    Acquire {
+        who: Who,
+        request: u64,
+        acknowledged: u64,
+        wait_ms: Option<u64>,
+    },
+    /// With the token of the contender's key, or one that is off.
+    Release {
+        who: Who,
+        off: u64,
+    },
+    Cancel {
+        who: Who,
+        request: u64,
+    },
+    CancelPlace {
+        who: Who,
+        off: u64,
+    },
+    Force {
+        lock: usize,
+        off: Option<u64>,
+    },
+    Txn(Vec<(Key, Option<Write>)>),
+    End {
+        session: usize,
+        reason: EndReason,
+    },
+    Pass {
+        ms: u64,
+    },
+}
+
+/// A key that a transaction puts or deletes.
+#[derive(Clone, Debug)]
+enum Key {
+    Native(Who),
+    Other(usize),
+}
+
+/// What a transaction puts: maybe what a native contender would.
+#[derive(Clone, Debug)]
+struct Write {
+    value: Option<LockContender>,
+    session: Option<usize>,
+}
+
+/// A contender as the model knows it.
+#[derive(Clone, Debug, PartialEq)]
+struct Place {
+    lock: String,
+    key: String,
+    owner: &'static str,
+    session: Option<SessionId>,
+    token: Revision,
+    /// As in a native value; 0 if it has none.
+    request: u64,
+    wait_until: u64,
+}
+
+#[derive(Clone, Default)]
+struct Model {
+    now: u64,
+    revision: Revision,
+    sessions: Vec<SessionId>,
+    places: Vec<Place>,
+    /// Keys that contend for nothing.
+    others: BTreeMap<String, Option<SessionId>>,
+    over: BTreeSet<(SessionId, u64)>,
+    forced: BTreeMap<Revision, ForcedRelease>,
+}
+
+/// What a command led to, or should lead to.
+type Seen = (
+    Vec<(Revision, Result<Reply, Rejection>)>,
+    Vec<(SessionId, Event)>,
+);
+
+impl Model {
+    fn queue(&self, lock: &str) -> Vec<&Place> {
+        let mut queue: Vec<_> = self
+            .places
+            .iter()
+            .filter(|place| place.lock == lock)
+            .collect();
+        queue.sort_by_key(|place| (place.token, &place.key));
+        queue
+    }
+
+    fn holder(&self, lock: &str) -> Option<&Place> {
+        self.queue(lock).first().copied()
+    }
+
+    fn holds(&self, place: &Place) -> bool {
+        self.holder(&place.lock) == Some(place)
+    }
+
+    fn find(&self, key: &str) -> Option<&Place> {
+        self.places.iter().find(|place| place.key == key)
+    }
+
+    fn key(&self, who: Who) -> String {
+        format!(
+            "{}/{:x}{}",
+            LOCKS[who.lock], self.sessions[who.session].0, OWNERS[who.owner].1
+        )
+    }
+
+    fn place(&self, who: Who, request: u64, wait_until: u64) -> Place {
+        Place {
+            lock: LOCKS[who.lock].to_owned(),
+            key: self.key(who),
+            owner: OWNERS[who.owner].0,
+            session: Some(self.sessions[who.session]),
+            token: self.revision + 1,
+            request,
+            wait_until,
+        }
+    }
+
+    /// A command of the mutex takes a key away: its request is over.
+    fn remove(&mut self, key: &str) -> Place {
+        let at = self
+            .places
+            .iter()
+            .position(|place| place.key == key)
+            .expect("it is there");
+        let place = self.places.remove(at);
+        if let Some(session) = place.session {
+            self.over.insert((session, place.request));
+        }
+        self.revision += 1;
+        place
+    }
+
+    fn acquire(
+        &mut self,
+        who: Who,
+        request: u64,
+        acknowledged: u64,
+        wait_ms: Option<u64>,
+    ) -> Result<Outcome<Reply>, Rejection> {
+        let id = self.sessions[who.session];
+        if request != 0 && (request <= acknowledged || self.over.contains(&(id, request))) {
+            return Err(Rejection::StaleRequest);
+        }
+        let outcome = if let Some(place) = self.find(&self.key(who)) {
+            let token = place.token;
+            if request == 0 || (place.session, place.request) != (Some(id), request) {
+                return Err(Rejection::AlreadyContending { token });
+            }
+            if self.holds(place) {
+                Outcome::Done(granted(place))
+            } else {
+                Outcome::Waiting(token)
+            }
+        } else {
+            if wait_ms == Some(0) && self.holder(LOCKS[who.lock]).is_some() {
+                return Err(Rejection::Held);
+            }
+            let wait_until = wait_ms.map_or(0, |ms| self.now + ms + 1);
+            self.places.push(self.place(who, request, wait_until));
+            self.revision += 1;
+            Outcome::Waiting(self.revision)
+        };
+        self.over
+            .extend((1..=acknowledged).map(|request| (id, request)));
+        Ok(outcome)
+    }
+
+    fn release(&mut self, who: Who, token: Revision) -> Result<Reply, Rejection> {
+        let key = self.key(who);
+        let lock = LOCKS[who.lock];
+        if !self
+            .holder(lock)
+            .is_some_and(|place| place.key == key && place.token == token)
+        {
+            return Err(self.not_holder(lock, token));
+        }
+        self.remove(&key);
+        Ok(Reply::Released)
+    }
+
+    fn not_holder(&self, lock: &str, token: Revision) -> Rejection {
+        let forced = self
+            .forced
+            .get(&token)
+            .filter(|forced| forced.lock == lock)
+            .cloned();
+        Rejection::NotHolder { forced }
+    }
+
+    fn cancel(&mut self, who: Who, request: u64) {
+        let id = self.sessions[who.session];
+        let key = self.key(who);
+        let found = self.find(&key).map(|place| (place.session, place.request));
+        if found == Some((Some(id), request)) {
+            self.remove(&key);
+        }
+        self.over.insert((id, request));
+    }
+
+    fn cancel_place(&mut self, who: Who, token: Revision) {
+        let key = self.key(who);
+        if self.find(&key).is_some_and(|place| place.token == token) {
+            self.remove(&key);
+        }
+    }
+
+    /// The victim, in the place of the reply.
+    fn force(&mut self, lock: &str, token: Revision) -> Result<Place, Rejection> {
+        let holder = self.holder(lock).ok_or(Rejection::NotHeld)?.clone();
+        if token != 0 && token != holder.token {
+            return Err(self.not_holder(lock, token));
+        }
+        self.remove(&holder.key);
+        if let Some(session) = holder.session {
+            let record = ForcedRelease {
+                session,
+                token: holder.token,
+                lock: holder.lock.clone(),
+                owner: holder.owner.to_owned(),
+                reason: REASON.to_owned(),
+            };
+            self.forced.insert(holder.token, record);
+        }
+        Ok(holder)
+    }
+
+    fn put(&mut self, key: &Key, write: &Write) {
+        let session = write.session.map(|session| self.sessions[session]);
+        let mut place = match key {
+            Key::Native(who) => {
+                let native = write
+                    .value
+                    .filter(|_| session == Some(self.sessions[who.session]));
+                let value = native.unwrap_or_default();
+                self.place(*who, value.request, value.wait_until_ms)
+            }
+            Key::Other(other) => {
+                let key = OTHER_KEYS[*other].to_owned();
+                let lock = match key.rsplit_once('/') {
+                    Some((lock, _)) if LOCKS.contains(&lock) => lock.to_owned(),
+                    _ => {
+                        self.others.insert(key, session);
+                        return;
+                    }
+                };
+                let token = self.revision + 1;
+                Place {
+                    lock,
+                    key,
+                    owner: "",
+                    session,
+                    token,
+                    request: 0,
+                    wait_until: 0,
+                }
+            }
+        };
+        place.session = session;
+        match self.places.iter_mut().find(|there| there.key == place.key) {
+            Some(there) => {
+                *there = Place {
+                    token: there.token,
+                    ..place
+                }
+            }
+            None => self.places.push(place),
+        }
+    }
+
+    fn txn(&mut self, writes: &[(Key, Option<Write>)]) {
+        let mut changed = false;
+        for (key, write) in writes {
+            if let Some(write) = write {
+                self.put(key, write);
+                changed = true;
+                continue;
+            }
+            let name = self.name_of(key);
+            let before = self.places.len();
+            self.places.retain(|place| place.key != name);
+            changed |= self.places.len() < before || self.others.remove(&name).is_some();
+        }
+        self.revision += u64::from(changed);
+    }
+
+    fn name_of(&self, key: &Key) -> String {
+        match key {
+            Key::Native(who) => self.key(*who),
+            Key::Other(other) => OTHER_KEYS[*other].to_owned(),
+        }
+    }
+
+    fn end(&mut self, id: SessionId) {
+        let before = self.places.len() + self.others.len();
+        self.places.retain(|place| place.session != Some(id));
+        self.others.retain(|_, session| *session != Some(id));
+        self.revision += u64::from(self.places.len() + self.others.len() < before);
+    }
+
+    fn fire(&mut self) {
+        let due = |place: &&Place| {
+            !self.holds(place) && place.wait_until != 0 && place.wait_until <= self.now
+        };
+        let due: Vec<String> = self
+            .places
+            .iter()
+            .filter(due)
+            .map(|p| p.key.clone())
+            .collect();
+        for key in due {
+            self.remove(&key);
+        }
+    }
+
+    /// What follows from a change, found by comparing with what was before.
+    fn since(&self, before: &Self, refusal: &Rejection, loss: Option<&LossReason>) -> Seen {
+        let (mut resolved, mut events) = (Vec::new(), Vec::new());
+        let is =
+            |place: &Place, other: &Place| (&place.key, place.token) == (&other.key, other.token);
+        for gone in &before.places {
+            if self.places.iter().any(|place| is(place, gone)) {
+                continue;
+            }
+            if !before.holds(gone) {
+                resolved.push((gone.token, Err(refusal.clone())));
+            } else if let (Some(session), Some(reason)) = (gone.session, loss) {
+                let grant = conclave_primitives::Grant {
+                    lock: gone.lock.clone(),
+                    owner: gone.owner.to_owned(),
+                    key: gone.key.clone().into(),
+                    token: gone.token,
+                };
+                events.push((
+                    session,
+                    Event::GrantLost {
+                        grant,
+                        reason: reason.clone(),
+                    },
+                ));
+            }
+        }
+        for holder in self.places.iter().filter(|place| self.holds(place)) {
+            if !before
+                .holder(&holder.lock)
+                .is_some_and(|old| is(old, holder))
+            {
+                resolved.push((holder.token, Ok(granted(holder))));
+            }
+        }
+        (resolved, events)
+    }
+}
+
+fn granted(place: &Place) -> Reply {
+    Reply::Granted {
+        key: place.key.clone().into(),
+        token: place.token,
+    }
+}
+
+/// The real machine beside the model.
+struct World {
+    driver: Driver,
+    model: Model,
+    /// The newest grant of each lock that was told to anyone.
+    told: BTreeMap<Bytes, (Revision, Bytes)>,
+}
+
+impl World {
+    fn new() -> Self {
+        let mut driver = Driver::new();
+        let sessions = (0..SESSIONS).map(|_| driver.open("")).collect();
+        let model = Model {
+            revision: 1,
+            sessions,
+            ..Model::default()
+        };
+        Self {
+            driver,
+            model,
+            told: BTreeMap::new(),
+        }
+    }
+
+    /// Runs one action on both, and compares.
+    fn step(&mut self, action: &Action) {
+        if let Action::Pass { ms } = action {
+            self.model.now += ms;
+        }
+        let before = self.model.clone();
+        self.model.fire();
+        let mut expected = self.model.since(&before, &Rejection::WaitTimedOut, None);
+        let before = self.model.clone();
+        let (refusal, loss, applied) = self.act(action);
+        let (resolved, events) = self.model.since(&before, &refusal, loss.as_ref());
+        expected.0.extend(resolved);
+        expected.1.extend(events);
+        self.note_grants(&applied);
+        assert_same(seen(applied), expected);
+        assert_eq!(self.driver.state.keyspace().revision(), self.model.revision);
+        self.check_queries();
+        if let Action::End { session, .. } = action {
+            self.model.sessions[*session] = self.driver.open("");
+        }
+    }
+
+    /// Runs an action on both. Says what waiters and holders are told whose keys it
+    /// took away.
+    fn act(&mut self, action: &Action) -> (Rejection, Option<LossReason>, Applied<Primitives>) {
+        let deleted = (
+            Rejection::PlaceLost(LossReason::KeyDeleted),
+            Some(LossReason::KeyDeleted),
+        );
+        let ((refusal, loss), applied) = match action.clone() {
+            Action::Acquire {
+                who,
+                request,
+                acknowledged,
+                wait_ms,
+            } => (deleted, self.acquire(who, request, acknowledged, wait_ms)),
+            Action::Release { who, off } => ((Rejection::Held, None), self.release(who, off)),
+            Action::Cancel { who, request } => {
+                self.model.cancel(who, request);
+                ((Rejection::Cancelled, None), self.cancel(who, request, 0))
+            }
+            Action::CancelPlace { who, off } => {
+                let place = self.token_of(who) + off;
+                self.model.cancel_place(who, place);
+                ((Rejection::Cancelled, None), self.cancel(who, 0, place))
+            }
+            Action::Force { lock, off } => {
+                let why = (Rejection::Held, Some(LossReason::Forced(REASON.to_owned())));
+                (why, self.force(LOCKS[lock], off))
+            }
+            Action::Txn(writes) => {
+                let applied = self.txn(&writes);
+                self.model.txn(&writes);
+                (deleted, applied)
+            }
+            Action::End { session, reason } => {
+                let id = self.model.sessions[session];
+                self.model.end(id);
+                let step = match reason {
+                    EndReason::Closed => self.driver.close(id),
+                    _ => self.driver.expire(id),
+                };
+                let why = (
+                    Rejection::SessionEnded(reason),
+                    Some(LossReason::SessionEnded(reason)),
+                );
+                (why, step.applied)
+            }
+            Action::Pass { ms } => (deleted, self.driver.pass(ms)),
+        };
+        (refusal, loss, applied)
+    }
+
+    fn acquire(
+        &mut self,
+        who: Who,
+        request: u64,
+        acknowledged: u64,
+        wait_ms: Option<u64>,
+    ) -> Applied<Primitives> {
+        let (name, session_id, owner) = self.names(who);
+        let step = self.driver.run(command(Command::LockAcquire(LockAcquire {
+            name,
+            session_id,
+            owner,
+            request,
+            acknowledged,
+            wait_ms,
+        })));
+        match (
+            &step.outcome,
+            self.model.acquire(who, request, acknowledged, wait_ms),
+        ) {
+            (Outcome::Waiting(place), Ok(Outcome::Waiting(expected))) => {
+                assert_eq!(*place, expected);
+            }
+            (_, Ok(Outcome::Done(reply))) => assert_eq!(answer(&step), Ok(reply)),
+            (_, Err(rejection)) => assert_eq!(answer(&step), Err(rejection)),
+            (outcome, expected) => panic!("{outcome:?} instead of {expected:?}"),
+        }
+        step.applied
+    }
+
+    fn release(&mut self, who: Who, off: u64) -> Applied<Primitives> {
+        let token = self.token_of(who) + off;
+        let (name, session_id, owner) = self.names(who);
+        let release = LockRelease {
+            name,
+            session_id,
+            owner,
+            token,
+        };
+        let step = self.driver.run(command(Command::LockRelease(release)));
+        assert_eq!(answer(&step), self.model.release(who, token));
+        step.applied
+    }
+
+    fn cancel(&mut self, who: Who, request: u64, place: Revision) -> Applied<Primitives> {
+        let (name, session_id, owner) = self.names(who);
+        let cancel = LockCancel {
+            name,
+            session_id,
+            owner,
+            request,
+            place,
+        };
+        let step = self.driver.run(command(Command::LockCancel(cancel)));
+        assert_eq!(answer(&step), Ok(Reply::Cancelled));
+        step.applied
+    }
+
+    fn force(&mut self, lock: &str, off: Option<u64>) -> Applied<Primitives> {
+        let holder = self.model.holder(lock).map_or(1, |place| place.token);
+        let token = off.map_or(0, |off| holder + off);
+        let (name, reason) = (lock.to_owned(), REASON.to_owned());
+        let force = LockForceRelease {
+            name,
+            reason,
+            token,
+        };
+        let step = self.driver.run(command(Command::LockForceRelease(force)));
+        match (answer(&step), self.model.force(lock, token)) {
+            (Ok(Reply::ForceReleased(released)), Ok(place)) => assert_shows(&released, &place, 0),
+            (Err(rejection), Err(expected)) => assert_eq!(rejection, expected),
+            (answer, expected) => panic!("{answer:?} instead of {expected:?}"),
+        }
+        step.applied
+    }
+
+    fn txn(&mut self, writes: &[(Key, Option<Write>)]) -> Applied<Primitives> {
+        let operation = |(key, write): &(Key, Option<Write>)| {
+            let key = Bytes::from(self.model.name_of(key));
+            let operation = match write {
+                Some(write) => Kind::Put(Put {
+                    key,
+                    value: write.value.map_or(Bytes::from_static(b"hi"), encoded),
+                    lease: write
+                        .session
+                        .map_or(0, |session| self.model.sessions[session].0),
+                }),
+                None => Kind::DeleteRange(DeleteRange {
+                    key,
+                    end: Bytes::new(),
+                }),
+            };
+            Operation {
+                operation: Some(operation),
+            }
+        };
+        let success = writes.iter().map(operation).collect();
+        let step = self.driver.run(Body::Txn(Txn {
+            success,
+            ..Txn::default()
+        }));
+        assert!(matches!(&step.outcome, Outcome::Done(answer)
+            if matches!(&answer.body, AnswerBody::Txn(Ok(_)))));
+        step.applied
+    }
+
+    fn names(&self, who: Who) -> (String, i64, String) {
+        let session = self.model.sessions[who.session].0;
+        (
+            LOCKS[who.lock].to_owned(),
+            session,
+            OWNERS[who.owner].0.to_owned(),
+        )
+    }
+
+    fn token_of(&self, who: Who) -> Revision {
+        self.model
+            .find(&self.model.key(who))
+            .map_or(1, |place| place.token)
+    }
+
+    /// Grants of one lock grow: by token, and by key where one transaction made both.
+    fn note_grants(&mut self, applied: &Applied<Primitives>) {
+        for resolved in &applied.resolved {
+            if let Ok(Reply::Granted { key, token }) = &resolved.result {
+                let lock = lock_of(key).expect("only contenders are granted anything");
+                let grant = (*token, key.clone());
+                let before = self.told.insert(lock, grant.clone());
+                assert!(
+                    before.is_none_or(|before| before < grant),
+                    "{grant:?} is not newer"
+                );
+            }
+        }
+    }
+
+    fn check_queries(&self) {
+        let mut all = Vec::new();
+        for lock in LOCKS {
+            let queue = self.model.queue(lock);
+            let (locks, more) = self.locks(Some(lock), "", 0);
+            assert!(!more && locks.len() == usize::from(!queue.is_empty()));
+            let Some(info) = locks.first() else { continue };
+            let shown: Vec<&Contender> = [&info.holder].into_iter().chain(&info.waiters).collect();
+            assert_eq!(shown.len(), queue.len());
+            for (at, (contender, place)) in shown.into_iter().zip(&queue).enumerate() {
+                assert_shows(contender, place, at);
+            }
+            // No wake-up is lost: whoever is first has been told.
+            let holder = (info.holder.token, info.holder.key.clone());
+            assert_eq!(self.told[lock.as_bytes()], holder);
+            assert!(self.ask_check(lock, holder.0) && !self.ask_check(lock, holder.0 + 1));
+            all.extend(locks);
+        }
+        let (first, more) = self.locks(None, "", 2);
+        let after = first.last().map_or("", |lock| &lock.name);
+        let (rest, end) = self.locks(None, after, 2);
+        assert_eq!((more, end), (all.len() > 2, false));
+        let paged: Vec<_> = if more { [first, rest].concat() } else { first };
+        assert_eq!(paged, all);
+        for session in &self.model.sessions {
+            self.check_grants(*session);
+        }
+    }
+
+    fn locks(&self, name: Option<&str>, after: &str, limit: usize) -> (Vec<LockInfo>, bool) {
+        let (name, after) = (name.map(str::to_owned), after.to_owned());
+        match self.ask(Query::Locks { name, after, limit }) {
+            Answer::Locks { locks, more } => (locks, more),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn ask_check(&self, lock: &str, token: Revision) -> bool {
+        self.ask(Query::Check {
+            name: lock.to_owned(),
+            token,
+        }) == Answer::Checked(true)
+    }
+
+    fn check_grants(&self, session: SessionId) {
+        let Answer::Grants { grants, forced } = self.ask(Query::GrantsOf(session)) else {
+            panic!("not the answer to this question");
+        };
+        let of_session = |place: &&Place| place.session == Some(session);
+        let held = self
+            .model
+            .places
+            .iter()
+            .filter(of_session)
+            .filter(|p| self.model.holds(p));
+        let held: BTreeSet<_> = held
+            .map(|p| (Bytes::from(p.key.clone()), p.token))
+            .collect();
+        assert!(
+            grants
+                .into_iter()
+                .map(|grant| (grant.key, grant.token))
+                .eq(held)
+        );
+        let expected = self
+            .model
+            .forced
+            .values()
+            .filter(|forced| forced.session == session);
+        assert!(forced.iter().eq(expected));
+    }
+
+    fn ask(&self, query: Query) -> Answer {
+        self.driver
+            .state
+            .machine()
+            .query(self.driver.state.view(), query)
+    }
+}
+
+fn assert_shows(contender: &Contender, place: &Place, at: usize) {
+    assert_eq!(contender.key, place.key);
+    assert_eq!(
+        (
+            contender.token,
+            contender.session,
+            &contender.owner[..],
+            contender.place
+        ),
+        (place.token, place.session, place.owner, at),
+    );
+}
+
+fn answer(step: &Step) -> Result<Reply, Rejection> {
+    match &step.outcome {
+        Outcome::Done(answer) => match &answer.body {
+            AnswerBody::Machine(result) => result.clone(),
+            other => panic!("the machine answered {other:?}"),
+        },
+        Outcome::Waiting(place) => panic!("waits at {place}"),
+    }
+}
+
+fn seen(applied: Applied<Primitives>) -> Seen {
+    let resolved = applied
+        .resolved
+        .into_iter()
+        .map(|wait| (wait.place, wait.result))
+        .collect();
+    let events = applied
+        .events
+        .into_iter()
+        .filter_map(|event| match event.body {
+            EventBody::Machine(body) => Some((event.session, body)),
+            EventBody::SessionEnded(_) => None,
+        });
+    (resolved, events.collect())
+}
+
+/// The model has no order among what one command led to.
+fn assert_same((resolved, events): Seen, (mut resolved_expected, mut events_expected): Seen) {
+    let (mut resolved, mut events) = (resolved, events);
+    for list in [&mut resolved, &mut resolved_expected] {
+        list.sort_by_key(|resolved| format!("{resolved:?}"));
+    }
+    for list in [&mut events, &mut events_expected] {
+        list.sort_by_key(|event| format!("{event:?}"));
+    }
+    assert_eq!((resolved, events), (resolved_expected, events_expected));
+}
+
+fn encoded(value: LockContender) -> Bytes {
+    value.encode_to_vec().into()
+}
+
+fn who() -> impl Strategy<Value = Who> {
+    (0..SESSIONS, 0..LOCKS.len(), 0..OWNERS.len()).prop_map(|(session, lock, owner)| Who {
+        session,
+        lock,
+        owner,
+    })
+}
+
+/// The writes of one transaction, each to a key of its own.
+fn writes() -> impl Strategy<Value = Vec<(Key, Option<Write>)>> {
+    let key = prop_oneof![
+        2 => who().prop_map(Key::Native),
+        1 => (0..OTHER_KEYS.len()).prop_map(Key::Other),
+    ];
+    let value = (0u64..4, 0u64..60).prop_map(|(request, wait_until_ms)| LockContender {
+        request,
+        wait_until_ms,
+        asked_ms: 0,
+    });
+    let write = (prop::option::of(value), prop::option::of(0..SESSIONS))
+        .prop_map(|(value, session)| Write { value, session });
+    prop::collection::vec((key, prop::option::of(write)), 1..5).prop_map(|mut writes| {
+        let mut keys = BTreeSet::new();
+        writes.retain(|(key, _)| keys.insert(format!("{key:?}")));
+        writes
+    })
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    let wait_ms = prop_oneof![Just(None), Just(Some(0)), (1u64..30).prop_map(Some)];
+    let acknowledged = prop_oneof![5 => Just(0u64), 1 => 1u64..3];
+    let off = || prop_oneof![4 => Just(0u64), 1 => 1u64..3];
+    let reason = prop_oneof![Just(EndReason::Closed), Just(EndReason::Expired)];
+    prop_oneof![
+        8 => (who(), 0u64..6, acknowledged, wait_ms).prop_map(
+            |(who, request, acknowledged, wait_ms)| {
+                Action::Acquire { who, request, acknowledged, wait_ms }
+            }
+        ),
+        6 => (who(), off()).prop_map(|(who, off)| Action::Release { who, off }),
+        2 => (who(), 1u64..6).prop_map(|(who, request)| Action::Cancel { who, request }),
+        1 => (who(), off()).prop_map(|(who, off)| Action::CancelPlace { who, off }),
+        1 => (0..LOCKS.len(), prop::option::of(off()))
+            .prop_map(|(lock, off)| Action::Force { lock, off }),
+        2 => writes().prop_map(Action::Txn),
+        1 => (0..SESSIONS, reason).prop_map(|(session, reason)| Action::End { session, reason }),
+        3 => (0u64..15).prop_map(|ms| Action::Pass { ms }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 1_024,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn every_command_does_what_a_list_of_contenders_would(
+        actions in prop::collection::vec(action(), 1..80),
+    ) {
+        let mut world = World::new();
+        for action in &actions {
+            world.step(action);
+        }
+    }
+}

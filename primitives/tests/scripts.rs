@@ -1,0 +1,411 @@
+//! Golden scripts: `scripts/<behaviour>.txt` says what happens, step by step.
+//!
+//! A line `> COMMAND` is applied as one entry; the lines under it are what came
+//! of it: the outcome, then `PLACE: ...` for each wait that ended, then
+//! `to SESSION: ...` for what sessions are told. `<NAME>` stands for the id of the
+//! session of that name. Run with `UPDATE_SCRIPTS=1` to write what is true now.
+//!
+//! ```text
+//! open SESSION | close SESSION | expire SESSION | pass MS
+//! acquire SESSION LOCK [owner=O] [request=N] [acknowledged=N] [wait=MS]
+//! release SESSION LOCK token=N [owner=O]
+//! cancel SESSION LOCK [owner=O] request=N|place=N
+//! force LOCK [token=N] reason=TEXT
+//! put KEY... [value=TEXT] [lease=SESSION] | delete KEY...
+//! locks [LOCK] [after=LOCK] [limit=N] | check LOCK token=N | grants SESSION
+//! ```
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a script that cannot be read is a failed test"
+)]
+
+mod harness;
+
+use std::{collections::BTreeMap, env, fmt::Write as _, fs, path::Path};
+
+use bytes::Bytes;
+use conclave_core::{
+    ids::SessionId,
+    machine::{Machine as _, Outcome},
+    replica::{AnswerBody, EventBody},
+    session::EndReason,
+    state::Applied,
+};
+use conclave_primitives::{
+    Answer, Contender, Event, LossReason, Primitives, Query, Rejection, Reply, command,
+};
+use conclave_proto::internal::{
+    DeleteRange, LockAcquire, LockCancel, LockForceRelease, LockRelease, Operation, Put, Txn,
+    command::Body, operation, primitive_command::Command,
+};
+use harness::{Driver, Step};
+
+#[test]
+fn every_script_tells_the_truth() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scripts");
+    let update = env::var_os("UPDATE_SCRIPTS").is_some();
+    let mut wrong = Vec::new();
+    let mut count = 0;
+    for file in fs::read_dir(folder).unwrap() {
+        let path = file.unwrap().path();
+        let told = fs::read_to_string(&path).unwrap();
+        let true_now = Script::new().run(&told);
+        count += 1;
+        if told == true_now {
+            continue;
+        }
+        if update {
+            fs::write(&path, &true_now).unwrap();
+        } else {
+            wrong.push(format!("{}, which is now:\n{true_now}", path.display()));
+        }
+    }
+    assert!(count > 0, "there are no scripts");
+    assert!(wrong.is_empty(), "wrong:\n{}", wrong.join("\n"));
+}
+
+struct Script {
+    driver: Driver,
+    sessions: BTreeMap<String, SessionId>,
+}
+
+/// The words of a command: plain ones, and `name=value`.
+struct Words<'a> {
+    plain: Vec<&'a str>,
+    named: BTreeMap<&'a str, &'a str>,
+}
+
+impl<'a> Words<'a> {
+    fn new(line: &'a str) -> Self {
+        // A reason takes the rest of its line.
+        let (line, reason) = match line.split_once(" reason=") {
+            Some((line, reason)) => (line, Some(("reason", reason))),
+            None => (line, None),
+        };
+        let (named, plain): (Vec<&str>, _) =
+            line.split_whitespace().partition(|word| word.contains('='));
+        let named = named.into_iter().filter_map(|word| word.split_once('='));
+        Self {
+            plain,
+            named: named.chain(reason).collect(),
+        }
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.named.get(name).copied().unwrap_or_default().to_owned()
+    }
+
+    fn number(&self, name: &str) -> Option<u64> {
+        self.named.get(name).map(|number| number.parse().unwrap())
+    }
+}
+
+impl Script {
+    fn new() -> Self {
+        Self {
+            driver: Driver::new(),
+            sessions: BTreeMap::new(),
+        }
+    }
+
+    /// The script with the outputs that its commands have.
+    fn run(&mut self, script: &str) -> String {
+        let mut out = String::new();
+        let mut in_output = false;
+        for line in script.lines() {
+            if let Some(command) = line.strip_prefix("> ") {
+                writeln!(out, "{line}").unwrap();
+                out.push_str(&self.execute(command));
+                in_output = true;
+            } else if line.is_empty() || line.starts_with('#') || !in_output {
+                writeln!(out, "{line}").unwrap();
+                in_output = false;
+            }
+        }
+        out
+    }
+
+    fn execute(&mut self, line: &str) -> String {
+        let words = Words::new(line);
+        let mut plain = words.plain.iter().copied();
+        let verb = plain.next().unwrap();
+        let rest: Vec<&str> = plain.collect();
+        let first = rest.first().copied().unwrap_or_default();
+        match verb {
+            "open" => {
+                let id = self.driver.open(first);
+                self.sessions.insert(first.to_owned(), id);
+                String::new()
+            }
+            "close" => {
+                let step = self.driver.close(self.session(first));
+                self.report(step)
+            }
+            "expire" => {
+                let step = self.driver.expire(self.session(first));
+                self.report(step)
+            }
+            "pass" => {
+                let applied = self.driver.pass(first.parse().unwrap());
+                self.follow_up(applied)
+            }
+            "put" | "delete" => {
+                let body = self.txn(verb == "put", &rest, &words);
+                let step = self.driver.run(body);
+                self.report(step)
+            }
+            "locks" | "check" | "grants" => self.ask(verb, first, &words),
+            _ => {
+                let body = command(self.lock_command(verb, &rest, &words));
+                let step = self.driver.run(body);
+                self.report(step)
+            }
+        }
+    }
+
+    fn lock_command(&self, verb: &str, rest: &[&str], words: &Words<'_>) -> Command {
+        if verb == "force" {
+            return Command::LockForceRelease(LockForceRelease {
+                name: rest[0].to_owned(),
+                reason: words.text("reason"),
+                token: words.number("token").unwrap_or_default(),
+            });
+        }
+        let session_id = self.session(rest[0]).0;
+        let name = rest[1].to_owned();
+        let owner = words.text("owner");
+        let number = |name| words.number(name).unwrap_or_default();
+        match verb {
+            "acquire" => Command::LockAcquire(LockAcquire {
+                name,
+                session_id,
+                owner,
+                request: number("request"),
+                acknowledged: number("acknowledged"),
+                wait_ms: words.number("wait"),
+            }),
+            "release" => Command::LockRelease(LockRelease {
+                name,
+                session_id,
+                owner,
+                token: number("token"),
+            }),
+            "cancel" => Command::LockCancel(LockCancel {
+                name,
+                session_id,
+                owner,
+                request: number("request"),
+                place: number("place"),
+            }),
+            unknown => panic!("no such command: {unknown}"),
+        }
+    }
+
+    fn txn(&self, put: bool, keys: &[&str], words: &Words<'_>) -> Body {
+        let lease = words
+            .named
+            .get("lease")
+            .map_or(0, |name| self.session(name).0);
+        let operation = |key: &&str| {
+            let key = self.with_ids(key);
+            let value = Bytes::from(words.text("value"));
+            let end = Bytes::new();
+            let operation = if put {
+                operation::Operation::Put(Put { key, value, lease })
+            } else {
+                operation::Operation::DeleteRange(DeleteRange { key, end })
+            };
+            Operation {
+                operation: Some(operation),
+            }
+        };
+        Body::Txn(Txn {
+            success: keys.iter().map(operation).collect(),
+            ..Txn::default()
+        })
+    }
+
+    fn ask(&self, verb: &str, first: &str, words: &Words<'_>) -> String {
+        let query = match verb {
+            "locks" => Query::Locks {
+                name: (!first.is_empty()).then(|| first.to_owned()),
+                after: words.text("after"),
+                limit: usize::try_from(words.number("limit").unwrap_or_default()).unwrap(),
+            },
+            "check" => Query::Check {
+                name: first.to_owned(),
+                token: words.number("token").unwrap(),
+            },
+            _ => Query::GrantsOf(self.session(first)),
+        };
+        let state = &self.driver.state;
+        let mut out = String::new();
+        match state.machine().query(state.view(), query) {
+            Answer::Locks { locks, more } => {
+                for lock in locks {
+                    writeln!(out, "{}, {} waiting", lock.name, lock.waiters_total).unwrap();
+                    for contender in [lock.holder].iter().chain(&lock.waiters) {
+                        writeln!(out, "  {}", self.contender(contender)).unwrap();
+                    }
+                }
+                if more {
+                    out.push_str("and more\n");
+                }
+            }
+            Answer::Checked(held) => writeln!(out, "{held}").unwrap(),
+            Answer::Grants { grants, forced } => {
+                for grant in grants {
+                    let owner = with_owner(&grant.owner);
+                    writeln!(out, "holds {}{owner}, token {}", grant.lock, grant.token).unwrap();
+                }
+                for forced in forced {
+                    let owner = with_owner(&forced.owner);
+                    let (lock, token, reason) = (forced.lock, forced.token, forced.reason);
+                    writeln!(
+                        out,
+                        "was forced out of {lock}{owner}, token {token}: {reason}"
+                    )
+                    .unwrap();
+                }
+            }
+        }
+        out
+    }
+
+    fn report(&self, step: Step) -> String {
+        let outcome = match step.outcome {
+            Outcome::Waiting(place) => format!("waits at {place}\n"),
+            Outcome::Done(answer) => match answer.body {
+                AnswerBody::Machine(result) => format!("{}\n", self.result(result)),
+                AnswerBody::SessionEnded(reason) => format!("session {}\n", ended(reason)),
+                AnswerBody::Done | AnswerBody::Txn(Ok(_)) => String::new(),
+                other => format!("{other:?}\n"),
+            },
+        };
+        outcome + &self.follow_up(step.applied)
+    }
+
+    fn follow_up(&self, applied: Applied<Primitives>) -> String {
+        let mut out = String::new();
+        for resolved in applied.resolved {
+            writeln!(out, "{}: {}", resolved.place, self.result(resolved.result)).unwrap();
+        }
+        for event in applied.events {
+            let name = self.name(event.session);
+            let what = match event.body {
+                EventBody::SessionEnded(reason) => format!("session {}", ended(reason)),
+                EventBody::Machine(Event::GrantLost { grant, reason }) => {
+                    let owner = with_owner(&grant.owner);
+                    let (lock, token, why) = (grant.lock, grant.token, loss(reason));
+                    format!("lost {lock}{owner}, token {token}: {why}")
+                }
+            };
+            writeln!(out, "to {name}: {what}").unwrap();
+        }
+        out
+    }
+
+    fn result(&self, result: Result<Reply, Rejection>) -> String {
+        match result {
+            Ok(Reply::Granted { key, token }) => {
+                format!("granted {}, token {token}", self.with_names(&key))
+            }
+            Ok(Reply::Released) => "released".to_owned(),
+            Ok(Reply::Cancelled) => "cancelled".to_owned(),
+            Ok(Reply::ForceReleased(released)) => {
+                format!("taken from {}", self.contender(&released))
+            }
+            Err(rejection) => format!("refused: {}", refusal(rejection)),
+        }
+    }
+
+    fn contender(&self, contender: &Contender) -> String {
+        let Contender {
+            key,
+            session,
+            session_name,
+            owner,
+            token,
+            since_ms,
+            place,
+        } = contender;
+        assert_eq!(
+            session.map(|id| self.name(id)).unwrap_or_default(),
+            *session_name
+        );
+        let key = self.with_names(key);
+        let owner = with_owner(owner);
+        let session = session.map_or("no session", |_| session_name);
+        format!("{place}. {key} of {session}{owner}, token {token}, since {since_ms} ms")
+    }
+
+    fn session(&self, name: &str) -> SessionId {
+        self.sessions.get(name).copied().unwrap_or(SessionId(1))
+    }
+
+    fn name(&self, id: SessionId) -> String {
+        let named = self.sessions.iter().find(|(_, session)| **session == id);
+        named.map_or_else(|| id.to_string(), |(name, _)| name.clone())
+    }
+
+    fn with_ids(&self, text: &str) -> Bytes {
+        let sessions = self.sessions.iter();
+        let replace = |text: String, (name, id): (&String, &SessionId)| {
+            text.replace(&format!("<{name}>"), &id.to_string())
+        };
+        sessions.fold(text.to_owned(), replace).into()
+    }
+
+    fn with_names(&self, key: &Bytes) -> String {
+        let key = String::from_utf8_lossy(key).into_owned();
+        let sessions = self.sessions.iter();
+        sessions.fold(key, |key, (name, id)| {
+            key.replace(&id.to_string(), &format!("<{name}>"))
+        })
+    }
+}
+
+fn with_owner(owner: &str) -> String {
+    if owner.is_empty() {
+        String::new()
+    } else {
+        format!(" for `{owner}`")
+    }
+}
+
+fn ended(reason: EndReason) -> &'static str {
+    match reason {
+        EndReason::Expired => "expired",
+        EndReason::Closed => "closed",
+        EndReason::Revoked => "revoked",
+        EndReason::Unknown => "unknown",
+    }
+}
+
+fn loss(reason: LossReason) -> String {
+    match reason {
+        LossReason::SessionEnded(reason) => format!("session {}", ended(reason)),
+        LossReason::Forced(reason) => format!("forced: {reason}"),
+        LossReason::KeyDeleted => "key deleted".to_owned(),
+    }
+}
+
+fn refusal(rejection: Rejection) -> String {
+    match rejection {
+        Rejection::Invalid(invalid) => invalid.to_string(),
+        Rejection::SessionEnded(reason) => format!("session {}", ended(reason)),
+        Rejection::Held => "held".to_owned(),
+        Rejection::WaitTimedOut => "wait timed out".to_owned(),
+        Rejection::Cancelled => "cancelled".to_owned(),
+        Rejection::PlaceLost(reason) => format!("place lost: {}", loss(reason)),
+        Rejection::StaleRequest => "stale request".to_owned(),
+        Rejection::AlreadyContending { token } => format!("already contending at {token}"),
+        Rejection::NotHolder { forced: None } => "not the holder".to_owned(),
+        Rejection::NotHolder {
+            forced: Some(forced),
+        } => format!("not the holder, forced: {}", forced.reason),
+        Rejection::NotHeld => "not held".to_owned(),
+        Rejection::TooManyCancelled => "too many cancelled".to_owned(),
+    }
+}

@@ -1,0 +1,146 @@
+//! From the types of core and primitives to those of the wire.
+
+use conclave_core::{
+    ids::SessionId,
+    session::{EndReason, Session},
+    system::ForcedRelease,
+};
+use conclave_primitives as primitives;
+use conclave_proto::v1;
+
+pub(crate) fn session_info(
+    id: SessionId,
+    session: Session,
+    keys: usize,
+    log_time_ms: u64,
+) -> v1::SessionInfo {
+    v1::SessionInfo {
+        session_id: id.0,
+        name: session.name,
+        metadata: session.metadata.into_iter().collect(),
+        ttl_ms: session.ttl_ms,
+        opened_revision: session.opened_revision,
+        age_ms: log_time_ms.saturating_sub(session.opened_at),
+        keys: keys as u64,
+    }
+}
+
+pub(crate) fn grant(grant: primitives::Grant) -> v1::Grant {
+    v1::Grant {
+        lock: grant.lock,
+        owner: grant.owner,
+        key: grant.key,
+        token: grant.token,
+    }
+}
+
+pub(crate) fn grant_lost(lost: primitives::Grant, reason: primitives::LossReason) -> v1::GrantLost {
+    let (reason, detail) = match reason {
+        primitives::LossReason::SessionEnded(end) => (end_reason(end), String::new()),
+        primitives::LossReason::Forced(detail) => (v1::LossReason::Forced, detail),
+        primitives::LossReason::KeyDeleted => (v1::LossReason::KeyDeleted, String::new()),
+    };
+    v1::GrantLost {
+        grant: Some(grant(lost)),
+        reason: reason.into(),
+        detail,
+    }
+}
+
+/// A forced release as its victim is told of it later. Which key it was is not
+/// on record; lock, owner and token say it all.
+pub(crate) fn forced(record: ForcedRelease) -> v1::GrantLost {
+    let ForcedRelease {
+        session: _,
+        token,
+        lock,
+        owner,
+        reason,
+    } = record;
+    v1::GrantLost {
+        grant: Some(v1::Grant {
+            lock,
+            owner,
+            key: Default::default(),
+            token,
+        }),
+        reason: v1::LossReason::Forced.into(),
+        detail: reason,
+    }
+}
+
+pub(crate) fn end_reason(end: EndReason) -> v1::LossReason {
+    match end {
+        EndReason::Expired => v1::LossReason::SessionExpired,
+        EndReason::Closed => v1::LossReason::SessionClosed,
+        EndReason::Revoked => v1::LossReason::Revoked,
+        EndReason::Unknown => v1::LossReason::Unspecified,
+    }
+}
+
+pub(crate) fn contender(contender: primitives::Contender) -> v1::Contender {
+    v1::Contender {
+        key: contender.key,
+        session_id: contender.session.map_or(0, |session| session.0),
+        session_name: contender.session_name,
+        owner: contender.owner,
+        token: contender.token,
+        since_ms: contender.since_ms,
+        place: contender.place as u64,
+    }
+}
+
+/// Locks with at most `waiters_max` waiters over all, so that an answer stays
+/// within what clients take in one message.
+pub(crate) fn locks(locks: Vec<primitives::LockInfo>, waiters_max: usize) -> Vec<v1::LockInfo> {
+    let mut left = waiters_max;
+    let convert = |lock: primitives::LockInfo| {
+        let shown = lock.waiters.len().min(left);
+        left -= shown;
+        v1::LockInfo {
+            name: lock.name,
+            holder: Some(contender(lock.holder)),
+            waiters: lock
+                .waiters
+                .into_iter()
+                .take(shown)
+                .map(contender)
+                .collect(),
+            waiters_total: lock.waiters_total as u64,
+        }
+    };
+    locks.into_iter().map(convert).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn contender_at(place: usize) -> primitives::Contender {
+        primitives::Contender {
+            key: "k".into(),
+            session: None,
+            session_name: String::new(),
+            owner: String::new(),
+            token: 2,
+            since_ms: 0,
+            place,
+        }
+    }
+
+    #[test]
+    fn an_answer_shows_a_bounded_number_of_waiters_and_counts_the_rest() {
+        let lock = |waiters: usize| primitives::LockInfo {
+            name: "l".to_owned(),
+            holder: contender_at(0),
+            waiters: (1..=waiters).map(contender_at).collect(),
+            waiters_total: waiters,
+        };
+        let shown = locks(vec![lock(2), lock(3), lock(1)], 4);
+        let counts: Vec<_> = shown
+            .iter()
+            .map(|l| (l.waiters.len(), l.waiters_total))
+            .collect();
+        assert_eq!(counts, [(2, 2), (2, 3), (0, 1)]);
+    }
+}

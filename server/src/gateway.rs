@@ -1,0 +1,181 @@
+//! What all services share: the way to the replica and back.
+
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use conclave_core::{
+    ids::{Revision, SessionId, Term},
+    node::{Handle, Responder},
+    replica::{self, AnswerBody, Failure, Query, Status},
+};
+use conclave_primitives::Primitives;
+use conclave_proto::{internal::command, v1};
+use tokio::sync::oneshot;
+use tonic::{Code, Response};
+
+use crate::{
+    events::Hub,
+    metrics::{Method, Metrics},
+    options::Settings,
+    peers::Peers,
+    status::Refusal,
+};
+
+/// What the replica answers.
+pub(crate) type Answer = replica::Answer<Primitives>;
+
+/// The upper half of the numbers belongs to servers, for requests to which
+/// their clients gave none.
+pub(crate) const CLIENT_REQUEST_MAX: u64 = u64::MAX >> 1;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Gateway {
+    pub(crate) handle: Handle<Primitives>,
+    pub(crate) settings: Settings,
+    pub(crate) hub: Arc<Hub>,
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) metrics: Metrics,
+    next_request: AtomicU64,
+}
+
+impl Gateway {
+    /// `random` keeps the numbers that this process gives to requests apart from
+    /// those of others.
+    pub(crate) fn new(
+        handle: Handle<Primitives>,
+        settings: Settings,
+        hub: Arc<Hub>,
+        peers: Arc<Peers>,
+        random: u64,
+    ) -> Self {
+        let next_request = AtomicU64::new(random);
+        Self {
+            handle,
+            settings,
+            hub,
+            peers,
+            metrics: Metrics::new(),
+            next_request,
+        }
+    }
+
+    /// A number for a request to which the client gave none.
+    pub(crate) fn number_request(&self) -> u64 {
+        self.next_request.fetch_add(1, Ordering::Relaxed) | (CLIENT_REQUEST_MAX + 1)
+    }
+
+    /// Has a command replicated.
+    pub(crate) async fn command(&self, body: command::Body) -> Result<Answer, Refusal> {
+        answered(|respond| self.handle.command(body, respond)).await
+    }
+
+    /// Asks a linearizable question.
+    pub(crate) async fn read(&self, query: Query<Primitives>) -> Result<Answer, Refusal> {
+        answered(|respond| self.handle.read(query, respond)).await
+    }
+
+    /// Renews a session.
+    pub(crate) async fn renew(&self, session: SessionId) -> Result<Answer, Refusal> {
+        answered(|respond| self.handle.renew(session, respond)).await
+    }
+
+    /// The header of an answer made at this revision and term.
+    pub(crate) fn header(&self, revision: Revision, term: Term) -> Option<v1::ResponseHeader> {
+        let topology = &self.settings.topology;
+        Some(v1::ResponseHeader {
+            cluster_id: topology.cluster,
+            member_id: topology.own().id.0,
+            revision,
+            term,
+            leader_id: self.handle.status().leader.map_or(0, |leader| leader.0),
+        })
+    }
+
+    /// Runs a call: counts it, and tells the client why it failed.
+    pub(crate) async fn serve<T>(
+        &self,
+        method: Method,
+        work: impl Future<Output = Result<T, Refusal>>,
+    ) -> Result<Response<T>, tonic::Status> {
+        let call = self.metrics.begin(method);
+        match work.await {
+            Ok(response) => {
+                call.end(Code::Ok);
+                Ok(Response::new(response))
+            }
+            Err(refusal) => {
+                let status = self.status_of(refusal);
+                call.end(status.code());
+                Err(status)
+            }
+        }
+    }
+
+    /// What a client is told.
+    pub(crate) fn status_of(&self, refusal: Refusal) -> tonic::Status {
+        if let Refusal::Internal(what) = refusal {
+            tracing::error!(what, "a defect: the replica gave an answer of another kind");
+        }
+        let leader = leader_address(&self.handle.status());
+        refusal.into_status(leader.as_deref())
+    }
+}
+
+/// Where clients reach the leader, if it is known.
+fn leader_address(status: &Status) -> Option<String> {
+    let leader = status.leader?;
+    let (_, _, urls) = status.members.iter().find(|(id, _, _)| *id == leader)?;
+    urls.first().cloned()
+}
+
+/// Waits for the outcome of a request. If the loop thread ends without having
+/// given one, the request may have been applied.
+async fn answered(submit: impl FnOnce(Responder<Primitives>)) -> Result<Answer, Refusal> {
+    let (sender, receiver) = oneshot::channel();
+    submit(Box::new(move |outcome| {
+        // Nobody waits for it any more.
+        sender.send(outcome).ok();
+    }));
+    let outcome = receiver.await.unwrap_or(Err(Failure::OutcomeUnknown));
+    match outcome? {
+        Answer {
+            body: AnswerBody::SessionEnded(end),
+            ..
+        } => Err(Refusal::SessionEnded(end)),
+        Answer {
+            body: AnswerBody::Machine(Err(rejection)),
+            ..
+        } => Err(Refusal::Rejected(rejection)),
+        answer => Ok(answer),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use conclave_core::ids::NodeId;
+
+    use super::*;
+
+    #[test]
+    fn the_leader_is_named_by_the_address_it_told() {
+        let mut status = Status {
+            members: Arc::new(vec![(
+                NodeId(7),
+                "a".to_owned(),
+                vec!["http://h:1".to_owned()],
+            )]),
+            ..Status::default()
+        };
+        assert_eq!(leader_address(&status), None);
+        status.leader = Some(NodeId(8));
+        assert_eq!(leader_address(&status), None);
+        status.leader = Some(NodeId(7));
+        assert_eq!(leader_address(&status).as_deref(), Some("http://h:1"));
+    }
+}

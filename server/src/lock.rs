@@ -1,0 +1,319 @@
+//! `conclave.v1.Lock`.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use conclave_core::{
+    limits,
+    replica::{AnswerBody, Failure, Query},
+};
+use conclave_primitives::{self as primitives, Reply};
+use conclave_proto::{
+    internal::{
+        LockAcquire, LockCancel, LockForceRelease, LockRelease, primitive_command::Command,
+    },
+    v1::{self, lock_server::Lock},
+};
+use tokio::time::{self, Instant};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    convert,
+    gateway::{CLIENT_REQUEST_MAX, Gateway},
+    metrics::Method,
+    status::Refusal,
+    validate::{self, Invalid},
+};
+
+/// For how long the withdrawal of an abandoned call is tried. After that its
+/// place stays until the session ends.
+const WITHDRAW_FOR: Duration = Duration::from_secs(60);
+/// Between two tries.
+const WITHDRAW_PAUSE: Duration = Duration::from_millis(500);
+
+const ANOTHER_KIND: Refusal = Refusal::Internal("lock");
+
+type Header = Option<v1::ResponseHeader>;
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub(crate) struct LockService(pub(crate) Arc<Gateway>);
+
+#[async_trait]
+impl Lock for LockService {
+    async fn acquire(
+        &self,
+        request: Request<v1::AcquireRequest>,
+    ) -> Result<Response<v1::AcquireResponse>, Status> {
+        self.0
+            .serve(Method::LockAcquire, acquire(&self.0, request.into_inner()))
+            .await
+    }
+
+    async fn release(
+        &self,
+        request: Request<v1::ReleaseRequest>,
+    ) -> Result<Response<v1::ReleaseResponse>, Status> {
+        self.0
+            .serve(Method::LockRelease, release(&self.0, request.into_inner()))
+            .await
+    }
+
+    async fn cancel(
+        &self,
+        request: Request<v1::CancelRequest>,
+    ) -> Result<Response<v1::CancelResponse>, Status> {
+        self.0
+            .serve(Method::LockCancel, cancel(&self.0, request.into_inner()))
+            .await
+    }
+
+    async fn force_release(
+        &self,
+        request: Request<v1::ForceReleaseRequest>,
+    ) -> Result<Response<v1::ForceReleaseResponse>, Status> {
+        self.0
+            .serve(
+                Method::LockForceRelease,
+                force_release(&self.0, request.into_inner()),
+            )
+            .await
+    }
+
+    async fn list(
+        &self,
+        request: Request<v1::ListLocksRequest>,
+    ) -> Result<Response<v1::ListLocksResponse>, Status> {
+        self.0
+            .serve(Method::LockList, list(&self.0, request.into_inner()))
+            .await
+    }
+
+    async fn check(
+        &self,
+        request: Request<v1::CheckRequest>,
+    ) -> Result<Response<v1::CheckResponse>, Status> {
+        self.0
+            .serve(Method::LockCheck, check(&self.0, request.into_inner()))
+            .await
+    }
+}
+
+async fn acquire(
+    gateway: &Arc<Gateway>,
+    request: v1::AcquireRequest,
+) -> Result<v1::AcquireResponse, Refusal> {
+    validate::contender(&request.name, request.session_id, &request.owner)?;
+    if request.request.max(request.acknowledged) > CLIENT_REQUEST_MAX {
+        return Err(Invalid::Argument("request, acknowledged: they must be less than 2^63").into());
+    }
+    let mut command = LockAcquire {
+        name: request.name,
+        session_id: request.session_id,
+        owner: request.owner,
+        request: request.request,
+        acknowledged: request.acknowledged,
+        wait_ms: request.wait_ms,
+    };
+    let outcome = if command.request == 0 {
+        acquire_unnumbered(gateway, &mut command).await
+    } else {
+        run(gateway, Command::LockAcquire(command)).await
+    };
+    let (header, reply) = outcome?;
+    let Reply::Granted { key, token } = reply else {
+        return Err(ANOTHER_KIND);
+    };
+    Ok(v1::AcquireResponse { header, key, token })
+}
+
+/// A client that gave no number cannot cancel, so its call is withdrawn for it
+/// when it is dropped, or when its outcome is not known. The number that makes
+/// this possible is given here.
+async fn acquire_unnumbered(
+    gateway: &Arc<Gateway>,
+    command: &mut LockAcquire,
+) -> Result<(Header, Reply), Refusal> {
+    command.request = gateway.number_request();
+    let mut abandoned = Abandoned {
+        gateway: Arc::clone(gateway),
+        cancel: Some(LockCancel {
+            name: command.name.clone(),
+            session_id: command.session_id,
+            owner: command.owner.clone(),
+            request: command.request,
+            place: 0,
+        }),
+    };
+    let outcome = run(gateway, Command::LockAcquire(std::mem::take(command))).await;
+    if outcome != Err(Failure::OutcomeUnknown.into()) {
+        abandoned.cancel = None;
+    }
+    outcome
+}
+
+/// Withdraws a call in the background, unless disarmed before it is dropped.
+struct Abandoned {
+    gateway: Arc<Gateway>,
+    cancel: Option<LockCancel>,
+}
+
+impl Drop for Abandoned {
+    fn drop(&mut self) {
+        if let Some(cancel) = self.cancel.take() {
+            tokio::spawn(withdraw(Arc::clone(&self.gateway), cancel));
+        }
+    }
+}
+
+/// Repeats a cancellation until it is answered. Being numbered, it is safe to
+/// repeat.
+async fn withdraw(gateway: Arc<Gateway>, cancel: LockCancel) {
+    let until = Instant::now() + WITHDRAW_FOR;
+    while Instant::now() < until {
+        match run(&gateway, Command::LockCancel(cancel.clone())).await {
+            Err(Refusal::Failed(Failure::ShuttingDown)) => return,
+            Err(Refusal::Failed(_)) => time::sleep(WITHDRAW_PAUSE).await,
+            Ok(_) | Err(_) => return,
+        }
+    }
+    tracing::warn!(lock = cancel.name, session = %format_args!("{:x}", cancel.session_id),
+        "an abandoned call for a lock could not be withdrawn");
+}
+
+async fn release(
+    gateway: &Gateway,
+    request: v1::ReleaseRequest,
+) -> Result<v1::ReleaseResponse, Refusal> {
+    validate::contender(&request.name, request.session_id, &request.owner)?;
+    let v1::ReleaseRequest {
+        name,
+        session_id,
+        owner,
+        token,
+    } = request;
+    let command = Command::LockRelease(LockRelease {
+        name,
+        session_id,
+        owner,
+        token,
+    });
+    let (header, _) = run(gateway, command).await?;
+    Ok(v1::ReleaseResponse { header })
+}
+
+async fn cancel(
+    gateway: &Gateway,
+    request: v1::CancelRequest,
+) -> Result<v1::CancelResponse, Refusal> {
+    validate::contender(&request.name, request.session_id, &request.owner)?;
+    if !(1..=CLIENT_REQUEST_MAX).contains(&request.request) {
+        return Err(Invalid::Argument("request: it must be the number of an Acquire").into());
+    }
+    let v1::CancelRequest {
+        name,
+        session_id,
+        owner,
+        request,
+    } = request;
+    let command = Command::LockCancel(LockCancel {
+        name,
+        session_id,
+        owner,
+        request,
+        place: 0,
+    });
+    let (header, _) = run(gateway, command).await?;
+    Ok(v1::CancelResponse { header })
+}
+
+async fn force_release(
+    gateway: &Gateway,
+    request: v1::ForceReleaseRequest,
+) -> Result<v1::ForceReleaseResponse, Refusal> {
+    validate::lock_name(&request.name)?;
+    validate::reason(&request.reason)?;
+    let v1::ForceReleaseRequest {
+        name,
+        reason,
+        token,
+    } = request;
+    tracing::info!(
+        lock = name,
+        reason,
+        token,
+        "a lock is to be released by force"
+    );
+    let command = Command::LockForceRelease(LockForceRelease {
+        name,
+        reason,
+        token,
+    });
+    let (header, reply) = run(gateway, command).await?;
+    let Reply::ForceReleased(released) = reply else {
+        return Err(ANOTHER_KIND);
+    };
+    Ok(v1::ForceReleaseResponse {
+        header,
+        released: Some(convert::contender(released)),
+    })
+}
+
+async fn list(
+    gateway: &Gateway,
+    request: v1::ListLocksRequest,
+) -> Result<v1::ListLocksResponse, Refusal> {
+    let v1::ListLocksRequest { name, limit, after } = request;
+    if after.len() > limits::NAME_BYTES_MAX {
+        return Err(Invalid::Argument("after: it is longer than any name").into());
+    }
+    let name = (!name.is_empty()).then_some(name);
+    if let Some(name) = &name {
+        validate::lock_name(name)?;
+    }
+    let limit = match limit as usize {
+        0 => limits::LIST_LOCKS_MAX,
+        asked => asked.min(limits::LIST_LOCKS_MAX),
+    };
+    let (header, found) = query(gateway, primitives::Query::Locks { name, after, limit }).await?;
+    let primitives::Answer::Locks { locks, more } = found else {
+        return Err(ANOTHER_KIND);
+    };
+    let locks = convert::locks(locks, limits::LIST_WAITERS_MAX);
+    Ok(v1::ListLocksResponse {
+        header,
+        locks,
+        more,
+    })
+}
+
+async fn check(gateway: &Gateway, request: v1::CheckRequest) -> Result<v1::CheckResponse, Refusal> {
+    validate::lock_name(&request.name)?;
+    let v1::CheckRequest { name, token } = request;
+    let (header, found) = query(gateway, primitives::Query::Check { name, token }).await?;
+    let primitives::Answer::Checked(held) = found else {
+        return Err(ANOTHER_KIND);
+    };
+    Ok(v1::CheckResponse { header, held })
+}
+
+/// Has a command replicated.
+async fn run(gateway: &Gateway, command: Command) -> Result<(Header, Reply), Refusal> {
+    let answer = gateway.command(primitives::command(command)).await?;
+    let AnswerBody::Machine(Ok(reply)) = answer.body else {
+        return Err(ANOTHER_KIND);
+    };
+    Ok((gateway.header(answer.revision, answer.term), reply))
+}
+
+/// Asks a linearizable question.
+async fn query(
+    gateway: &Gateway,
+    query: primitives::Query,
+) -> Result<(Header, primitives::Answer), Refusal> {
+    let answer = gateway.read(Query::Machine(query)).await?;
+    let AnswerBody::Query(found) = answer.body else {
+        return Err(ANOTHER_KIND);
+    };
+    Ok((gateway.header(answer.revision, answer.term), found))
+}

@@ -1,0 +1,460 @@
+//! What the server counts, and how it tells: the Prometheus text format.
+//!
+//! Names are a contract with dashboards, so all of them are in [`CATALOGUE`].
+
+use std::{
+    fmt::Write as _,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use conclave_core::replica::{Role, Status};
+use tonic::Code;
+
+/// One series, or several that differ in labels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Metric {
+    name: &'static str,
+    kind: &'static str,
+    help: &'static str,
+}
+
+const fn counter(name: &'static str, help: &'static str) -> Metric {
+    Metric {
+        name,
+        kind: "counter",
+        help,
+    }
+}
+
+const fn gauge(name: &'static str, help: &'static str) -> Metric {
+    Metric {
+        name,
+        kind: "gauge",
+        help,
+    }
+}
+
+const REQUESTS: Metric = counter(
+    "conclave_requests_total",
+    "Requests answered, by method and gRPC code.",
+);
+const IN_FLIGHT: Metric = gauge(
+    "conclave_requests_in_flight",
+    "Requests that wait for their answer, by method.",
+);
+const CONNECTIONS: Metric = counter(
+    "conclave_client_connections_total",
+    "Connections accepted on the client addresses.",
+);
+const WATCHED: Metric = gauge(
+    "conclave_watched_sessions",
+    "Sessions followed by event streams.",
+);
+const SLOW_READERS: Metric = counter(
+    "conclave_slow_readers_total",
+    "Event streams cut because they were read too slowly.",
+);
+const INFO: Metric = gauge("conclave_info", "Always 1; the labels say what runs.");
+const HAS_LEADER: Metric = gauge("conclave_has_leader", "Whether this member knows a leader.");
+const IS_LEADER: Metric = gauge("conclave_is_leader", "Whether this member leads.");
+const TERM: Metric = gauge("conclave_term", "The current Raft term.");
+const COMMITTED: Metric = gauge(
+    "conclave_committed_index",
+    "The last entry known to be committed.",
+);
+const APPLIED: Metric = gauge("conclave_applied_index", "The last entry applied.");
+const LAST: Metric = gauge("conclave_last_index", "The last entry of the log.");
+const LOG_BYTES: Metric = gauge("conclave_log_bytes", "Bytes of the log on disk.");
+const REVISION: Metric = gauge("conclave_revision", "The newest revision of the keyspace.");
+const SESSIONS: Metric = gauge("conclave_sessions", "Sessions that are alive.");
+const KEYS: Metric = gauge("conclave_keys", "Keys that are there now.");
+const PEER_CONNECTED: Metric = gauge(
+    "conclave_peer_connected",
+    "Whether the link to a member stands, by member.",
+);
+const PEER_SENT: Metric = counter(
+    "conclave_peer_messages_sent_total",
+    "Messages given to the link to a member.",
+);
+const PEER_DROPPED: Metric = counter(
+    "conclave_peer_messages_dropped_total",
+    "Messages to a member dropped because its link was down or full.",
+);
+const PEER_RECEIVED: Metric = counter(
+    "conclave_peer_messages_received_total",
+    "Messages received from a member.",
+);
+const START_TIME: Metric = gauge(
+    "process_start_time_seconds",
+    "When the process started, in seconds since 1970.",
+);
+const RESIDENT: Metric = gauge("process_resident_memory_bytes", "Memory in use, in bytes.");
+const CPU: Metric = counter("process_cpu_seconds_total", "Processor time used.");
+
+/// Every metric there is.
+#[cfg(test)]
+const CATALOGUE: [Metric; 23] = [
+    REQUESTS,
+    IN_FLIGHT,
+    CONNECTIONS,
+    WATCHED,
+    SLOW_READERS,
+    INFO,
+    HAS_LEADER,
+    IS_LEADER,
+    TERM,
+    COMMITTED,
+    APPLIED,
+    LAST,
+    LOG_BYTES,
+    REVISION,
+    SESSIONS,
+    KEYS,
+    PEER_CONNECTED,
+    PEER_SENT,
+    PEER_DROPPED,
+    PEER_RECEIVED,
+    START_TIME,
+    RESIDENT,
+    CPU,
+];
+
+/// gRPC has codes 0 to 16.
+const CODES: usize = 17;
+
+/// A call of the native API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Method {
+    SessionOpen,
+    SessionRenew,
+    SessionClose,
+    SessionList,
+    SessionWatch,
+    LockAcquire,
+    LockRelease,
+    LockCancel,
+    LockForceRelease,
+    LockList,
+    LockCheck,
+    ClusterStatus,
+}
+
+impl Method {
+    const ALL: [Self; 12] = [
+        Self::SessionOpen,
+        Self::SessionRenew,
+        Self::SessionClose,
+        Self::SessionList,
+        Self::SessionWatch,
+        Self::LockAcquire,
+        Self::LockRelease,
+        Self::LockCancel,
+        Self::LockForceRelease,
+        Self::LockList,
+        Self::LockCheck,
+        Self::ClusterStatus,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::SessionOpen => "Session/Open",
+            Self::SessionRenew => "Session/Renew",
+            Self::SessionClose => "Session/Close",
+            Self::SessionList => "Session/List",
+            Self::SessionWatch => "Session/Watch",
+            Self::LockAcquire => "Lock/Acquire",
+            Self::LockRelease => "Lock/Release",
+            Self::LockCancel => "Lock/Cancel",
+            Self::LockForceRelease => "Lock/ForceRelease",
+            Self::LockList => "Lock/List",
+            Self::LockCheck => "Lock/Check",
+            Self::ClusterStatus => "Cluster/Status",
+        }
+    }
+}
+
+/// The counters of this process.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    methods: [MethodCounters; Method::ALL.len()],
+    pub(crate) connections: AtomicU64,
+    pub(crate) slow_readers: AtomicU64,
+    started: SystemTime,
+}
+
+#[derive(Debug, Default)]
+struct MethodCounters {
+    in_flight: AtomicU64,
+    answered: [AtomicU64; CODES],
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        Self {
+            methods: Default::default(),
+            connections: AtomicU64::new(0),
+            slow_readers: AtomicU64::new(0),
+            started: SystemTime::now(),
+        }
+    }
+
+    /// Counts a request from now on until what is returned is dropped.
+    pub(crate) fn begin(&self, method: Method) -> InFlight<'_> {
+        let counters = &self.methods[method as usize];
+        counters.in_flight.fetch_add(1, Ordering::Relaxed);
+        InFlight {
+            counters,
+            code: Code::Cancelled,
+        }
+    }
+}
+
+/// A request that is being served. One that is dropped was cancelled.
+#[derive(Debug)]
+pub(crate) struct InFlight<'a> {
+    counters: &'a MethodCounters,
+    code: Code,
+}
+
+impl InFlight<'_> {
+    pub(crate) fn end(mut self, code: Code) {
+        self.code = code;
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.counters.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.counters.answered[self.code as usize].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// The counters of the link to one member.
+#[derive(Debug, Default)]
+pub(crate) struct LinkCounters {
+    pub(crate) sent: AtomicU64,
+    pub(crate) dropped: AtomicU64,
+    pub(crate) received: AtomicU64,
+}
+
+/// What is told beside the counters of this process.
+#[derive(Debug)]
+pub(crate) struct Snapshot<'a> {
+    pub(crate) status: &'a Status,
+    pub(crate) member: &'a str,
+    pub(crate) watched_sessions: usize,
+    pub(crate) log_bytes: u64,
+    /// Name of the member, whether it is connected, its counters.
+    pub(crate) links: Vec<(&'a str, bool, &'a LinkCounters)>,
+}
+
+impl Metrics {
+    /// Everything in the text format of Prometheus, version 0.0.4.
+    pub(crate) fn render(&self, snapshot: &Snapshot<'_>) -> String {
+        let mut page = Page::default();
+        self.render_requests(&mut page);
+        render_links(&mut page, &snapshot.links);
+        render_status(&mut page, snapshot);
+        page.one(CONNECTIONS, load(&self.connections));
+        page.one(SLOW_READERS, load(&self.slow_readers));
+        self.render_process(&mut page);
+        page.text
+    }
+
+    fn render_requests(&self, page: &mut Page) {
+        page.begin(REQUESTS);
+        for (method, counters) in Method::ALL.iter().zip(&self.methods) {
+            for (code, count) in counters.answered.iter().enumerate() {
+                let count = load(count);
+                if count > 0 {
+                    let code = format!("{:?}", Code::from_i32(i32::try_from(code).unwrap_or(2)));
+                    page.series(
+                        REQUESTS,
+                        &[("method", method.label()), ("code", &code)],
+                        count,
+                    );
+                }
+            }
+        }
+        page.begin(IN_FLIGHT);
+        for (method, counters) in Method::ALL.iter().zip(&self.methods) {
+            page.series(
+                IN_FLIGHT,
+                &[("method", method.label())],
+                load(&counters.in_flight),
+            );
+        }
+    }
+
+    fn render_process(&self, page: &mut Page) {
+        let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
+        page.one(START_TIME, started.as_secs_f64());
+        page.one(CPU, processor_time().as_secs_f64());
+        if let Some(bytes) = resident_bytes() {
+            page.one(RESIDENT, bytes);
+        }
+    }
+}
+
+fn render_links(page: &mut Page, links: &[(&str, bool, &LinkCounters)]) {
+    page.begin(PEER_CONNECTED);
+    for (name, connected, _) in links {
+        page.series(PEER_CONNECTED, &[("peer", name)], u8::from(*connected));
+    }
+    let mut one = |metric, counter: fn(&LinkCounters) -> &AtomicU64| {
+        page.begin(metric);
+        for (name, _, link) in links {
+            page.series(metric, &[("peer", name)], load(counter(link)));
+        }
+    };
+    one(PEER_SENT, |link| &link.sent);
+    one(PEER_DROPPED, |link| &link.dropped);
+    one(PEER_RECEIVED, |link| &link.received);
+}
+
+fn render_status(page: &mut Page, snapshot: &Snapshot<'_>) {
+    let status = snapshot.status;
+    page.begin(INFO);
+    let version = env!("CARGO_PKG_VERSION");
+    page.series(
+        INFO,
+        &[("version", version), ("member", snapshot.member)],
+        1,
+    );
+    page.one(HAS_LEADER, u8::from(status.leader.is_some()));
+    page.one(IS_LEADER, u8::from(status.role == Role::Leader));
+    page.one(TERM, status.term);
+    page.one(COMMITTED, status.committed);
+    page.one(APPLIED, status.applied);
+    page.one(LAST, status.last);
+    page.one(LOG_BYTES, snapshot.log_bytes);
+    page.one(REVISION, status.revision);
+    page.one(SESSIONS, status.sessions);
+    page.one(KEYS, status.keys);
+    page.one(WATCHED, snapshot.watched_sessions);
+}
+
+fn load(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(
+        time.tv_sec.unsigned_abs(),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
+}
+
+fn resident_bytes() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
+}
+
+/// Text that grows. Writing to a string cannot fail.
+#[derive(Default)]
+struct Page {
+    text: String,
+}
+
+impl Page {
+    fn begin(&mut self, metric: Metric) {
+        let Metric { name, kind, help } = metric;
+        writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}").expect("a string grows");
+    }
+
+    fn one(&mut self, metric: Metric, value: impl std::fmt::Display) {
+        self.begin(metric);
+        writeln!(self.text, "{} {value}", metric.name).expect("a string grows");
+    }
+
+    fn series(&mut self, metric: Metric, labels: &[(&str, &str)], value: impl std::fmt::Display) {
+        let labels: Vec<String> = labels
+            .iter()
+            .map(|(key, value)| format!("{key}=\"{}\"", escape(value)))
+            .collect();
+        writeln!(self.text, "{}{{{}}} {value}", metric.name, labels.join(","))
+            .expect("a string grows");
+    }
+}
+
+fn escape(label: &str) -> String {
+    label
+        .replace('\\', r"\\")
+        .replace('"', "\\\"")
+        .replace('\n', r"\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn rendered(metrics: &Metrics) -> String {
+        let counters = LinkCounters::default();
+        metrics.render(&Snapshot {
+            status: &Status::default(),
+            member: "a \"b\"",
+            watched_sessions: 3,
+            log_bytes: 4,
+            links: vec![("c", true, &counters)],
+        })
+    }
+
+    #[test]
+    fn names_are_unique_and_documented() {
+        let names: BTreeSet<&str> = CATALOGUE.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), CATALOGUE.len());
+        for metric in CATALOGUE {
+            assert!(
+                metric.help.ends_with('.') && metric.help.contains(' '),
+                "{metric:?}"
+            );
+            assert_eq!(
+                metric.kind == "counter",
+                metric.name.ends_with("_total"),
+                "{metric:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_metric_is_told_once() {
+        let text = rendered(&Metrics::new());
+        for metric in CATALOGUE {
+            let heading = format!("# TYPE {} {}\n", metric.name, metric.kind);
+            assert_eq!(text.matches(&heading).count(), 1, "{}", metric.name);
+        }
+        assert_eq!(text.matches("# TYPE").count(), CATALOGUE.len());
+    }
+
+    #[test]
+    fn requests_are_counted_by_method_and_code() {
+        let metrics = Metrics::new();
+        metrics.begin(Method::LockAcquire).end(Code::Ok);
+        metrics.begin(Method::LockAcquire).end(Code::Ok);
+        drop(metrics.begin(Method::LockAcquire));
+        let held = metrics.begin(Method::LockCheck);
+        let text = rendered(&metrics);
+        held.end(Code::Ok);
+        for line in [
+            "conclave_requests_total{method=\"Lock/Acquire\",code=\"Ok\"} 2\n",
+            "conclave_requests_total{method=\"Lock/Acquire\",code=\"Cancelled\"} 1\n",
+            "conclave_requests_in_flight{method=\"Lock/Acquire\"} 0\n",
+            "conclave_requests_in_flight{method=\"Lock/Check\"} 1\n",
+            "conclave_info{version=\"0.1.0\",member=\"a \\\"b\\\"\"} 1\n",
+        ] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
+    }
+
+    #[test]
+    fn methods_are_indexed_in_the_order_of_the_list() {
+        for (index, method) in Method::ALL.into_iter().enumerate() {
+            assert_eq!(method as usize, index);
+        }
+    }
+}

@@ -1,0 +1,466 @@
+//! Puts a server together, runs it, and takes it apart in the right order.
+//!
+//! Threads: `conclave-loop` owns the replica and its log; `conclave-peers`
+//! carries messages between members; `conclave-io-N` serve clients; the thread
+//! that calls [`Server::wait`] accepts connections and watches over the others.
+
+use std::{
+    future::{Future, pending},
+    io,
+    net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream},
+    sync::{Arc, atomic::Ordering},
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use conclave_core::{
+    limits,
+    node::{self, LoopThread, Outlets},
+    replica::{Config, Fatal, Role, Status},
+};
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::{mpsc, watch},
+    time,
+};
+use tonic::{service::Routes, transport};
+use tonic_health::{
+    pb::health_server::{Health, HealthServer},
+    server::{HealthReporter, health_reporter},
+};
+
+use crate::{
+    cluster::role_name,
+    events::Hub,
+    gateway::Gateway,
+    http,
+    net::{self, BindError, ConnectionSender},
+    options::{Options, OptionsError, Settings, Url},
+    peers::Peers,
+    routes,
+    shutdown::{Requests, Shutdown},
+    storage::{self, Storage, StorageError},
+};
+
+/// How often the threads and the state of the cluster are looked at.
+const WATCH_EVERY: Duration = Duration::from_millis(100);
+/// How often the health service learns whether this member serves.
+const HEALTH_EVERY: Duration = Duration::from_secs(1);
+/// How long requests have to finish when the server stops.
+const DRAIN_WITHIN: Duration = Duration::from_secs(3);
+/// How often it is looked whether threads have ended.
+const END_EVERY: Duration = Duration::from_millis(10);
+/// How long the threads have to end after that.
+const END_WITHIN: Duration = Duration::from_secs(2);
+/// Pings find clients that are gone without a word; their streams hold memory.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+/// Calls that one connection may have waiting: as many as the replica takes.
+const STREAMS_MAX: u32 = 1 << 17;
+/// Calls that a client may give up in one burst.
+const RESETS_MAX: usize = 4_096;
+/// Large enough that no list waits for a window.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+/// For all streams of a connection together.
+const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+
+const _: () = assert!(STREAMS_MAX as usize >= limits::PENDING_COMMANDS_MAX);
+
+/// Runs a server until it is asked to stop, or cannot go on. The error is for
+/// the caller to report; it is not logged.
+pub fn run(options: &Options, shutdown: Shutdown) -> Result<(), ServerError> {
+    Server::start(options)?.wait(shutdown)
+}
+
+/// A server that has begun.
+#[derive(Debug)]
+pub struct Server {
+    gateway: Arc<Gateway>,
+    /// Accepts and watches; runs only inside [`Server::wait`].
+    control: Runtime,
+    clients: Vec<StdListener>,
+    client_threads: Vec<ConnectionSender>,
+    metrics: Vec<StdListener>,
+    addresses: Addresses,
+    health: HealthReporter,
+    phase: watch::Sender<Phase>,
+    replica: LoopThread,
+    io: Vec<JoinHandle<()>>,
+    peers: JoinHandle<()>,
+}
+
+/// Where a server listens, with the ports that the system chose.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    /// For clients.
+    pub clients: Vec<SocketAddr>,
+    /// For the other members.
+    pub peers: Vec<SocketAddr>,
+    /// For metrics alone.
+    pub metrics: Vec<SocketAddr>,
+}
+
+/// How far a server is from its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    Serving,
+    /// No new connections; requests finish.
+    Draining,
+    Stopped,
+}
+
+impl Server {
+    /// Opens the data directory, listens, and starts the threads.
+    pub fn start(options: &Options) -> Result<Self, ServerError> {
+        let settings = options.validate()?;
+        let control = runtime()?;
+        let inside = control.enter();
+        let storage = Storage::open(&settings)?;
+        let clients = listen_all(&settings.listen_client)?;
+        let peer_listeners = listen_all(&settings.listen_peer)?;
+        let metrics = listen_all(&settings.listen_metrics)?;
+        let addresses = Addresses {
+            clients: local_addresses(&clients),
+            peers: local_addresses(&peer_listeners),
+            metrics: local_addresses(&metrics),
+        };
+        log_start(&settings, &addresses);
+        let (gateway, replica) = start_replica(settings, storage)?;
+        let (phase, phases) = watch::channel(Phase::Serving);
+        let (health, health_server) = health_reporter();
+        let peers = spawn_peers(&gateway, peer_listeners, phases.clone())?;
+        let (client_threads, io) = (0..gateway.settings.io_threads)
+            .map(|number| spawn_io(number, &gateway, &health_server, phases.clone()))
+            .collect::<Result<_, _>>()?;
+        drop(inside);
+        Ok(Self {
+            gateway,
+            control,
+            clients,
+            client_threads,
+            metrics,
+            addresses,
+            health,
+            phase,
+            replica,
+            io,
+            peers,
+        })
+    }
+
+    /// Where it listens.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// Serves until asked to stop, or until the replica cannot go on.
+    pub fn wait(mut self, shutdown: Shutdown) -> Result<(), ServerError> {
+        let control = std::mem::replace(&mut self.control, runtime()?);
+        let patient = control.block_on(self.serve(shutdown))?;
+        self.gateway.hub.close();
+        self.phase.send_replace(Phase::Stopped);
+        if patient {
+            control
+                .block_on(time::timeout(END_WITHIN, self.all_ended()))
+                .ok();
+        }
+        if !self.replica.is_finished() {
+            tracing::warn!("stopped without waiting for the log any longer");
+            return Ok(());
+        }
+        match self.replica.join() {
+            Ok(ended) => Ok(ended?),
+            Err(_) => Err(ServerError::LoopPanicked),
+        }
+    }
+
+    /// Whether it came to its end in time.
+    async fn serve(&mut self, shutdown: Shutdown) -> Result<bool, ServerError> {
+        let mut shutdown = shutdown.listen().map_err(ServerError::Signals)?;
+        self.accept();
+        let gateway = Arc::clone(&self.gateway);
+        tokio::spawn(report_health(
+            gateway,
+            self.health.clone(),
+            self.phase.subscribe(),
+        ));
+        tokio::select! {
+            () = self.watch_replica() => Ok(true),
+            () = shutdown.next() => Ok(self.drain(&mut shutdown).await),
+        }
+    }
+
+    /// Begins to accept connections. The tasks end with the runtime.
+    fn accept(&mut self) {
+        for listener in self.clients.drain(..) {
+            let gateway = Arc::clone(&self.gateway);
+            let count = move || {
+                gateway.metrics.connections.fetch_add(1, Ordering::Relaxed);
+            };
+            let accept = net::accept(listener, self.client_threads.clone(), count);
+            tokio::spawn(until(self.phase.subscribe(), Phase::Draining, accept));
+        }
+        for listener in self.metrics.drain(..) {
+            let (sender, connections) = net::connections();
+            tokio::spawn(net::accept(listener, vec![sender], || ()));
+            let routes = routes::metrics_routes(&self.gateway);
+            tokio::spawn(serve_connections(
+                routes,
+                connections,
+                self.phase.subscribe(),
+            ));
+        }
+        // So that the I/O threads see the end of their connections.
+        self.client_threads.clear();
+    }
+
+    /// Runs until the loop thread ends; logs what becomes of the cluster.
+    async fn watch_replica(&self) {
+        let mut seen = Status::default();
+        while !self.replica.is_finished() {
+            let status = self.gateway.handle.status();
+            if (status.leader, status.term, status.role) != (seen.leader, seen.term, seen.role) {
+                log_leader(&status, &self.gateway.settings);
+                seen = Status::clone(&status);
+            }
+            time::sleep(WATCH_EVERY).await;
+        }
+    }
+
+    /// Hands leadership over and lets requests finish. Whether that was done in
+    /// time, and nobody asked to stop at once.
+    async fn drain(&self, shutdown: &mut Requests) -> bool {
+        tracing::info!("stopping");
+        self.phase.send_replace(Phase::Draining);
+        self.gateway.hub.close();
+        self.gateway.handle.stop();
+        tokio::select! {
+            drained = time::timeout(DRAIN_WITHIN, self.drained()) => drained.is_ok(),
+            () = shutdown.next() => false,
+        }
+    }
+
+    async fn drained(&self) {
+        while !self.replica.is_finished() || !self.io.iter().all(JoinHandle::is_finished) {
+            time::sleep(END_EVERY).await;
+        }
+    }
+
+    async fn all_ended(&self) {
+        self.drained().await;
+        while !self.peers.is_finished() {
+            time::sleep(END_EVERY).await;
+        }
+    }
+}
+
+/// A runtime on the thread that blocks on it.
+fn runtime() -> Result<Runtime, ServerError> {
+    Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(ServerError::Thread)
+}
+
+fn listen_all(urls: &[Url]) -> Result<Vec<StdListener>, ServerError> {
+    Ok(urls.iter().map(net::listen).collect::<Result<_, _>>()?)
+}
+
+fn local_addresses(listeners: &[StdListener]) -> Vec<SocketAddr> {
+    listeners
+        .iter()
+        .filter_map(|listener| listener.local_addr().ok())
+        .collect()
+}
+
+/// Starts the loop thread over an open log.
+fn start_replica(
+    settings: Settings,
+    storage: Storage,
+) -> Result<(Arc<Gateway>, LoopThread), ServerError> {
+    let Storage { log, recovered } = storage;
+    let config = Config {
+        node: settings.topology.own().id,
+        boot: storage::random(),
+        seed: storage::random(),
+        heartbeat_ms: settings.heartbeat_ms,
+        election_ms: settings.election_ms,
+        name: settings.name.clone(),
+        client_urls: settings
+            .advertise_client
+            .iter()
+            .map(Url::to_string)
+            .collect(),
+    };
+    let incarnation = recovered.identity.incarnation;
+    let peers = Arc::new(Peers::new(&settings.topology, incarnation, config.boot));
+    let hub = Arc::new(Hub::default());
+    let outlets = Outlets {
+        send: Box::new({
+            let peers = Arc::clone(&peers);
+            move |messages| peers.send(messages)
+        }),
+        publish: Box::new({
+            let hub = Arc::clone(&hub);
+            move |events| hub.publish(events)
+        }),
+    };
+    let (handle, replica) =
+        node::start(config, log, recovered, outlets).map_err(ServerError::Thread)?;
+    let gateway = Gateway::new(handle, settings, hub, peers, storage::random());
+    Ok((Arc::new(gateway), replica))
+}
+
+fn spawn_peers(
+    gateway: &Gateway,
+    listeners: Vec<StdListener>,
+    phases: watch::Receiver<Phase>,
+) -> Result<JoinHandle<()>, ServerError> {
+    let peers = Arc::clone(&gateway.peers);
+    let handle = gateway.handle.clone();
+    spawn("conclave-peers".to_owned(), async move {
+        // Leadership is handed over while requests finish, so links stand until the end.
+        until(phases, Phase::Stopped, peers.run(handle, listeners)).await;
+    })
+}
+
+fn spawn_io(
+    number: usize,
+    gateway: &Arc<Gateway>,
+    health: &HealthServer<impl Health>,
+    phases: watch::Receiver<Phase>,
+) -> Result<(ConnectionSender, JoinHandle<()>), ServerError> {
+    let (sender, connections) = net::connections();
+    let routes = routes::routes(gateway, health.clone());
+    let serve = serve_connections(routes, connections, phases);
+    Ok((sender, spawn(format!("conclave-io-{number}"), serve)?))
+}
+
+/// A thread with a runtime of its own, for as long as the future runs.
+fn spawn(
+    name: String,
+    work: impl Future<Output = ()> + Send + 'static,
+) -> Result<JoinHandle<()>, ServerError> {
+    let runtime = runtime()?;
+    let run = move || {
+        runtime.block_on(work);
+        // A look-up of a name may still run, and nobody waits for it.
+        runtime.shutdown_background();
+    };
+    thread::Builder::new()
+        .name(name)
+        .spawn(run)
+        .map_err(ServerError::Thread)
+}
+
+/// Serves connections until there are no more, or the server stops.
+async fn serve_connections(
+    routes: Routes,
+    connections: mpsc::Receiver<StdStream>,
+    phases: watch::Receiver<Phase>,
+) {
+    let served = transport::Server::builder()
+        .accept_http1(true)
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .max_concurrent_streams(STREAMS_MAX)
+        .http2_max_pending_accept_reset_streams(Some(RESETS_MAX))
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(
+            net::incoming(connections),
+            until(phases.clone(), Phase::Draining, pending::<()>()),
+        );
+    until(phases, Phase::Stopped, async {
+        if let Err(error) = served.await {
+            tracing::error!(%error, "a thread can no longer serve clients");
+        }
+    })
+    .await;
+}
+
+/// Runs a future until it is done, or the server has come to `phase`.
+async fn until<T>(mut phases: watch::Receiver<Phase>, phase: Phase, work: impl Future<Output = T>) {
+    tokio::select! {
+        _ = work => {}
+        // An error means that the server is gone.
+        _ = phases.wait_for(|now| *now >= phase) => {}
+    }
+}
+
+/// Keeps the health service up to date.
+async fn report_health(
+    gateway: Arc<Gateway>,
+    reporter: HealthReporter,
+    phases: watch::Receiver<Phase>,
+) {
+    let report = async {
+        let mut every = time::interval(HEALTH_EVERY);
+        loop {
+            every.tick().await;
+            let serving = http::is_ready(&gateway).await.is_ok();
+            routes::report_health(&reporter, serving).await;
+        }
+    };
+    routes::report_health(&reporter, false).await;
+    until::<()>(phases, Phase::Draining, report).await;
+    routes::report_health(&reporter, false).await;
+}
+
+fn log_start(settings: &Settings, addresses: &Addresses) {
+    let topology = &settings.topology;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        name = settings.name,
+        member = %topology.own().id,
+        cluster = %format_args!("{:x}", topology.cluster),
+        members = topology.members().len(),
+        data_dir = %settings.data_dir.display(),
+        clients = ?addresses.clients,
+        peers = ?addresses.peers,
+        "starting"
+    );
+}
+
+fn log_leader(status: &Status, settings: &Settings) {
+    let Some(leader) = status.leader else {
+        tracing::warn!(
+            term = status.term,
+            role = role_name(status.role),
+            "no leader is known"
+        );
+        return;
+    };
+    let name = settings
+        .topology
+        .member(leader)
+        .map_or("", |member| member.name.as_str());
+    let leads = status.role == Role::Leader;
+    tracing::info!(term = status.term, leader = name, id = %leader, leads, "a leader is known");
+}
+
+/// Why a server did not start, or could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The options do not hold together.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// The data directory cannot be used.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// An address cannot be listened on.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The system gave no thread or no runtime.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    /// Signals cannot be received.
+    #[error("cannot listen for signals")]
+    Signals(#[source] io::Error),
+    /// The replica cannot go on.
+    #[error(transparent)]
+    Fatal(#[from] Fatal),
+    /// A defect of the replica.
+    #[error("the replica's thread panicked")]
+    LoopPanicked,
+}

@@ -1,0 +1,295 @@
+//! The data directory: locked by one process, and the right one for this member.
+//!
+//! ```text
+//! NAME.conclave/
+//!   log/    the write-ahead log, locked
+//! ```
+
+use std::{
+    fs::{DirBuilder, File},
+    io,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+};
+
+use conclave_core::{
+    disk::FileDisk,
+    ids::NodeId,
+    log::{Facts, Identity, Log, LogError, Recovered},
+};
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use crate::options::{ClusterState, Settings, Topology};
+
+const LOG: &str = "log";
+
+/// The log of a data directory, with what it held when it was opened.
+#[derive(Debug)]
+pub(crate) struct Storage {
+    pub(crate) log: Log<FileDisk>,
+    pub(crate) recovered: Recovered,
+}
+
+impl Storage {
+    /// Takes the directory for this process, and opens its log or begins one.
+    pub(crate) fn open(settings: &Settings) -> Result<Self, StorageError> {
+        let path = &settings.data_dir;
+        make_durable(path).map_err(|source| StorageError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        let unusable = |source| StorageError::Log {
+            path: path.clone(),
+            source,
+        };
+        if let Some((log, recovered)) = Log::open(disk(path)?).map_err(unusable)? {
+            check_identity(&recovered, &settings.topology, path)?;
+            return Ok(Self { log, recovered });
+        }
+        if settings.cluster_state == ClusterState::Existing {
+            return Err(StorageError::EmptyButExisting { path: path.clone() });
+        }
+        let recovered = first_contents(&settings.topology, random());
+        let Recovered {
+            identity, facts, ..
+        } = recovered.clone();
+        let log = Log::create(disk(path)?, identity, facts).map_err(unusable)?;
+        Ok(Self { log, recovered })
+    }
+}
+
+/// The directory of the log, held by this process alone.
+fn disk(data_dir: &Path) -> Result<FileDisk, StorageError> {
+    FileDisk::open(data_dir.join(LOG)).map_err(|source| {
+        let path = data_dir.to_owned();
+        match source.kind() {
+            io::ErrorKind::ResourceBusy => StorageError::InUse { path },
+            _ => StorageError::Io { path, source },
+        }
+    })
+}
+
+/// What a new log holds.
+fn first_contents(topology: &Topology, incarnation: u64) -> Recovered {
+    let node = topology.own().id;
+    let voters: Vec<NodeId> = topology.members().iter().map(|member| member.id).collect();
+    Recovered {
+        identity: Identity {
+            cluster: topology.cluster,
+            node,
+            incarnation,
+        },
+        hard_state: Default::default(),
+        // Nobody can know another directory of a cluster's only member.
+        facts: Facts {
+            admitted: voters.len() == 1,
+            voters,
+            ..Facts::default()
+        },
+        entries: Vec::new(),
+    }
+}
+
+/// Whether a log is the one of this member of this cluster.
+fn check_identity(
+    recovered: &Recovered,
+    topology: &Topology,
+    path: &Path,
+) -> Result<(), StorageError> {
+    let path = path.to_owned();
+    let Identity { cluster, node, .. } = recovered.identity;
+    let own = topology.own().id;
+    // Ids are made from addresses and the token, so the same member's id in
+    // another cluster means that only the other members differ.
+    match (cluster == topology.cluster, node == own) {
+        (true, true) => Ok(()),
+        (true, false) => Err(StorageError::OtherMember {
+            path,
+            found: node,
+            own,
+        }),
+        (false, true) => Err(StorageError::MembersChanged { path }),
+        (false, false) => Err(StorageError::OtherCluster {
+            path,
+            found: cluster,
+            own: topology.cluster,
+        }),
+    }
+}
+
+/// A random number, not 0.
+pub(crate) fn random() -> u64 {
+    let mut bytes = [0; 8];
+    let filled = getrandom(&mut bytes, GetRandomFlags::empty());
+    assert_eq!(
+        filled,
+        Ok(bytes.len()),
+        "the kernel gives out small random numbers whole"
+    );
+    u64::from_le_bytes(bytes).max(1)
+}
+
+/// Makes a directory that is not there, with those above it, and makes their
+/// names durable: acknowledged commands must not vanish with the directory.
+fn make_durable(path: &Path) -> io::Result<()> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if !parent.is_dir() {
+        make_durable(parent)?;
+    }
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        made => made?,
+    }
+    File::open(parent)?.sync_all()
+}
+
+/// Why the data directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[expect(
+    missing_docs,
+    reason = "the messages say it, and the fields are what they name"
+)]
+pub enum StorageError {
+    #[error("data directory {}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("data directory {} is in use by another process", path.display())]
+    InUse { path: PathBuf },
+    #[error("the log in {} cannot be used", path.display())]
+    Log { path: PathBuf, source: LogError },
+    #[error(
+        "data directory {} belongs to another cluster ({found:x}, not {own:x}); \
+         give another --data-dir, or the --initial-cluster and token it was made with",
+        path.display()
+    )]
+    OtherCluster { path: PathBuf, found: u64, own: u64 },
+    #[error(
+        "data directory {} belongs to another member of the cluster ({found}, not {own}); \
+         check --name and --data-dir",
+        path.display()
+    )]
+    OtherMember {
+        path: PathBuf,
+        found: NodeId,
+        own: NodeId,
+    },
+    #[error(
+        "data directory {} was made with another --initial-cluster; \
+         the members of a cluster cannot be changed this way",
+        path.display()
+    )]
+    MembersChanged { path: PathBuf },
+    #[error(
+        "--initial-cluster-state is existing, but data directory {} is empty; restore it. \
+         Adding members to a running cluster is not supported yet",
+        path.display()
+    )]
+    EmptyButExisting { path: PathBuf },
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::options::Options;
+
+    fn topology(name: &str, members: &[&str], token: &str) -> Topology {
+        let options = Options {
+            name: name.to_owned(),
+            initial_cluster: members
+                .iter()
+                .map(|m| format!("{m}=http://{m}:1"))
+                .collect(),
+            initial_cluster_token: token.to_owned(),
+            ..Options::default()
+        };
+        options.validate().unwrap().topology
+    }
+
+    #[test]
+    fn a_directory_is_taken_only_by_the_member_it_was_made_for() {
+        let check = |topology: &Topology| {
+            let made = first_contents(&self::topology("a", &["a", "b", "c"], "t"), 5);
+            check_identity(&made, topology, Path::new("d"))
+        };
+        assert!(check(&topology("a", &["c", "a", "b"], "t")).is_ok());
+        assert!(matches!(
+            check(&topology("b", &["a", "b", "c"], "t")),
+            Err(StorageError::OtherMember { .. })
+        ));
+        assert!(matches!(
+            check(&topology("a", &["a", "b", "d"], "t")),
+            Err(StorageError::MembersChanged { .. })
+        ));
+        assert!(matches!(
+            check(&topology("a", &["a", "b", "c"], "u")),
+            Err(StorageError::OtherCluster { .. })
+        ));
+        assert!(matches!(
+            check(&topology("x", &["x", "y", "z"], "t")),
+            Err(StorageError::OtherCluster { .. })
+        ));
+    }
+
+    #[test]
+    fn a_directory_is_used_by_one_at_a_time_and_only_for_what_it_was_made() {
+        let path = std::env::temp_dir().join(format!("conclave-storage-{:x}", random()));
+        let options = Options {
+            data_dir: Some(path.join("deep/down")),
+            ..Options::default()
+        };
+        let settings = options.validate().unwrap();
+        let first = Storage::open(&settings).unwrap();
+        assert!(matches!(
+            Storage::open(&settings),
+            Err(StorageError::InUse { .. })
+        ));
+        let identity = first.recovered.identity.clone();
+        drop(first);
+        let again = Storage::open(&settings).unwrap();
+        assert_eq!(again.recovered.identity, identity);
+        drop(again);
+        let initial_cluster_token = "other".to_owned();
+        let other = Options {
+            initial_cluster_token,
+            ..options
+        }
+        .validate()
+        .unwrap();
+        assert!(matches!(
+            Storage::open(&other),
+            Err(StorageError::OtherCluster { .. })
+        ));
+        fs::remove_dir_all(&path).unwrap();
+    }
+
+    #[test]
+    fn an_empty_directory_does_not_join_a_running_cluster() {
+        let path = std::env::temp_dir().join(format!("conclave-storage-{:x}", random()));
+        let options = Options {
+            data_dir: Some(path.clone()),
+            initial_cluster_state: ClusterState::Existing,
+            ..Options::default()
+        };
+        let opened = Storage::open(&options.validate().unwrap());
+        assert!(matches!(opened, Err(StorageError::EmptyButExisting { .. })));
+        fs::remove_dir_all(&path).unwrap();
+    }
+
+    #[test]
+    fn only_a_cluster_of_one_admits_itself() {
+        assert!(
+            first_contents(&topology("a", &["a"], "t"), 5)
+                .facts
+                .admitted
+        );
+        assert!(
+            !first_contents(&topology("a", &["a", "b"], "t"), 5)
+                .facts
+                .admitted
+        );
+    }
+}

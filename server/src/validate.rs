@@ -1,0 +1,125 @@
+//! Checks of what clients send, before anything is tried.
+
+use std::collections::HashMap;
+
+use conclave_core::{ids::SessionId, limits, session::EndReason};
+use conclave_primitives::name;
+
+use crate::status::Refusal;
+
+/// What is wrong with a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Invalid {
+    /// The name, owner or reason of a lock.
+    #[error(transparent)]
+    Lock(#[from] name::Invalid),
+    /// The TTL of a session.
+    #[error(
+        "ttl_ms must be {} to {}, or 0",
+        limits::SESSION_TTL_MS_MIN,
+        limits::SESSION_TTL_MS_MAX
+    )]
+    Ttl,
+    /// The name of a session.
+    #[error("name is longer than {} bytes", limits::SESSION_NAME_BYTES_MAX)]
+    SessionName,
+    /// The metadata of a session.
+    #[error(
+        "metadata has more than {} entries or {} bytes",
+        limits::SESSION_METADATA_ENTRIES_MAX,
+        limits::SESSION_METADATA_BYTES_MAX
+    )]
+    SessionMetadata,
+    /// Anything else.
+    #[error("{0}")]
+    Argument(&'static str),
+}
+
+/// The contender that a request is about.
+pub(crate) fn contender(name: &str, session_id: i64, owner: &str) -> Result<(), Refusal> {
+    name::validate_name(name).map_err(Invalid::from)?;
+    name::validate_owner(owner).map_err(Invalid::from)?;
+    session(session_id)?;
+    Ok(())
+}
+
+/// The name of a lock.
+pub(crate) fn lock_name(name: &str) -> Result<(), Invalid> {
+    Ok(name::validate_name(name)?)
+}
+
+/// Why an operator takes a lock away.
+pub(crate) fn reason(reason: &str) -> Result<(), Invalid> {
+    Ok(name::validate_reason(reason)?)
+}
+
+/// The TTL that a request for `ttl_ms` gets.
+pub(crate) fn ttl_ms(ttl_ms: u64) -> Result<u64, Invalid> {
+    match ttl_ms {
+        0 => Ok(limits::SESSION_TTL_MS_DEFAULT),
+        limits::SESSION_TTL_MS_MIN..=limits::SESSION_TTL_MS_MAX => Ok(ttl_ms),
+        _ => Err(Invalid::Ttl),
+    }
+}
+
+/// What people see of a session.
+pub(crate) fn session_face(name: &str, metadata: &HashMap<String, String>) -> Result<(), Invalid> {
+    if name.len() > limits::SESSION_NAME_BYTES_MAX {
+        return Err(Invalid::SessionName);
+    }
+    let bytes: usize = metadata
+        .iter()
+        .map(|(key, value)| key.len() + value.len())
+        .sum();
+    if metadata.len() > limits::SESSION_METADATA_ENTRIES_MAX
+        || bytes > limits::SESSION_METADATA_BYTES_MAX
+    {
+        return Err(Invalid::SessionMetadata);
+    }
+    Ok(())
+}
+
+/// A session's id. No session ever has one that is not positive.
+pub(crate) fn session(id: i64) -> Result<SessionId, Refusal> {
+    if id <= 0 {
+        return Err(Refusal::SessionEnded(EndReason::Unknown));
+    }
+    Ok(SessionId(id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ttls() {
+        assert_eq!(ttl_ms(0), Ok(10_000));
+        assert_eq!(ttl_ms(500), Ok(500));
+        assert_eq!(ttl_ms(86_400_000), Ok(86_400_000));
+        for bad in [1, 499, 86_400_001, u64::MAX] {
+            assert_eq!(ttl_ms(bad), Err(Invalid::Ttl));
+        }
+    }
+
+    #[test]
+    fn the_face_of_a_session_has_limits() {
+        let metadata = |entries: usize, bytes: usize| {
+            (0..entries)
+                .map(|i| (format!("{i:02}"), "x".repeat(bytes)))
+                .collect::<HashMap<_, _>>()
+        };
+        assert_eq!(session_face("worker", &metadata(16, 254)), Ok(()));
+        let invalid = |name: &str, entries, bytes| session_face(name, &metadata(entries, bytes));
+        assert_eq!(invalid(&"x".repeat(257), 0, 0), Err(Invalid::SessionName));
+        assert_eq!(invalid("", 17, 0), Err(Invalid::SessionMetadata));
+        assert_eq!(invalid("", 16, 255), Err(Invalid::SessionMetadata));
+    }
+
+    #[test]
+    fn ids_of_sessions_are_positive() {
+        assert_eq!(session(1), Ok(SessionId(1)));
+        for bad in [0, -1, i64::MIN] {
+            assert_eq!(session(bad), Err(Refusal::SessionEnded(EndReason::Unknown)));
+        }
+    }
+}

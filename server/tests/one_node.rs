@@ -1,0 +1,644 @@
+//! One real server and the native API, over real sockets and a real disk.
+
+mod harness;
+
+use conclave_proto::v1::{self, LossReason, session_event::Event};
+use conclave_server::{
+    Options, ServerError, net::BindError, options::OptionsError, storage::StorageError,
+};
+use harness::{
+    Client, Directory, Node, PATIENCE, acquire, alone, eventually, exchange, get, reason,
+};
+use tokio::{sync::mpsc, time::timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tonic_reflection::pb::v1::{
+    ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+    server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+};
+
+async fn list(client: &Client, name: &str) -> Vec<v1::LockInfo> {
+    let request = v1::ListLocksRequest {
+        name: name.to_owned(),
+        ..Default::default()
+    };
+    client
+        .locks()
+        .list(request)
+        .await
+        .unwrap()
+        .into_inner()
+        .locks
+}
+
+async fn release(client: &Client, name: &str, session_id: i64, token: u64) -> Result<(), Status> {
+    let request = v1::ReleaseRequest {
+        name: name.to_owned(),
+        session_id,
+        owner: String::new(),
+        token,
+    };
+    client.locks().release(request).await.map(|_| ())
+}
+
+async fn check(client: &Client, name: &str, token: u64) -> bool {
+    let request = v1::CheckRequest {
+        name: name.to_owned(),
+        token,
+    };
+    client
+        .locks()
+        .check(request)
+        .await
+        .unwrap()
+        .into_inner()
+        .held
+}
+
+/// Follows sessions.
+struct Watch {
+    asks: mpsc::Sender<v1::WatchSessionsRequest>,
+    events: Streaming<v1::SessionEvent>,
+}
+
+impl Watch {
+    async fn open(client: &Client) -> Self {
+        let (asks, requests) = mpsc::channel(8);
+        let events = client
+            .sessions()
+            .watch(ReceiverStream::new(requests))
+            .await
+            .unwrap()
+            .into_inner();
+        Self { asks, events }
+    }
+
+    async fn add(&self, session_id: i64) {
+        self.asks
+            .send(v1::WatchSessionsRequest { session_id })
+            .await
+            .unwrap();
+    }
+
+    async fn next(&mut self) -> Result<(i64, Event), Status> {
+        let event = timeout(PATIENCE, self.events.message())
+            .await
+            .expect("no event came")?;
+        let event = event.expect("the stream goes on");
+        Ok((event.session_id, event.event.unwrap()))
+    }
+}
+
+#[tokio::test]
+async fn a_lock_is_granted_listed_checked_and_released() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let session = client.open("worker").await;
+    let granted = client
+        .locks()
+        .acquire(acquire("deploy", session, None))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(granted.key, format!("deploy/{session:x}"));
+    let header = granted.header.unwrap();
+    assert_eq!(header.leader_id, header.member_id);
+    assert!(header.revision >= granted.token);
+
+    let locks = list(&client, "").await;
+    let holder = locks[0].holder.as_ref().unwrap();
+    assert_eq!((locks.len(), locks[0].name.as_str()), (1, "deploy"));
+    assert_eq!((holder.session_id, holder.token), (session, granted.token));
+    assert_eq!(holder.session_name, "worker");
+    assert!(check(&client, "deploy", granted.token).await);
+
+    release(&client, "deploy", session, granted.token)
+        .await
+        .unwrap();
+    assert!(!check(&client, "deploy", granted.token).await);
+    assert_eq!(list(&client, "deploy").await, []);
+    let stale = release(&client, "deploy", session, granted.token)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (stale.code(), reason(&stale).as_str()),
+        (Code::FailedPrecondition, "NOT_HOLDER")
+    );
+}
+
+#[tokio::test]
+async fn those_who_wait_are_served_in_turn_and_not_longer_than_they_want() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let (one, two) = (client.open("one").await, client.open("two").await);
+    let first = client.acquire(acquire("l", one, None)).await.unwrap();
+    let tried = client
+        .acquire(acquire("l", two, Some(0)))
+        .await
+        .unwrap_err();
+    assert_eq!(reason(&tried), "LOCK_HELD");
+    let waited = client
+        .acquire(acquire("l", two, Some(30)))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (waited.code(), reason(&waited).as_str()),
+        (Code::DeadlineExceeded, "WAIT_TIMED_OUT")
+    );
+
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.acquire(acquire("l", two, None)).await }
+    });
+    while list(&client, "l").await[0].waiters.is_empty() {
+        tokio::task::yield_now().await;
+    }
+    assert!(!waiting.is_finished());
+    release(&client, "l", one, first).await.unwrap();
+    let second = timeout(PATIENCE, waiting).await.unwrap().unwrap().unwrap();
+    assert!(second > first);
+}
+
+#[tokio::test]
+async fn a_numbered_call_is_safe_to_repeat_and_can_be_cancelled() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let session = client.open("").await;
+    let numbered = |request| v1::AcquireRequest {
+        request,
+        ..acquire("l", session, None)
+    };
+    let token = client.acquire(numbered(1)).await.unwrap();
+    assert_eq!(client.acquire(numbered(1)).await.unwrap(), token);
+    let again = client.acquire(numbered(2)).await.unwrap_err();
+    assert_eq!(
+        (again.code(), reason(&again).as_str()),
+        (Code::AlreadyExists, "ALREADY_CONTENDING")
+    );
+
+    let name = "l".to_owned();
+    let cancel = v1::CancelRequest {
+        name,
+        session_id: session,
+        owner: String::new(),
+        request: 1,
+    };
+    client.locks().cancel(cancel).await.unwrap();
+    assert!(!check(&client, "l", token).await);
+    assert_eq!(
+        reason(&client.acquire(numbered(1)).await.unwrap_err()),
+        "STALE_REQUEST"
+    );
+}
+
+#[tokio::test]
+async fn a_call_without_a_number_is_withdrawn_when_it_is_dropped() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let (one, two) = (client.open("").await, client.open("").await);
+    let token = client.acquire(acquire("l", one, None)).await.unwrap();
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.acquire(acquire("l", two, None)).await }
+    });
+    while list(&client, "l").await[0].waiters.is_empty() {
+        tokio::task::yield_now().await;
+    }
+    waiting.abort();
+    while !list(&client, "l").await[0].waiters.is_empty() {
+        tokio::task::yield_now().await;
+    }
+    release(&client, "l", one, token).await.unwrap();
+    assert_eq!(list(&client, "l").await, []);
+}
+
+#[tokio::test]
+async fn a_watcher_is_told_what_it_holds_what_it_loses_and_when_it_is_over() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let session = client.open("").await;
+    let token = client.acquire(acquire("l", session, None)).await.unwrap();
+    let mut watch = Watch::open(&client).await;
+    watch.add(session).await;
+    let (told, Event::Attached(attached)) = watch.next().await.unwrap() else {
+        panic!("attached")
+    };
+    assert_eq!(
+        (told, attached.grants.len(), attached.grants[0].token),
+        (session, 1, token)
+    );
+
+    let name = "l".to_owned();
+    let force = v1::ForceReleaseRequest {
+        name,
+        reason: "stuck".to_owned(),
+        token: 0,
+    };
+    let forced = client
+        .locks()
+        .force_release(force)
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(forced.released.unwrap().token, token);
+    let (_, Event::GrantLost(lost)) = watch.next().await.unwrap() else {
+        panic!("lost")
+    };
+    assert_eq!(
+        (lost.reason(), lost.detail.as_str()),
+        (LossReason::Forced, "stuck")
+    );
+    assert_eq!(lost.grant.unwrap().token, token);
+    let stale = release(&client, "l", session, token).await.unwrap_err();
+    assert!(stale.message().contains("stuck"), "{stale}");
+
+    let mut late = Watch::open(&client).await;
+    late.add(session).await;
+    let (_, Event::Attached(attached)) = late.next().await.unwrap() else {
+        panic!("attached")
+    };
+    assert_eq!(
+        (attached.grants.len(), attached.forced[0].detail.as_str()),
+        (0, "stuck")
+    );
+
+    client
+        .sessions()
+        .close(v1::CloseSessionRequest {
+            session_id: session,
+        })
+        .await
+        .unwrap();
+    for watch in [&mut watch, &mut late] {
+        let (_, Event::Ended(ended)) = watch.next().await.unwrap() else {
+            panic!("ended")
+        };
+        assert_eq!(ended.reason(), LossReason::SessionClosed);
+    }
+    let renewed = client
+        .sessions()
+        .renew(v1::RenewSessionRequest {
+            session_id: session,
+        })
+        .await;
+    assert_eq!(reason(&renewed.unwrap_err()), "SESSION_CLOSED");
+}
+
+#[tokio::test]
+async fn a_session_that_is_not_renewed_expires_and_one_that_is_does_not() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let open = v1::OpenSessionRequest {
+        ttl_ms: 500,
+        ..Default::default()
+    };
+    let kept = client
+        .sessions()
+        .open(open.clone())
+        .await
+        .unwrap()
+        .into_inner()
+        .session_id;
+    let left = client
+        .sessions()
+        .open(open)
+        .await
+        .unwrap()
+        .into_inner()
+        .session_id;
+    let mut watch = Watch::open(&client).await;
+    watch.add(left).await;
+    let renewing = tokio::spawn({
+        let mut sessions = client.sessions();
+        async move {
+            loop {
+                sessions
+                    .renew(v1::RenewSessionRequest { session_id: kept })
+                    .await
+                    .unwrap();
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            }
+        }
+    });
+    loop {
+        if let (_, Event::Ended(ended)) = watch.next().await.unwrap() {
+            assert_eq!(ended.reason(), LossReason::SessionExpired);
+            break;
+        }
+    }
+    assert!(!renewing.is_finished());
+    let listed = client
+        .sessions()
+        .list(v1::ListSessionsRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    let ids: Vec<i64> = listed
+        .sessions
+        .iter()
+        .map(|session| session.session_id)
+        .collect();
+    assert_eq!(ids, [kept]);
+    renewing.abort();
+}
+
+#[tokio::test]
+async fn bad_input_is_refused_with_its_reason() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let session = client.open("").await;
+    let long = "x".repeat(1_025);
+    let numbered = v1::AcquireRequest {
+        request: 1 << 63,
+        ..acquire("l", session, None)
+    };
+    let owner = v1::AcquireRequest {
+        owner: "x".repeat(257),
+        ..acquire("l", session, None)
+    };
+    for (request, expected) in [
+        (acquire("", session, None), "INVALID_NAME"),
+        (acquire(&long, session, None), "INVALID_NAME"),
+        (acquire("_conclave/x", session, None), "INVALID_NAME"),
+        (acquire("l", 0, None), "SESSION_NOT_FOUND"),
+        (acquire("l", -5, None), "SESSION_NOT_FOUND"),
+        (acquire("l", 12345, None), "SESSION_NOT_FOUND"),
+        (owner, "INVALID_OWNER"),
+        (numbered, "INVALID_ARGUMENT"),
+    ] {
+        let shown = format!("{request:?}");
+        assert_eq!(
+            reason(&client.acquire(request).await.unwrap_err()),
+            expected,
+            "{shown}"
+        );
+    }
+    for ttl_ms in [1, 499, 86_400_001, u64::MAX] {
+        let open = v1::OpenSessionRequest {
+            ttl_ms,
+            ..Default::default()
+        };
+        assert_eq!(
+            reason(&client.sessions().open(open).await.unwrap_err()),
+            "INVALID_TTL"
+        );
+    }
+    let force = v1::ForceReleaseRequest {
+        name: "l".to_owned(),
+        ..Default::default()
+    };
+    assert_eq!(
+        reason(
+            &client
+                .locks()
+                .force_release(force.clone())
+                .await
+                .unwrap_err()
+        ),
+        "INVALID_REASON"
+    );
+    let force = v1::ForceReleaseRequest {
+        reason: "why".to_owned(),
+        ..force
+    };
+    assert_eq!(
+        reason(&client.locks().force_release(force).await.unwrap_err()),
+        "NOT_HELD"
+    );
+    let huge = acquire(&"x".repeat(4 << 20), session, None);
+    assert_eq!(
+        client.acquire(huge).await.unwrap_err().code(),
+        Code::OutOfRange
+    );
+    client.acquire(acquire("l", session, None)).await.unwrap();
+}
+
+#[tokio::test]
+async fn garbage_on_both_ports_harms_nobody() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let zeros = vec![0; 100_000];
+    let noise: Vec<u8> = (0..100_000_u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
+    let framed = [&preface[..], &noise].concat();
+    for address in [node.client(), node.addresses.peers[0]] {
+        for bytes in [
+            &zeros[..],
+            &noise,
+            &framed,
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"\x16\x03\x01\x02\x00",
+        ] {
+            tokio::task::spawn_blocking({
+                let bytes = bytes.to_vec();
+                move || exchange(address, &bytes)
+            })
+            .await
+            .unwrap();
+        }
+    }
+    let client = node.connect().await;
+    let session = client.open("").await;
+    client.acquire(acquire("l", session, None)).await.unwrap();
+}
+
+#[test]
+fn people_and_probes_are_answered_over_http_1() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    for address in [node.client(), node.addresses.metrics[0]] {
+        assert_eq!(
+            get(address, "/health"),
+            (200, r#"{"health":"true"}"#.to_owned())
+        );
+        assert_eq!(get(address, "/livez").0, 200);
+        assert_eq!(get(address, "/readyz").0, 200);
+        assert!(
+            get(address, "/version")
+                .1
+                .contains(env!("CARGO_PKG_VERSION"))
+        );
+        let (status, metrics) = get(address, "/metrics");
+        assert_eq!(status, 200);
+        assert!(metrics.contains("\nconclave_is_leader 1\n"), "{metrics}");
+        assert_eq!(get(address, "/nothing").0, 404);
+    }
+}
+
+#[tokio::test]
+async fn health_and_reflection_are_served() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let service = "conclave.v1.Lock".to_owned();
+    let mut health = HealthClient::new(client.channel.clone());
+    let mut watch = health
+        .watch(HealthCheckRequest { service })
+        .await
+        .unwrap()
+        .into_inner();
+    while watch.message().await.unwrap().unwrap().status() as i32 != 1 {}
+
+    let mut reflection = ServerReflectionClient::new(client.channel.clone());
+    let request = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let answers = reflection
+        .server_reflection_info(tokio_stream::once(request))
+        .await
+        .unwrap();
+    let answer = answers.into_inner().message().await.unwrap().unwrap();
+    let Some(MessageResponse::ListServicesResponse(services)) = answer.message_response else {
+        panic!("a list of services");
+    };
+    let names: Vec<String> = services
+        .service
+        .into_iter()
+        .map(|service| service.name)
+        .collect();
+    for name in [
+        "conclave.v1.Session",
+        "conclave.v1.Lock",
+        "conclave.v1.Cluster",
+    ] {
+        assert!(names.contains(&name.to_owned()), "{names:?}");
+    }
+    assert!(
+        names.iter().all(|name| !name.contains("internal")),
+        "{names:?}"
+    );
+}
+
+#[tokio::test]
+async fn what_was_granted_is_there_after_a_restart() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let session = client.open("worker").await;
+    let token = client.acquire(acquire("l", session, None)).await.unwrap();
+    node.stop().unwrap();
+
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    assert!(check(&client, "l", token).await);
+    let status = client
+        .cluster()
+        .status(v1::StatusRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(
+        (status.role.as_str(), status.sessions, status.keys),
+        ("leader", 1, 1)
+    );
+    assert_eq!(status.members.len(), 1);
+    assert!(status.log_bytes > 0);
+}
+
+#[tokio::test]
+async fn a_server_that_stops_answers_those_who_wait() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let (one, two) = (client.open("").await, client.open("").await);
+    client.acquire(acquire("l", one, None)).await.unwrap();
+    let mut watch = Watch::open(&client).await;
+    watch.add(one).await;
+    watch.next().await.unwrap();
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.acquire(acquire("l", two, None)).await }
+    });
+    while list(&client, "l").await[0].waiters.is_empty() {
+        tokio::task::yield_now().await;
+    }
+    node.request_stop();
+    let refused = timeout(PATIENCE, waiting)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap_err();
+    assert_eq!(
+        (refused.code(), reason(&refused).as_str()),
+        (Code::Unavailable, "OUTCOME_UNKNOWN")
+    );
+    let ended = watch.next().await.unwrap_err();
+    assert_eq!(reason(&ended), "SHUTTING_DOWN");
+    node.stop().unwrap();
+}
+
+#[test]
+fn trouble_at_the_start_is_told_apart() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let start = |options: &Options| Node::start(options).map(|_| ()).unwrap_err();
+    let elsewhere = Directory::new();
+    let taken = Options {
+        listen_client_urls: vec![format!("http://{}", node.client())],
+        ..alone(&elsewhere)
+    };
+    assert!(matches!(
+        start(&taken),
+        ServerError::Bind(BindError::InUse { .. })
+    ));
+    let in_use = start(&alone(&directory));
+    assert!(
+        matches!(in_use, ServerError::Storage(StorageError::InUse { .. })),
+        "{in_use}"
+    );
+    node.stop().unwrap();
+
+    let other_token = Options {
+        initial_cluster_token: "other".to_owned(),
+        ..alone(&directory)
+    };
+    let other = start(&other_token);
+    assert!(
+        matches!(
+            other,
+            ServerError::Storage(StorageError::OtherCluster { .. })
+        ),
+        "{other}"
+    );
+    let grown = Options {
+        initial_cluster: vec![
+            "default=http://127.0.0.1:1".to_owned(),
+            "more=http://127.0.0.1:2".to_owned(),
+        ],
+        ..alone(&directory)
+    };
+    let grown = start(&grown);
+    assert!(
+        matches!(
+            grown,
+            ServerError::Storage(StorageError::MembersChanged { .. })
+        ),
+        "{grown}"
+    );
+    let nobody = Options {
+        name: "nobody".to_owned(),
+        ..taken
+    };
+    let nobody = Options {
+        initial_cluster: vec!["a=http://h:1".to_owned()],
+        ..nobody
+    };
+    assert!(matches!(
+        start(&nobody),
+        ServerError::Options(OptionsError::NotInCluster { .. })
+    ));
+    eventually("the directory is free", || {
+        Node::start(&alone(&directory)).is_ok()
+    });
+}
