@@ -16,7 +16,7 @@
 //! - A request whose key goes by a command of the mutex, or that is cancelled
 //!   before it made one, is noted in its session as over: a copy of it that is
 //!   still on its way is refused, and cannot hold a lock for nobody.
-//! - Who holds is decided in [`settle`] alone, once a command, from the keys that
+//! - Who holds is decided in `settle` alone, once a command, from the keys that
 //!   changed.
 //!
 //! **Invariants.** At any revision at most one key holds a lock. Tokens of one lock
