@@ -1,8 +1,6 @@
 //! Servers that share one table of locks in memory and fail on command. They
 //! keep the letter of the schemas, and none of the promises.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot set itself up fails")]
-
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     pin::Pin,
