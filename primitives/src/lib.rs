@@ -223,3 +223,42 @@ impl Machine for Primitives {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use conclave_proto::internal::LockRelease;
+
+    use super::*;
+
+    fn release() -> PrimitiveCommand {
+        let release = LockRelease {
+            name: "a".to_owned(),
+            token: 2,
+            ..LockRelease::default()
+        };
+        let command = Some(primitive_command::Command::LockRelease(release));
+        PrimitiveCommand { command }
+    }
+
+    #[test]
+    fn a_command_comes_back_as_it_was_wrapped() {
+        let wrapped = command(release().command.unwrap());
+        let command::Body::Machine(bytes) = wrapped else {
+            panic!("not wrapped for the machine");
+        };
+        assert_eq!(Primitives::decode(bytes), release().command);
+    }
+
+    #[test]
+    fn what_this_version_does_not_know_is_not_decoded() {
+        let known = release().encode_to_vec();
+        // The same with a field 15, outside and inside the command, and a command 15.
+        let outside = [&known[..], &[0x78, 1]].concat();
+        let mut inside = [&known[..], &[0x78, 1]].concat();
+        inside[1] += 2;
+        let other = vec![0x7a, 0];
+        for bytes in [outside, inside, other, vec![], vec![0xff]] {
+            assert_eq!(Primitives::decode(bytes.into()), None);
+        }
+    }
+}

@@ -16,7 +16,7 @@
 //! - A request whose key goes by a command of the mutex, or that is cancelled
 //!   before it made one, is noted in its session as over: a copy of it that is
 //!   still on its way is refused, and cannot hold a lock for nobody.
-//! - Who holds is decided in [`settle`] alone, once a command, from the keys that
+//! - Who holds is decided in `settle` alone, once a command, from the keys that
 //!   changed.
 //!
 //! **Invariants.** At any revision at most one key holds a lock. Tokens of one lock
@@ -137,31 +137,24 @@ pub(crate) fn acquire(
         context.acknowledge(id, acknowledged);
     }
     let lock = Bytes::from(command.name);
+    let note = Note::Acquired;
     if let Some(record) = context.overlay.get(&key) {
         let outcome = join(contenders, &lock, record, id, request)?;
-        return Ok(Executed {
-            outcome,
-            note: Note::Acquired,
-        });
+        return Ok(Executed { outcome, note });
     }
     if command.wait_ms == Some(0) && contenders.holder(&lock).is_some() {
         return Err(Rejection::Held);
     }
+    let now = context.now();
     let value = LockContender {
         request,
-        wait_until_ms: command
-            .wait_ms
-            .map_or(0, |wait_ms| wait_end(context.now(), wait_ms)),
-        asked_ms: context.now(),
+        wait_until_ms: command.wait_ms.map_or(0, |ms| wait_end(now, ms)),
+        asked_ms: now,
     };
-    context
-        .overlay
-        .put(key, value.encode_to_vec().into(), Some(id));
-    let place = context.overlay.revision();
-    Ok(Executed {
-        outcome: Outcome::Waiting(place),
-        note: Note::Acquired,
-    })
+    let value = value.encode_to_vec().into();
+    context.overlay.put(key, value, Some(id));
+    let outcome = Outcome::Waiting(context.overlay.revision());
+    Ok(Executed { outcome, note })
 }
 
 /// What an acquire finds whose key is there already.
@@ -207,10 +200,7 @@ pub(crate) fn release(
         return Err(not_holder(context, &lock, token));
     };
     remove(context, &grant);
-    Ok(Executed {
-        outcome: Outcome::Done(Reply::Released),
-        note: Note::Released,
-    })
+    Ok(done(Reply::Released, Note::Released))
 }
 
 /// Withdraws a request, whatever became of it.
@@ -249,10 +239,7 @@ pub(crate) fn cancel(
     if let Some(record) = found.cloned() {
         remove(context, &record);
     }
-    Ok(Executed {
-        outcome: Outcome::Done(Reply::Cancelled),
-        note: Note::Cancelled,
-    })
+    Ok(done(Reply::Cancelled, Note::Cancelled))
 }
 
 /// Takes the lock from its holder.
@@ -289,11 +276,7 @@ pub(crate) fn force_release(
         });
     }
     remove(context, &record);
-    let outcome = Outcome::Done(Reply::ForceReleased(released));
-    Ok(Executed {
-        outcome,
-        note: Note::Forced(reason),
-    })
+    Ok(done(Reply::ForceReleased(released), Note::Forced(reason)))
 }
 
 /// When the first wait ends.
@@ -375,10 +358,8 @@ pub(crate) fn locks(
 ) -> Answer {
     if let Some(name) = name {
         let holder = contenders.holder(&Bytes::from(name));
-        let locks = holder
-            .map(|holder| lock_info(contenders, view, holder))
-            .into_iter()
-            .collect();
+        let lock = holder.map(|holder| lock_info(contenders, view, holder));
+        let locks = lock.into_iter().collect();
         return Answer::Locks { locks, more: false };
     }
     let limit = match limit {
@@ -405,36 +386,27 @@ pub(crate) fn check(contenders: &Contenders, name: String, token: Revision) -> A
 
 /// What a session holds, and what operators took from it.
 pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: SessionId) -> Answer {
-    let grants = view
-        .keyspace
-        .keys_of(session)
-        .filter_map(|key| {
-            contenders
-                .holder(&lock_of(key)?)
-                .filter(|holder| holder.key == *key)
-        })
-        .map(grant)
-        .collect();
+    let held = |key: &Bytes| {
+        let holder = contenders.holder(&lock_of(key)?)?;
+        (holder.key == *key).then(|| grant(holder))
+    };
+    let grants = view.keyspace.keys_of(session).filter_map(held).collect();
     let forced = view.system.forced_releases_of(session).cloned().collect();
     Answer::Grants { grants, forced }
 }
 
 fn lock_info(contenders: &Contenders, view: View<'_>, holder: &Ticket) -> LockInfo {
-    let mut queue = contenders.queue(&holder.lock);
-    let mut shown: Vec<Contender> = queue
+    let mut queue = contenders.queue(&holder.lock).enumerate().skip(1);
+    let waiters: Vec<Contender> = queue
         .by_ref()
-        .take(1 + limits::LIST_WAITERS_MAX)
-        .enumerate()
+        .take(limits::LIST_WAITERS_MAX)
         .map(|(place, ticket)| listed(view, ticket, place))
         .collect();
-    let waiters = shown.split_off(1);
-    let waiters_total = waiters.len() + queue.count();
-    let holder_shown = shown.pop().expect("a lock that is listed has a holder");
     LockInfo {
         name: holder.lock_name(),
-        holder: holder_shown,
+        holder: listed(view, holder, 0),
+        waiters_total: waiters.len() + queue.count(),
         waiters,
-        waiters_total,
     }
 }
 
@@ -469,6 +441,13 @@ fn contender(record: &Record, session_name: String, now: LogTime, place: usize) 
         token: record.create_revision,
         since_ms: native(record).map_or(0, |value| now.saturating_sub(value.asked_ms)),
         place,
+    }
+}
+
+fn done(reply: Reply, note: Note) -> Executed {
+    Executed {
+        outcome: Outcome::Done(reply),
+        note,
     }
 }
 

@@ -15,7 +15,10 @@
 //! locks [LOCK] [after=LOCK] [limit=N] | check LOCK token=N | grants SESSION
 //! ```
 
-#![expect(clippy::unwrap_used, reason = "a script that cannot be read is a failed test")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a script that cannot be read is a failed test"
+)]
 
 mod harness;
 

@@ -1,1 +1,56 @@
-//! skeleton
+//! The Rust client of Conclave: sessions that renew themselves, and locks with
+//! fencing tokens.
+//!
+//! ```no_run
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), conclave_client::Error> {
+//! use conclave_client::{Client, SessionOptions};
+//!
+//! let client = Client::connect(["127.0.0.1:2379"])?;
+//! let session = client.session(SessionOptions::default()).await?;
+//! let guard = session.lock("deploy").await?;
+//! tokio::select! {
+//!     reason = guard.lost() => eprintln!("stop, the lock is lost: {reason}"),
+//!     () = work(guard.token()) => guard.release().await?,
+//! }
+//! # Ok(()) }
+//! # async fn work(_token: u64) {}
+//! ```
+//!
+//! In reading order:
+//!
+//! - `client`: [`Client`], the calls without a session;
+//! - `session`: [`Session`], kept alive in the background;
+//! - `lock`: [`LockRequest`] and [`LockGuard`];
+//! - [`session_state`] and [`requests`]: the decisions behind those two, without
+//!   clock or I/O, so that a simulator runs the very same code;
+//! - `grants`, `events`: what is held, and how news of its loss arrives;
+//! - `transport`, `routes`: connections to several servers, and which to use;
+//! - `error`: [`Error`].
+//!
+//! Invariants: a session is given up before the cluster can end it, and never
+//! comes back to life; every numbered request is repeated until its outcome is
+//! known or the session is over; nothing that is dropped stays behind.
+//!
+//! A lock alone does not protect data from a holder that was paused and does
+//! not know yet that it lost: the token does, if whatever the lock protects
+//! refuses tokens lower than the highest it has seen.
+
+mod client;
+mod clock;
+mod error;
+mod events;
+mod grants;
+mod lock;
+pub mod requests;
+mod routes;
+mod session;
+pub mod session_state;
+mod transport;
+
+pub use client::{Client, ServerStatus};
+pub use conclave_proto::v1::{Contender, LockInfo, Member, SessionInfo, StatusResponse};
+pub use error::Error;
+pub use lock::{LockGuard, LockRequest};
+pub use session::{Session, SessionOptions};
+pub use session_state::{LossReason, Status};

@@ -104,14 +104,10 @@ impl Found {
     /// Goes on into the next segment, whose header is given, and through it.
     fn enter(before: Option<Self>, segment: Segment, header: &Record) -> Result<Self, LogError> {
         let standing = body::header(segment.body(header)).map_err(|e| segment.malformed(0, e))?;
-        let is_first = before.is_none();
         let mut found = match before {
             Some(before) => before.continued(segment, header, &standing)?,
-            None => Self::first(segment, standing),
+            None => Self::first(segment, header, standing)?,
         };
-        if is_first && (found.standing.first != found.standing.next || header.link.previous != 0) {
-            return Err(found.newest.corrupt(0, "it is not the first of its row"));
-        }
         found.follow(header);
         while let Some(record) = found.next_record() {
             found.replay(&record)?;
@@ -119,22 +115,20 @@ impl Found {
         Ok(found)
     }
 
-    fn first(segment: Segment, standing: Standing) -> Self {
-        let at = segment.at(0);
-        Self {
+    fn first(segment: Segment, header: &Record, standing: Standing) -> Result<Self, LogError> {
+        if standing.first != standing.next || header.link.previous != 0 {
+            return Err(segment.corrupt(0, "it is not the first of its row"));
+        }
+        Ok(Self {
             standing,
             entries: Vec::new(),
-            tail: Link {
-                at,
-                previous: 0,
-                attested: at,
-            },
+            tail: header.link,
             is_marked: false,
             length: segment.bytes.len() as u64,
             older_bytes: 0,
             newest: segment,
             torn: None,
-        }
+        })
     }
 
     fn continued(
@@ -143,12 +137,9 @@ impl Found {
         header: &Record,
         standing: &Standing,
     ) -> Result<Self, LogError> {
-        if header.link.attested != self.tail.at {
-            let reason = "the segment behind it was begun at another end";
+        if (header.link.previous, header.link.attested) != (self.tail.previous, self.tail.at) {
+            let reason = "the next segment follows something else";
             return Err(self.newest.damaged(self.tail.at.offset, reason));
-        }
-        if header.link.previous != self.tail.previous {
-            return Err(segment.damaged(0, "it does not follow the segment before it"));
         }
         if *standing != self.standing {
             return Err(segment.corrupt(0, "its header restates something else"));
@@ -202,8 +193,10 @@ impl Found {
         let end = self.tail.at;
         let behind = record::scan(&self.newest.bytes, end);
         let in_torn = torn.into_iter().flat_map(Segment::records);
-        for record in behind.chain(in_torn) {
-            if record.link.attested > end {
+        for Record { link, .. } in behind.chain(in_torn) {
+            // One that lies at the very end and attests all before it, but does
+            // not follow it, was written behind something else.
+            if link.attested > end || (link.attested == end && link.at == end) {
                 let reason = "a later record says that what was here is durable";
                 return Err(self.newest.damaged(end.offset, reason));
             }
@@ -336,5 +329,142 @@ impl Segment {
                 supported: FORMAT_VERSION,
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        disk::SimDisk,
+        ids::NodeId,
+        log::{Batch, EntryKind, Facts, HardState, Identity, Log},
+    };
+
+    fn identity() -> Identity {
+        Identity {
+            cluster: 1,
+            node: NodeId(1),
+            incarnation: 9,
+        }
+    }
+
+    fn log(disk: &SimDisk) -> Log<SimDisk> {
+        Log::create(disk.clone(), identity(), Facts::default()).unwrap()
+    }
+
+    fn entries(indexes: impl IntoIterator<Item = u64>, term: u64) -> Batch {
+        let entry = |index| LogEntry {
+            index,
+            term,
+            kind: EntryKind::Normal,
+            data: Bytes::from_static(b"data"),
+        };
+        Batch {
+            entries: indexes.into_iter().map(entry).collect(),
+            ..Batch::default()
+        }
+    }
+
+    fn found(disk: &SimDisk) -> Found {
+        match read(disk).unwrap() {
+            Contents::Log(found) => *found,
+            other => panic!("no log but {other:?}"),
+        }
+    }
+
+    /// Puts a whole record behind the last one, whatever it says.
+    fn forge(disk: &mut SimDisk, put: impl FnOnce(&mut Vec<u8>)) {
+        let found = found(disk);
+        let mut buffer = Vec::new();
+        record::begin(&mut buffer);
+        put(&mut buffer);
+        record::seal(&mut buffer, &found.tail);
+        disk.write(&found.newest.name, found.tail.at.offset, &buffer)
+            .unwrap();
+    }
+
+    fn refusal(disk: &SimDisk) -> LogError {
+        Log::open(disk.clone()).expect_err("this is refused")
+    }
+
+    #[test]
+    fn whole_records_that_make_no_sense_are_refused() {
+        let gap = entries([2], 1);
+        let no_term = entries([1], 0);
+        let zero = entries([0], 1);
+        let uncommittable = Batch {
+            hard_state: Some(HardState {
+                term: 1,
+                vote: 0,
+                commit: 1,
+            }),
+            ..Batch::default()
+        };
+        for batch in [gap, no_term, zero, uncommittable] {
+            let mut disk = SimDisk::new();
+            log(&disk);
+            forge(&mut disk, |buffer| body::put_batch(buffer, &batch));
+            assert!(matches!(refusal(&disk), LogError::Corrupt { .. }));
+        }
+        let garbage: [&[u8]; 4] = [b"", b"\x07", b"\x02\x09", b"\x02\x00garbage"];
+        for body in garbage {
+            let mut disk = SimDisk::new();
+            log(&disk);
+            forge(&mut disk, |buffer| buffer.extend_from_slice(body));
+            assert!(matches!(refusal(&disk), LogError::Corrupt { .. }));
+        }
+    }
+
+    #[test]
+    fn another_version_is_refused_by_name() {
+        let mut disk = SimDisk::new();
+        log(&disk);
+        let mut header = Vec::new();
+        record::begin(&mut header);
+        body::put_header(&mut header, &found(&disk).standing);
+        header[49] = 2;
+        let at = Position {
+            segment: 1,
+            offset: 0,
+        };
+        let link = Link {
+            at,
+            previous: 0,
+            attested: at,
+        };
+        record::seal(&mut header, &link);
+        disk.write(&segment_name(1), 0, &header).unwrap();
+        let message = refusal(&disk).to_string();
+        assert!(message.contains("version 2"), "{message}");
+        assert!(message.contains("reads version 1"), "{message}");
+    }
+
+    #[test]
+    fn a_record_of_another_history_is_refused() {
+        let (mut one, other) = (SimDisk::new(), SimDisk::new());
+        for (disk, term) in [(&one, 1), (&other, 2)] {
+            let mut log = log(disk);
+            log.append(&entries([1], term)).unwrap();
+            log.sync().unwrap();
+        }
+        let end = found(&one).tail.at.offset;
+        assert_eq!(end, found(&other).tail.at.offset);
+        let (mut log, _) = Log::open(other.clone()).unwrap().unwrap();
+        log.append(&entries([2], 3)).unwrap();
+        let foreign = other.read(&segment_name(1)).unwrap();
+        one.write(&segment_name(1), end, &foreign[end as usize..])
+            .unwrap();
+        assert!(matches!(refusal(&one), LogError::Damaged { offset, .. } if offset == end));
+    }
+
+    #[test]
+    fn a_first_segment_that_is_something_else_is_not_half_a_creation() {
+        let mut disk = SimDisk::new();
+        disk.write(&segment_name(1), 0, b"another file").unwrap();
+        assert!(matches!(refusal(&disk), LogError::Damaged { .. }));
+        let creation = Log::create(disk.clone(), identity(), Facts::default());
+        creation.expect_err("it is not overwritten");
+        assert_eq!(disk.read(&segment_name(1)).unwrap(), b"another file");
     }
 }

@@ -17,26 +17,26 @@ const TERM: u64 = 1;
 
 /// Applies commands; after each one the index must equal the one made from the
 /// keys alone.
-pub struct Driver {
-    pub state: State<Primitives>,
-    pub now: LogTime,
+pub(crate) struct Driver {
+    pub(crate) state: State<Primitives>,
+    pub(crate) now: LogTime,
 }
 
 /// What one command led to.
-pub struct Step {
-    pub outcome: Outcome<Answer<Primitives>>,
-    pub applied: Applied<Primitives>,
+pub(crate) struct Step {
+    pub(crate) outcome: Outcome<Answer<Primitives>>,
+    pub(crate) applied: Applied<Primitives>,
 }
 
 impl Driver {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             state: State::new(1),
             now: 0,
         }
     }
 
-    pub fn run(&mut self, body: command::Body) -> Step {
+    pub(crate) fn run(&mut self, body: command::Body) -> Step {
         let origin = Origin {
             node: 1,
             boot: 1,
@@ -52,12 +52,12 @@ impl Driver {
     }
 
     /// Lets log time pass.
-    pub fn pass(&mut self, ms: u64) -> Applied<Primitives> {
+    pub(crate) fn pass(&mut self, ms: u64) -> Applied<Primitives> {
         self.now += ms;
         self.apply(Vec::new())
     }
 
-    pub fn open(&mut self, name: &str) -> SessionId {
+    pub(crate) fn open(&mut self, name: &str) -> SessionId {
         let open = OpenSession {
             ttl_ms: 10_000,
             name: name.to_owned(),
@@ -72,13 +72,13 @@ impl Driver {
         }
     }
 
-    pub fn close(&mut self, session: SessionId) -> Step {
+    pub(crate) fn close(&mut self, session: SessionId) -> Step {
         self.run(command::Body::CloseSession(CloseSession {
             session_id: session.0,
         }))
     }
 
-    pub fn expire(&mut self, session: SessionId) -> Step {
+    pub(crate) fn expire(&mut self, session: SessionId) -> Step {
         self.run(command::Body::ExpireSessions(ExpireSessions {
             term: TERM,
             session_ids: vec![session.0],

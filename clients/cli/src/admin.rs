@@ -1,0 +1,224 @@
+//! Commands that look at a cluster, and the one that interferes.
+
+use std::collections::BTreeMap;
+
+use conclave_client::{Client, Contender, Error, LockInfo, ServerStatus, SessionInfo};
+use serde_json::{Value, json};
+
+use crate::{
+    cli::{Global, LocksArgs, UnlockArgs},
+    duration,
+    failure::{Failure, GENERAL, UNREACHED},
+    output::{self, Format, hex, session_hex},
+};
+
+/// A client of the servers that the command line names.
+pub(crate) fn connect(global: &Global) -> Result<Client, Failure> {
+    Ok(Client::connect(&global.endpoints)?)
+}
+
+/// `conclave unlock`. The token of the holder that was seen goes along, so that
+/// nobody who comes after is hit.
+pub(crate) async fn unlock(args: UnlockArgs, global: Global) -> Result<u8, Failure> {
+    let client = connect(&global)?;
+    let not_held = || Failure::new(GENERAL, format!("nobody holds `{}`", args.name));
+    let lock = client.lock_info(&args.name).await?.ok_or_else(not_held)?;
+    let holder = lock.holder.ok_or_else(not_held)?;
+    let released = client
+        .force_release(&args.name, &args.reason, Some(holder.token))
+        .await;
+    let released = match released {
+        // An attempt before this one may have done it, or the holder itself.
+        Err(Error::NotHeld | Error::NotHolder { .. }) => holder,
+        released => released?,
+    };
+    match global.output {
+        Format::Json => {
+            output::json(&json!({ "lock": args.name, "released": contender(&released) }))?;
+        }
+        Format::Table => output::text(&format!(
+            "`{}` is taken from session {} {}, token {}\n",
+            args.name,
+            session_hex(released.session_id),
+            released.session_name,
+            released.token
+        ))?,
+    }
+    Ok(0)
+}
+
+/// `conclave locks`.
+pub(crate) async fn locks(args: LocksArgs, global: Global) -> Result<u8, Failure> {
+    let client = connect(&global)?;
+    let locks = match &args.name {
+        Some(name) => client.lock_info(name).await?.into_iter().collect(),
+        None => client.locks().await?,
+    };
+    match global.output {
+        Format::Json => {
+            let locks: Vec<Value> = locks.iter().map(lock).collect();
+            output::json(&json!({ "locks": locks }))?;
+        }
+        Format::Table => {
+            let header = ["LOCK", "PLACE", "TOKEN", "SESSION", "NAME", "OWNER", "FOR"];
+            let rows: Vec<Vec<String>> = locks.iter().flat_map(lock_rows).collect();
+            output::table(&header, &rows)?;
+        }
+    }
+    Ok(0)
+}
+
+/// `conclave sessions`.
+pub(crate) async fn sessions(global: Global) -> Result<u8, Failure> {
+    let sessions = connect(&global)?.sessions().await?;
+    match global.output {
+        Format::Json => {
+            let sessions: Vec<Value> = sessions.iter().map(session).collect();
+            output::json(&json!({ "sessions": sessions }))?;
+        }
+        Format::Table => {
+            let header = ["SESSION", "NAME", "TTL", "AGE", "KEYS"];
+            let row = |session: &SessionInfo| {
+                vec![
+                    session_hex(session.session_id),
+                    session.name.clone(),
+                    duration::show(session.ttl_ms),
+                    duration::show(session.age_ms),
+                    session.keys.to_string(),
+                ]
+            };
+            output::table(&header, &sessions.iter().map(row).collect::<Vec<_>>())?;
+        }
+    }
+    Ok(0)
+}
+
+/// `conclave status`. Fails only if no server answers.
+pub(crate) async fn status(global: Global) -> Result<u8, Failure> {
+    let servers = connect(&global)?.status().await;
+    match global.output {
+        Format::Json => {
+            let servers: Vec<Value> = servers.iter().map(server).collect();
+            output::json(&json!({ "servers": servers }))?;
+        }
+        Format::Table => {
+            let header = [
+                "ENDPOINT", "MEMBER", "ROLE", "TERM", "APPLIED", "REVISION", "SESSIONS", "KEYS",
+            ];
+            output::table(&header, &servers.iter().map(server_row).collect::<Vec<_>>())?;
+        }
+    }
+    if servers.iter().any(|server| server.status.is_ok()) {
+        Ok(0)
+    } else {
+        Err(Failure::new(UNREACHED, "no server answered"))
+    }
+}
+
+fn lock(lock: &LockInfo) -> Value {
+    json!({
+        "name": lock.name,
+        "holder": lock.holder.as_ref().map(contender),
+        "waiters": lock.waiters.iter().map(contender).collect::<Vec<_>>(),
+        "waiters_total": lock.waiters_total,
+    })
+}
+
+fn contender(contender: &Contender) -> Value {
+    json!({
+        "key": String::from_utf8_lossy(&contender.key),
+        "session_id": session_hex(contender.session_id),
+        "session_name": contender.session_name,
+        "owner": contender.owner,
+        "token": contender.token,
+        "since_ms": contender.since_ms,
+        "place": contender.place,
+    })
+}
+
+fn lock_rows(lock: &LockInfo) -> Vec<Vec<String>> {
+    let row = |contender: &Contender| {
+        let place = match contender.place {
+            0 => "holder".to_owned(),
+            place => place.to_string(),
+        };
+        vec![
+            lock.name.clone(),
+            place,
+            contender.token.to_string(),
+            session_hex(contender.session_id),
+            contender.session_name.clone(),
+            contender.owner.clone(),
+            duration::show(contender.since_ms),
+        ]
+    };
+    lock.holder.iter().chain(&lock.waiters).map(row).collect()
+}
+
+fn session(session: &SessionInfo) -> Value {
+    let metadata: BTreeMap<&String, &String> = session.metadata.iter().collect();
+    json!({
+        "session_id": session_hex(session.session_id),
+        "name": session.name,
+        "metadata": metadata,
+        "ttl_ms": session.ttl_ms,
+        "age_ms": session.age_ms,
+        "opened_revision": session.opened_revision,
+        "keys": session.keys,
+    })
+}
+
+fn server(server: &ServerStatus) -> Value {
+    let status = match &server.status {
+        Ok(status) => status,
+        Err(error) => {
+            return json!({ "endpoint": server.endpoint, "ok": false, "error": error.to_string() });
+        }
+    };
+    let header = status.header.unwrap_or_default();
+    let member = |member: &conclave_client::Member| {
+        json!({
+            "member_id": hex(member.id),
+            "name": member.name,
+            "peer_urls": member.peer_urls,
+            "client_urls": member.client_urls,
+        })
+    };
+    json!({
+        "endpoint": server.endpoint,
+        "ok": true,
+        "version": status.version,
+        "cluster_id": hex(header.cluster_id),
+        "member_id": hex(header.member_id),
+        "member_name": status.member_name,
+        "role": status.role,
+        "leader_id": hex(header.leader_id),
+        "term": header.term,
+        "revision": header.revision,
+        "applied_index": status.applied_index,
+        "committed_index": status.committed_index,
+        "log_bytes": status.log_bytes,
+        "sessions": status.sessions,
+        "keys": status.keys,
+        "members": status.members.iter().map(member).collect::<Vec<_>>(),
+    })
+}
+
+fn server_row(server: &ServerStatus) -> Vec<String> {
+    match &server.status {
+        Ok(status) => {
+            let header = status.header.unwrap_or_default();
+            vec![
+                server.endpoint.clone(),
+                status.member_name.clone(),
+                status.role.clone(),
+                header.term.to_string(),
+                status.applied_index.to_string(),
+                header.revision.to_string(),
+                status.sessions.to_string(),
+                status.keys.to_string(),
+            ]
+        }
+        Err(error) => vec![server.endpoint.clone(), "-".to_owned(), error.to_string()],
+    }
+}

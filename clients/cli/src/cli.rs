@@ -1,0 +1,277 @@
+//! The command line. Help is for learning: each command says what it is for,
+//! shows examples, and lists its exit codes where scripts need them.
+
+use std::{ffi::OsString, path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::{duration, output::Format, serve::ServeArgs};
+
+/// Locks and sessions for programs on many machines.
+#[derive(Debug, Parser)]
+#[command(
+    name = "conclave",
+    version,
+    after_help = "Try it:\n  conclave dev                          a cluster of three servers on this machine\n  conclave lock deploy -- ./deploy.sh   run a command under a lock\n  conclave locks                        who holds what, and who waits"
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    #[command(flatten)]
+    pub(crate) global: Global,
+}
+
+/// What every client command takes.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Global {
+    /// Servers of the cluster, as host:port; one is enough, several survive
+    /// the loss of some.
+    #[arg(
+        long,
+        global = true,
+        env = "CONCLAVE_ENDPOINTS",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:2379",
+        value_name = "A,B,C"
+    )]
+    pub(crate) endpoints: Vec<String>,
+    /// How to print results.
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_enum,
+        default_value = "table",
+        value_name = "FORMAT"
+    )]
+    pub(crate) output: Format,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run one server of a cluster.
+    Serve(Box<ServeArgs>),
+    /// Start a cluster on this machine, for trying things and for tests.
+    #[command(after_help = DEV_HELP)]
+    Dev(DevArgs),
+    /// Run a command while holding a lock.
+    #[command(after_help = LOCK_HELP)]
+    Lock(LockArgs),
+    /// Take a lock away from its holder.
+    #[command(after_help = UNLOCK_HELP)]
+    Unlock(UnlockArgs),
+    /// List locks, who holds them and who waits.
+    Locks(LocksArgs),
+    /// List the live sessions.
+    Sessions,
+    /// Ask each server how it is.
+    Status,
+    /// Measure a running cluster.
+    Bench(BenchArgs),
+    /// Print completions for a shell.
+    #[command(
+        after_help = "Example:\n  conclave completions bash > ~/.local/share/bash-completion/completions/conclave"
+    )]
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Kills its process group when its stdin ends; used by `lock`.
+    #[command(hide = true)]
+    Watchdog,
+}
+
+const LOCK_HELP: &str = "\
+The command finds in its environment:
+  CONCLAVE_LOCK_NAME   the lock
+  CONCLAVE_LOCK_KEY    the key that stands for the grant
+  CONCLAVE_LOCK_TOKEN  the fencing token: give it to whatever the lock protects,
+                       and let that refuse lower ones
+  CONCLAVE_SESSION     the session, in hexadecimal
+
+If the lock is lost, the command gets SIGTERM, and SIGKILL in time before another
+can hold the lock. It is killed, too, when `conclave lock` itself is killed.
+Without a command, the key and the token are printed, and the lock is held until
+SIGINT or SIGTERM.
+
+Examples:
+  conclave lock deploy -- ./deploy.sh
+  conclave lock nightly --try -- ./report.sh      leave at once if another runs
+  conclave lock db --ttl 3s --wait 1m -- make migrate
+
+Exit codes:
+  the command's own, or 128+n if signal n ended it
+  64 usage   69 no cluster reached   73 held (--try)   75 lost
+  124 not acquired in time (--wait)  126, 127 the command cannot be run, or found";
+
+const UNLOCK_HELP: &str = "\
+The holder is told the reason and loses the lock at once; the next in line gets
+it. What the holder does until it notices is stopped only by the fencing token.
+
+Example:
+  conclave unlock deploy --force --reason 'host is being replaced'";
+
+const DEV_HELP: &str = "\
+The servers are real processes with real logs on disk; kill them as you like.
+Clients connect to ports PORT, PORT+20000, PORT+30000; one above each is for the
+servers among themselves. Without --data-dir everything is removed at the end.
+
+Examples:
+  conclave dev
+  conclave dev --nodes 1 --data-dir ./data
+  conclave dev -- ./integration-tests.sh    (CONCLAVE_ENDPOINTS is set for it)";
+
+#[derive(Debug, Args)]
+pub(crate) struct DevArgs {
+    /// How many servers.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=7))]
+    pub(crate) nodes: u16,
+    /// Keep the data here, and go on with what is there.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// The first server's port for clients.
+    #[arg(long, default_value_t = 2379, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) port: u16,
+    /// Run this with the cluster, then stop and exit with its code.
+    #[arg(last = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LockArgs {
+    /// The lock; any name of 1 to 1,024 bytes.
+    pub(crate) name: String,
+    /// How long the lock outlives this program if it dies; from 500ms to 24h.
+    #[arg(long, default_value = "10s", value_parser = duration::parse)]
+    pub(crate) ttl: Duration,
+    /// Give up if the lock is not acquired in this time.
+    #[arg(long, value_parser = duration::parse, conflicts_with = "try_now")]
+    pub(crate) wait: Option<Duration>,
+    /// Give up at once if the lock is held.
+    #[arg(long = "try")]
+    pub(crate) try_now: bool,
+    /// What to run.
+    #[arg(last = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UnlockArgs {
+    /// The lock.
+    pub(crate) name: String,
+    /// Says that you know that the holder may still be at work.
+    #[arg(long, required = true)]
+    pub(crate) force: bool,
+    /// What the holder is told.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LocksArgs {
+    /// Only this lock.
+    pub(crate) name: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) what: BenchCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Acquire and release locks.
+    #[command(
+        after_help = "One operation is an acquire and a release, both acknowledged. Checked meanwhile:\ntokens grow, and nobody else holds. Exit 0 only if ops > 0 and violations = 0.\n\nExample:\n  conclave bench lock --clients 64 --seconds 10 --hot -o json"
+    )]
+    Lock(BenchLoad),
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchLoad {
+    /// Clients, each with its own session and one request in flight.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) clients: u32,
+    /// For how long.
+    #[arg(long, default_value = "10", value_parser = duration::parse)]
+    pub(crate) seconds: Duration,
+    /// All on one lock, so that each operation is a hand-off.
+    #[arg(long)]
+    pub(crate) hot: bool,
+    /// Connections that the clients share; by default 4, or fewer for fewer
+    /// clients.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) connections: Option<u32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn good_command_lines() {
+        for line in [
+            "lock deploy",
+            "lock deploy --ttl 500ms --wait 5 -- sh -c true",
+            "lock deploy --try -- true --try",
+            "--endpoints a:1,http://b:2 locks",
+            "locks deploy -o json --endpoints a",
+            "sessions -o table",
+            "status",
+            "unlock deploy --force --reason maintenance",
+            "dev",
+            "dev --nodes 5 --port 4000 --data-dir /tmp/x -- make test",
+            "bench lock --clients 64 --seconds 10 --hot --connections 4 -o json",
+            "completions zsh",
+        ] {
+            let args = std::iter::once("conclave").chain(line.split(' '));
+            if let Err(error) = Cli::try_parse_from(args) {
+                panic!("{line}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn bad_command_lines() {
+        for line in [
+            "",
+            "lock",
+            "lock deploy true",
+            "lock deploy --wait 5s --try",
+            "lock deploy --ttl never",
+            "unlock deploy",
+            "unlock deploy --force",
+            "unlock deploy --reason maintenance",
+            "dev --nodes 0",
+            "dev --port 70000",
+            "bench",
+            "bench lock --clients 0",
+            "locks -o yaml",
+            "fly",
+        ] {
+            let args = std::iter::once("conclave").chain(line.split_whitespace());
+            assert!(Cli::try_parse_from(args).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn endpoints_are_split_and_the_rest_is_the_command() {
+        let line = "conclave lock x --endpoints a,b -o json -- c -o d";
+        let cli = Cli::try_parse_from(line.split(' ')).unwrap();
+        assert_eq!(cli.global.endpoints, ["a", "b"]);
+        assert_eq!(cli.global.output, Format::Json);
+        let Command::Lock(lock) = cli.command else {
+            panic!("not lock")
+        };
+        assert_eq!(lock.command, ["c", "-o", "d"]);
+    }
+}

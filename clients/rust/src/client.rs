@@ -1,0 +1,234 @@
+//! The client: connections to one cluster, the calls that need no session, and
+//! the way to open one.
+
+use std::{sync::Arc, time::Duration};
+
+use conclave_proto::v1::{
+    self, Contender, LockInfo, SessionInfo, StatusResponse, cluster_client::ClusterClient,
+    lock_client::LockClient, session_client::SessionClient,
+};
+use tokio::{task::JoinSet, time::timeout};
+
+use crate::{
+    error::{Error, Failure},
+    events::Events,
+    session::{Session, SessionOptions},
+    transport::{ANSWER_BYTES_MAX, ATTEMPT_TIMEOUT, Transport},
+};
+
+/// How long calls outside a session are repeated before they fail: longer than
+/// the election of a new leader takes.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+/// Lists may take longer than other calls.
+const LIST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A client of one cluster. Cheap to clone; clones share their connections.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), conclave_client::Error> {
+/// use conclave_client::{Client, SessionOptions};
+///
+/// let client = Client::connect(["10.0.0.1:2379", "10.0.0.2:2379", "10.0.0.3:2379"])?;
+/// let session = client.session(SessionOptions::default()).await?;
+/// let guard = session.lock("nightly-report").await?;
+/// println!("fencing token {}", guard.token());
+/// guard.release().await?;
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Client {
+    pub(crate) transport: Arc<Transport>,
+    pub(crate) events: Arc<Events>,
+}
+
+/// What one server says about itself and the cluster.
+#[derive(Clone, Debug)]
+pub struct ServerStatus {
+    /// The address that was asked, as `host:port`.
+    pub endpoint: String,
+    /// Its answer.
+    pub status: Result<StatusResponse, Error>,
+}
+
+impl Client {
+    /// A client of the cluster whose servers are at these addresses
+    /// (`host:port`, `http://` optional, port 2379 unless given). One is
+    /// enough; with several the client survives the loss of some. Nothing is
+    /// sent yet.
+    ///
+    /// # Errors
+    /// [`Error::InvalidEndpoint`], also if there is none.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn connect<S: AsRef<str>>(endpoints: impl IntoIterator<Item = S>) -> Result<Client, Error> {
+        let transport = Arc::new(Transport::new(endpoints)?);
+        Ok(Client {
+            transport,
+            events: Arc::default(),
+        })
+    }
+
+    /// Opens a session, which renews itself until it is closed or dropped.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for options out of range, and what
+    /// [`Error::is_retryable`] tells apart.
+    pub async fn session(&self, options: SessionOptions) -> Result<Session, Error> {
+        Session::open(self, options).await
+    }
+
+    /// Looks for the leader, so that the next call goes there. Whether it was
+    /// found. Calls find it by themselves sooner or later; benchmarks do not
+    /// want to wait.
+    pub async fn find_leader(&self) -> bool {
+        self.transport.find_leader().await
+    }
+
+    /// All locks that are held, in order of name, with holders and waiters.
+    /// Linearizable for up to 1,000 locks; more come in several reads.
+    pub async fn locks(&self) -> Result<Vec<LockInfo>, Error> {
+        let mut locks: Vec<LockInfo> = Vec::new();
+        loop {
+            let after = locks
+                .last()
+                .map(|lock| lock.name.clone())
+                .unwrap_or_default();
+            let page = self.list_locks(String::new(), after).await?;
+            let is_empty = page.locks.is_empty();
+            locks.extend(page.locks);
+            if !page.more || is_empty {
+                return Ok(locks);
+            }
+        }
+    }
+
+    /// One lock with holder and waiters; `None` if nobody holds it.
+    /// Linearizable.
+    pub async fn lock_info(&self, name: &str) -> Result<Option<LockInfo>, Error> {
+        let page = self.list_locks(name.to_owned(), String::new()).await?;
+        Ok(page.locks.into_iter().find(|lock| lock.holder.is_some()))
+    }
+
+    /// Takes a lock from its holder, who is told the reason. With a token,
+    /// only that grant; then the call may safely be repeated.
+    ///
+    /// # Errors
+    /// [`Error::NotHeld`], [`Error::NotHolder`] if another grant holds now, and
+    /// [`Error::OutcomeUnknown`] if there was no token and no answer.
+    pub async fn force_release(
+        &self,
+        name: &str,
+        reason: &str,
+        token: Option<u64>,
+    ) -> Result<Contender, Error> {
+        let request = v1::ForceReleaseRequest {
+            name: name.to_owned(),
+            reason: reason.to_owned(),
+            token: token.unwrap_or(0),
+        };
+        let call = |channel| {
+            let request = request.clone();
+            async move { LockClient::new(channel).force_release(request).await }
+        };
+        let answer = if token.is_some() {
+            self.transport
+                .repeat(PATIENCE, ATTEMPT_TIMEOUT, call)
+                .await?
+        } else {
+            let attempt = self.transport.attempt(PATIENCE, call).await;
+            attempt.map_err(|failed| {
+                let sent = matches!(failed.failure, Failure::Unknown { .. });
+                failed.failure.into_error(sent)
+            })?
+        };
+        answer.released.ok_or_else(|| incomplete("released"))
+    }
+
+    /// Whether the grant with this token still holds the lock. Linearizable.
+    pub async fn check(&self, name: &str, token: u64) -> Result<bool, Error> {
+        let request = v1::CheckRequest {
+            name: name.to_owned(),
+            token,
+        };
+        let call = |channel| {
+            let request = request.clone();
+            async move { LockClient::new(channel).check(request).await }
+        };
+        let answer = self
+            .transport
+            .repeat(PATIENCE, ATTEMPT_TIMEOUT, call)
+            .await?;
+        Ok(answer.held)
+    }
+
+    /// All live sessions. Linearizable.
+    pub async fn sessions(&self) -> Result<Vec<SessionInfo>, Error> {
+        let call = |channel| async move {
+            let mut client =
+                SessionClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+            client.list(v1::ListSessionsRequest {}).await
+        };
+        let answer = self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await?;
+        Ok(answer.sessions)
+    }
+
+    /// What each known server says about itself. Each is asked once, all at
+    /// the same time.
+    pub async fn status(&self) -> Vec<ServerStatus> {
+        let servers = self.transport.all();
+        let mut endpoints: Vec<ServerStatus> = Vec::new();
+        let mut asked = JoinSet::new();
+        for (position, (endpoint, channel)) in servers.into_iter().enumerate() {
+            let silent = Error::Unreachable {
+                message: "no answer".to_owned(),
+            };
+            endpoints.push(ServerStatus {
+                endpoint,
+                status: Err(silent),
+            });
+            asked.spawn(async move {
+                let mut cluster = ClusterClient::new(channel);
+                let call = cluster.status(v1::StatusRequest {});
+                (position, timeout(ATTEMPT_TIMEOUT, call).await)
+            });
+        }
+        while let Some(Ok((position, answer))) = asked.join_next().await {
+            if let Ok(result) = answer {
+                let result = result.map(tonic::Response::into_inner);
+                endpoints[position].status =
+                    result.map_err(|status| Failure::from(status).into_error(false));
+            }
+        }
+        endpoints
+    }
+
+    async fn list_locks(
+        &self,
+        name: String,
+        after: String,
+    ) -> Result<v1::ListLocksResponse, Error> {
+        let request = v1::ListLocksRequest {
+            name,
+            limit: 0,
+            after,
+        };
+        let call = |channel| {
+            let request = request.clone();
+            async move {
+                let mut client =
+                    LockClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+                client.list(request).await
+            }
+        };
+        self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await
+    }
+}
+
+/// An answer lacks a field that every server fills.
+pub(crate) fn incomplete(field: &str) -> Error {
+    Error::Server {
+        reason: "INCOMPLETE_ANSWER".to_owned(),
+        message: format!("the answer lacks `{field}`"),
+    }
+}

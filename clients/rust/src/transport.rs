@@ -1,0 +1,378 @@
+//! Connections to the servers, and calls over them: one attempt, or attempts
+//! until there is an answer. Connections are made when first used and remade
+//! by tonic; which of them to use is decided by [`Routes`].
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use conclave_proto::v1::{self, ResponseHeader, cluster_client::ClusterClient};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, sleep, timeout},
+};
+use tonic::{
+    Response, Status,
+    transport::{Channel, Endpoint},
+};
+
+use crate::{
+    clock,
+    error::{Error, Failure},
+    routes::{Routes, normalize},
+};
+
+/// A server that has not answered an ordinary call for this long is taken for
+/// dead, and another is asked.
+pub(crate) const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+/// Finds connections that died silently under a waiting call.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// Lists can be long.
+pub(crate) const ANSWER_BYTES_MAX: usize = 256 << 20;
+/// How long a search for the leader is not repeated.
+const SEARCH_PAUSE: Duration = Duration::from_secs(1);
+
+/// Attempts in a row that may follow each other without a pause, each at
+/// another server.
+const IMMEDIATE_MAX: u32 = 2;
+const PAUSE_MIN: Duration = Duration::from_millis(20);
+/// While a new leader may be elected, pauses stay short: the first attempt
+/// after the election ends the outage for this client.
+const PAUSE_EARLY_MAX: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+const EARLY_PAUSES: u32 = 60;
+
+/// The servers of one client. Shared by all that it has open.
+#[derive(Debug)]
+pub(crate) struct Transport {
+    servers: Mutex<Servers>,
+    runtime: Handle,
+}
+
+#[derive(Debug)]
+struct Servers {
+    routes: Routes,
+    /// One for each address of `routes`, in the same order.
+    channels: Vec<Channel>,
+    searched: Option<Instant>,
+}
+
+/// An attempt that failed.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    pub(crate) failure: Failure,
+    /// The next attempt will go to another server.
+    pub(crate) moved: bool,
+}
+
+/// Answers that say something about the cluster.
+pub(crate) trait Answer {
+    fn header(&self) -> Option<&ResponseHeader>;
+}
+
+macro_rules! answers {
+    ($($answer:ident),*) => {
+        $(impl Answer for v1::$answer {
+            fn header(&self) -> Option<&ResponseHeader> {
+                self.header.as_ref()
+            }
+        })*
+    };
+}
+
+answers!(
+    OpenSessionResponse,
+    RenewSessionResponse,
+    CloseSessionResponse,
+    ListSessionsResponse,
+    AcquireResponse,
+    ReleaseResponse,
+    CancelResponse,
+    ForceReleaseResponse,
+    ListLocksResponse,
+    CheckResponse,
+    StatusResponse
+);
+
+impl Transport {
+    /// Connections to these addresses; nothing is sent yet. Needs a running
+    /// tokio runtime.
+    pub(crate) fn new<S: AsRef<str>>(
+        endpoints: impl IntoIterator<Item = S>,
+    ) -> Result<Transport, Error> {
+        let addresses: Vec<String> = endpoints
+            .into_iter()
+            .map(|endpoint| normalize(endpoint.as_ref()))
+            .collect::<Result<_, _>>()?;
+        if addresses.is_empty() {
+            return Err(Error::InvalidEndpoint {
+                endpoint: String::new(),
+                problem: "at least one is needed",
+            });
+        }
+        let routes = Routes::new(addresses);
+        let mut servers = Servers {
+            routes,
+            channels: Vec::new(),
+            searched: None,
+        };
+        servers.connect_new();
+        Ok(Transport {
+            servers: Mutex::new(servers),
+            runtime: Handle::current(),
+        })
+    }
+
+    /// Where background work of this client runs.
+    pub(crate) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
+    /// The server to use now.
+    pub(crate) fn server(&self) -> (usize, Channel) {
+        let servers = self.servers();
+        let index = servers.routes.current();
+        (index, servers.channels[index].clone())
+    }
+
+    /// Whether this is still the server to use.
+    pub(crate) fn is_current(&self, index: usize) -> bool {
+        self.servers().routes.current() == index
+    }
+
+    /// Every known server with its address.
+    pub(crate) fn all(&self) -> Vec<(String, Channel)> {
+        let servers = self.servers();
+        let addresses = servers.routes.addresses().map(str::to_owned);
+        addresses.zip(servers.channels.iter().cloned()).collect()
+    }
+
+    /// One attempt at the current server, for at most `limit`.
+    pub(crate) async fn attempt<T: Answer, F>(
+        self: &Arc<Self>,
+        limit: Duration,
+        call: impl FnOnce(Channel) -> F,
+    ) -> Result<T, Failed>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let (index, channel) = self.server();
+        let result = timeout(limit, call(channel)).await;
+        let result = result.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer")));
+        self.settle(index, result)
+    }
+
+    /// Attempts until there is an answer, or `patience` is over. For calls
+    /// that may safely be repeated.
+    pub(crate) async fn repeat<T: Answer, F>(
+        self: &Arc<Self>,
+        patience: Duration,
+        limit: Duration,
+        mut call: impl FnMut(Channel) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let give_up = Instant::now() + patience;
+        let mut backoff = Backoff::default();
+        let mut may_have_applied = false;
+        loop {
+            let failed = match self.attempt(limit, &mut call).await {
+                Ok(answer) => return Ok(answer),
+                Err(failed) => failed,
+            };
+            may_have_applied |= matches!(failed.failure, Failure::Unknown { .. });
+            let is_final = matches!(failed.failure, Failure::Refused(_));
+            if is_final || Instant::now() >= give_up {
+                return Err(failed.failure.into_error(may_have_applied));
+            }
+            backoff.pause(failed.moved).await;
+        }
+    }
+
+    /// Draws the conclusions from what the server at `index` answered.
+    pub(crate) fn settle<T: Answer>(
+        self: &Arc<Self>,
+        index: usize,
+        result: Result<Response<T>, Status>,
+    ) -> Result<T, Failed> {
+        match result {
+            Ok(response) => {
+                let answer = response.into_inner();
+                if let Some(header) = answer.header() {
+                    self.note_header(index, header);
+                }
+                Ok(answer)
+            }
+            Err(status) => {
+                let failure = Failure::from(status);
+                let moved = self.note_failure(index, &failure);
+                Err(Failed { failure, moved })
+            }
+        }
+    }
+
+    /// Asks servers for the leader until one knows it, and prefers it from now
+    /// on. Whether it was found.
+    pub(crate) async fn find_leader(self: &Arc<Self>) -> bool {
+        for (index, (_, channel)) in self.all().into_iter().enumerate() {
+            let mut cluster = ClusterClient::new(channel);
+            let call = timeout(ATTEMPT_TIMEOUT, cluster.status(v1::StatusRequest {}));
+            if let Ok(Ok(response)) = call.await
+                && self.note_members(index, &response.into_inner())
+            {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn note_header(self: &Arc<Self>, index: usize, header: &ResponseHeader) {
+        let mut servers = self.servers();
+        servers.routes.answered(index, header.member_id);
+        let leads = header.leader_id == header.member_id;
+        if leads || header.leader_id == 0 || servers.routes.current() != index {
+            return;
+        }
+        if servers
+            .routes
+            .prefer_member(header.leader_id, clock::now())
+            .is_none()
+        {
+            servers.search(self);
+        }
+    }
+
+    /// Whether the leader was among the members and is preferred now.
+    fn note_members(&self, index: usize, status: &v1::StatusResponse) -> bool {
+        let Some(header) = status.header.as_ref() else {
+            return false;
+        };
+        let mut servers = self.servers();
+        servers.routes.answered(index, header.member_id);
+        for member in &status.members {
+            if member.id != header.member_id {
+                servers.routes.learn(member.id, &member.client_urls);
+            }
+        }
+        servers.connect_new();
+        servers.routes.prefer_member(header.leader_id, clock::now()) == Some(true)
+    }
+
+    /// Draws the conclusions from a failure of the server at `index`. Whether
+    /// the next call goes to another.
+    pub(crate) fn note_failure(&self, index: usize, failure: &Failure) -> bool {
+        let now = clock::now();
+        let mut servers = self.servers();
+        match failure {
+            Failure::Refused(_) | Failure::Overloaded { .. } => false,
+            Failure::NotApplied {
+                leader: Some(leader),
+                ..
+            } => {
+                let follows = servers.routes.prefer(leader, now);
+                servers.connect_new();
+                let is_other = servers.routes.current() != index;
+                (follows && is_other) || servers.routes.pass_over(index, now)
+            }
+            Failure::NotApplied {
+                is_reached: true, ..
+            }
+            | Failure::Unknown {
+                is_reached: true, ..
+            } => servers.routes.pass_over(index, now),
+            Failure::NotApplied { .. } | Failure::Unknown { .. } => {
+                servers.routes.failed(index, now)
+            }
+        }
+    }
+
+    fn servers(&self) -> MutexGuard<'_, Servers> {
+        self.servers
+            .lock()
+            .expect("no panic while the servers are locked")
+    }
+}
+
+impl Servers {
+    /// Makes channels for addresses that have none yet.
+    fn connect_new(&mut self) {
+        let new = self
+            .routes
+            .addresses()
+            .skip(self.channels.len())
+            .map(channel);
+        self.channels.extend(new);
+    }
+
+    /// Starts a search for the leader in the background, unless one has just
+    /// been made.
+    fn search(&mut self, transport: &Arc<Transport>) {
+        let now = Instant::now();
+        if self.searched.is_some_and(|at| now < at + SEARCH_PAUSE) {
+            return;
+        }
+        self.searched = Some(now);
+        let searching = Arc::clone(transport);
+        transport
+            .runtime
+            .spawn(async move { searching.find_leader().await });
+    }
+}
+
+/// A connection to a normalized address, made when first used.
+fn channel(address: &str) -> Channel {
+    Endpoint::from_shared(format!("http://{address}"))
+        .expect("a normalized address is a valid authority")
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .connect_lazy()
+}
+
+/// Pauses between attempts of one call.
+#[derive(Debug, Default)]
+pub(crate) struct Backoff {
+    immediate: u32,
+    pauses: u32,
+}
+
+impl Backoff {
+    /// Waits before the next attempt; not at all if that goes to a server that
+    /// has not been asked yet.
+    pub(crate) async fn pause(&mut self, moved: bool) {
+        if moved && self.immediate < IMMEDIATE_MAX {
+            self.immediate += 1;
+            return;
+        }
+        sleep(self.next_pause()).await;
+    }
+
+    fn next_pause(&mut self) -> Duration {
+        let max = if self.pauses < EARLY_PAUSES {
+            PAUSE_EARLY_MAX
+        } else {
+            PAUSE_MAX
+        };
+        let pause = PAUSE_MIN * 2_u32.pow(self.pauses.min(5));
+        self.pauses += 1;
+        pause.min(max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_stay_short_while_a_leader_may_be_elected_and_then_grow() {
+        let mut backoff = Backoff::default();
+        let early: Vec<Duration> = (0..EARLY_PAUSES).map(|_| backoff.next_pause()).collect();
+        assert_eq!(early[0], PAUSE_MIN);
+        assert!(early.iter().all(|pause| *pause <= PAUSE_EARLY_MAX));
+        assert_eq!(backoff.next_pause(), PAUSE_MAX);
+    }
+}

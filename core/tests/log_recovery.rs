@@ -1,0 +1,332 @@
+//! What a start makes of a directory, one situation each.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails the test")]
+
+use std::error::Error;
+
+use bytes::Bytes;
+use conclave_core::{
+    disk::{Disk, FileDisk, SimDisk},
+    ids::NodeId,
+    log::{
+        Batch, EntryKind, Facts, HardState, Identity, Layout, Log, LogEntry, LogError, Recovered,
+    },
+};
+
+const TINY: Layout = Layout {
+    segment_bytes: 1_024,
+    step_bytes: 256,
+};
+
+fn identity() -> Identity {
+    Identity {
+        cluster: 1,
+        node: NodeId(3),
+        incarnation: 9,
+    }
+}
+
+fn facts() -> Facts {
+    Facts {
+        admitted: true,
+        incarnations: [(NodeId(1), 11)].into(),
+        voters: vec![NodeId(1), NodeId(3)],
+    }
+}
+
+fn create(disk: &SimDisk) -> Log<SimDisk> {
+    Log::create_with(disk.clone(), TINY, identity(), facts()).unwrap()
+}
+
+fn open(disk: &SimDisk) -> (Log<SimDisk>, Recovered) {
+    Log::open_with(disk.clone(), TINY).unwrap().unwrap()
+}
+
+fn refusal(disk: &SimDisk) -> String {
+    Log::open(disk.clone())
+        .expect_err("this is refused")
+        .to_string()
+}
+
+fn batch(index: u64, length: usize) -> Batch {
+    Batch {
+        entries: vec![LogEntry {
+            index,
+            term: 1,
+            kind: EntryKind::Normal,
+            data: Bytes::from(vec![b'x'; length]),
+        }],
+        ..Batch::default()
+    }
+}
+
+/// Appends and syncs a batch for each index.
+fn write(log: &mut Log<SimDisk>, indexes: std::ops::RangeInclusive<u64>) {
+    for index in indexes {
+        log.append(&batch(index, 100)).unwrap();
+        log.sync().unwrap();
+    }
+}
+
+fn segment(number: u64) -> String {
+    format!("log-{number:020}")
+}
+
+#[test]
+fn a_directory_without_a_log_says_so() {
+    let mut disk = SimDisk::new();
+    assert!(Log::open(disk.clone()).unwrap().is_none());
+    disk.write("notes.txt", 0, b"not ours").unwrap();
+    assert!(Log::open(disk.clone()).unwrap().is_none());
+    let mut log = create(&disk);
+    write(&mut log, 1..=1);
+    assert_eq!(open(&disk).1.entries, batch(1, 100).entries);
+    assert_eq!(disk.read("notes.txt").unwrap(), b"not ours");
+}
+
+#[test]
+fn half_a_creation_is_no_log_and_is_replaced() {
+    let mut disk = SimDisk::new();
+    // Made, but nothing was written to it.
+    disk.write(&segment(1), 0, &[0; 300]).unwrap();
+    assert!(Log::open(disk.clone()).unwrap().is_none());
+    create(&disk);
+    assert_eq!(open(&disk).1.facts, facts());
+}
+
+#[test]
+fn a_log_is_not_made_over_another() {
+    let disk = SimDisk::new();
+    create(&disk);
+    let again = Log::create(disk.clone(), identity(), facts());
+    assert!(matches!(again, Err(LogError::Exists)));
+    open(&disk);
+}
+
+#[test]
+fn a_new_log_is_attested_at_once() {
+    let mut disk = SimDisk::new();
+    let log = create(&disk);
+    assert!(!log.wants_mark());
+    disk.damage(&segment(1), |bytes| bytes[60] ^= 1);
+    let message = refusal(&disk);
+    assert!(message.contains("`log-00000000000000000001`"), "{message}");
+    assert!(message.contains("restore this directory"), "{message}");
+    assert!(message.contains("add the member again"), "{message}");
+}
+
+#[test]
+fn the_newest_state_is_recovered() {
+    let disk = SimDisk::new();
+    let mut log = create(&disk);
+    write(&mut log, 1..=9);
+    let hard_state = HardState {
+        term: 4,
+        vote: 2,
+        commit: 3,
+    };
+    let newer = Facts {
+        voters: vec![NodeId(3)],
+        ..facts()
+    };
+    let replacing = Batch {
+        hard_state: Some(hard_state),
+        facts: Some(newer.clone()),
+        ..batch(4, 7)
+    };
+    log.append(&replacing).unwrap();
+    log.sync().unwrap();
+    assert!(disk.list().unwrap().len() > 1);
+    drop(log);
+    let (log, recovered) = open(&disk);
+    let entries = [batch(1, 100), batch(2, 100), batch(3, 100), batch(4, 7)];
+    let expected = Recovered {
+        identity: identity(),
+        hard_state,
+        facts: newer,
+        entries: entries
+            .into_iter()
+            .flat_map(|batch| batch.entries)
+            .collect(),
+    };
+    assert_eq!(recovered, expected);
+    let lengths = disk.list().unwrap().into_iter();
+    let lengths = lengths.map(|name| disk.read(&name).unwrap().len() as u64);
+    assert_eq!(log.bytes(), lengths.sum::<u64>());
+}
+
+#[test]
+fn a_mark_is_due_once_after_each_batch() {
+    let disk = SimDisk::new();
+    let mut log = create(&disk);
+    write(&mut log, 1..=1);
+    assert!(log.wants_mark());
+    drop(log);
+    let (mut log, _) = open(&disk);
+    assert!(log.wants_mark());
+    log.mark().unwrap();
+    assert!(!log.wants_mark());
+    log.append(&Batch::default()).unwrap();
+    assert!(!log.wants_mark());
+    drop(log);
+    assert!(!open(&disk).0.wants_mark());
+}
+
+#[test]
+fn a_mark_syncs_and_attests_what_was_appended() {
+    let mut disk = SimDisk::new();
+    let mut log = create(&disk);
+    log.append(&batch(1, 100)).unwrap();
+    log.mark().unwrap();
+    disk.crash(&mut || false);
+    assert_eq!(open(&disk).1.entries.len(), 1);
+    disk.damage(&segment(1), |bytes| {
+        let data = bytes.windows(100).position(|bytes| bytes == [b'x'; 100]);
+        bytes[data.unwrap()] = b'y';
+    });
+    assert!(refusal(&disk).contains("durable"));
+}
+
+#[test]
+fn a_torn_batch_is_dropped_for_good() {
+    let mut disk = SimDisk::new();
+    let mut log = create(&disk);
+    write(&mut log, 1..=1);
+    let before = disk.read(&segment(1)).unwrap();
+    log.append(&batch(2, 500)).unwrap();
+    let mut asked = 0;
+    disk.crash(&mut || {
+        asked += 1;
+        asked != 2
+    });
+    let (_, recovered) = open(&disk);
+    assert_eq!(recovered.entries.len(), 1);
+    let after = disk.read(&segment(1)).unwrap();
+    let (kept, cleared) = after.split_at(before.len());
+    assert_eq!(kept, before);
+    assert!(cleared.iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_missing_segment_is_refused() {
+    let mut disk = SimDisk::new();
+    let mut log = create(&disk);
+    write(&mut log, 1..=20);
+    for number in [1, 2] {
+        let mut disk = disk.fork();
+        disk.remove(&segment(number)).unwrap();
+        let message = refusal(&disk);
+        assert!(message.contains(&segment(number)), "{message}");
+        assert!(message.contains("missing"), "{message}");
+    }
+    // A copy under the next number is no continuation.
+    let count = disk.list().unwrap().len() as u64;
+    let copied = disk.read(&segment(count)).unwrap();
+    disk.write(&segment(count + 1), 0, &copied).unwrap();
+    assert!(refusal(&disk).contains("copy"));
+}
+
+#[test]
+fn names_that_are_almost_right_are_refused() {
+    for name in [
+        "log-1",
+        "log-",
+        "log-0000000000000000000x",
+        "log-00000000000000000000",
+        "log-000000000000000000001",
+        "log-+0000000000000000001",
+        "log-99999999999999999999",
+        "log-00000000000000000001.bak",
+    ] {
+        let mut disk = SimDisk::new();
+        create(&disk);
+        disk.write(name, 0, b"").unwrap();
+        assert!(refusal(&disk).contains(name));
+    }
+}
+
+#[test]
+fn a_batch_longer_than_a_segment_gets_its_own() {
+    let disk = SimDisk::new();
+    let mut log = create(&disk);
+    write(&mut log, 1..=1);
+    log.append(&batch(2, 5_000)).unwrap();
+    log.append(&batch(3, 10)).unwrap();
+    log.sync().unwrap();
+    assert_eq!(disk.list().unwrap(), [segment(1), segment(2), segment(3)]);
+    assert!(disk.read(&segment(2)).unwrap().len() > 5_000);
+    assert_eq!(open(&disk).1.entries.len(), 3);
+}
+
+#[test]
+fn segments_grow_in_steps_up_to_their_size() {
+    let disk = SimDisk::new();
+    let mut log = Log::create(disk.clone(), identity(), facts()).unwrap();
+    let length = || disk.read(&segment(1)).unwrap().len();
+    assert_eq!(length(), 1 << 20);
+    log.append(&batch(1, 1 << 20)).unwrap();
+    assert_eq!(length(), 2 << 20);
+    for index in 2..=15 {
+        log.append(&batch(index, 1 << 20)).unwrap();
+    }
+    log.sync().unwrap();
+    assert_eq!((length(), log.bytes()), (16 << 20, 16 << 20));
+    log.append(&batch(16, 1 << 20)).unwrap();
+    assert_eq!((length(), log.bytes()), (16 << 20, 18 << 20));
+}
+
+#[test]
+fn a_full_disk_is_named_and_nothing_is_lost() {
+    let mut disk = SimDisk::new();
+    let mut log = create(&disk);
+    write(&mut log, 1..=3);
+    disk.limit(Some(log.bytes()));
+    let error = log.append(&batch(4, 2_000)).unwrap_err();
+    assert!(matches!(error, LogError::Full { .. }));
+    assert!(error.to_string().contains("the disk is full"), "{error}");
+    assert!(error.source().is_some());
+    assert!(matches!(log.sync(), Err(LogError::Poisoned)));
+    drop(log);
+    // A start needs no space.
+    let (mut log, recovered) = open(&disk);
+    assert_eq!(recovered.entries.len(), 3);
+    disk.limit(None);
+    write(&mut log, 4..=4);
+}
+
+#[test]
+fn a_batch_that_makes_no_sense_is_refused_and_changes_nothing() {
+    let disk = SimDisk::new();
+    let mut log = create(&disk);
+    write(&mut log, 1..=1);
+    let before = disk.read(&segment(1)).unwrap();
+    let refused = log.append(&batch(3, 1)).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "refused to write a gap between two entries"
+    );
+    assert_eq!(disk.read(&segment(1)).unwrap(), before);
+    write(&mut log, 2..=2);
+    assert_eq!(open(&disk).1.entries.len(), 2);
+}
+
+#[test]
+fn a_real_directory_is_opened_again() {
+    let path = std::env::temp_dir().join(format!("conclave-log-{}", std::process::id()));
+    drop(std::fs::remove_dir_all(&path));
+    let disk = || FileDisk::open(&path).unwrap();
+    assert!(Log::open_with(disk(), TINY).unwrap().is_none());
+    let mut log = Log::create_with(disk(), TINY, identity(), facts()).unwrap();
+    for index in 1..=30 {
+        log.append(&batch(index, 50)).unwrap();
+        log.sync().unwrap();
+        if index % 7 == 0 {
+            drop(log);
+            log = Log::open_with(disk(), TINY).unwrap().unwrap().0;
+        }
+    }
+    drop(log);
+    let (_, recovered) = Log::open_with(disk(), TINY).unwrap().unwrap();
+    assert_eq!(recovered.entries.len(), 30);
+    std::fs::remove_dir_all(&path).unwrap();
+}
