@@ -159,9 +159,8 @@ impl Server {
         self.gateway.hub.close();
         self.phase.send_replace(Phase::Stopped);
         if patient {
-            control
-                .block_on(time::timeout(END_WITHIN, self.all_ended()))
-                .ok();
+            // Whether they all end in time is seen below.
+            control.block_on(async { time::timeout(END_WITHIN, self.all_ended()).await.ok() });
         }
         if !self.replica.is_finished() {
             tracing::warn!("stopped without waiting for the log any longer");
