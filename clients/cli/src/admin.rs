@@ -219,6 +219,10 @@ fn server_row(server: &ServerStatus) -> Vec<String> {
                 status.keys.to_string(),
             ]
         }
-        Err(error) => vec![server.endpoint.clone(), "-".to_owned(), error.to_string()],
+        Err(_) => vec![
+            server.endpoint.clone(),
+            "-".to_owned(),
+            "unreachable".to_owned(),
+        ],
     }
 }
