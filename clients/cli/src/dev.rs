@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
-    process::{Child, Command},
+    process::{Child, ChildStdin, Command},
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -58,8 +58,10 @@ struct Plan {
 #[derive(Debug)]
 struct Server {
     plan: Plan,
-    /// Holds the pipe that keeps it running.
     child: Child,
+    /// Keeps it running. Apart from `child`, which would close it when waited
+    /// for.
+    _lifeline: Option<ChildStdin>,
     has_ended: bool,
 }
 
@@ -186,7 +188,7 @@ fn start_all(plans: &[Plan], servers: &mut Vec<Server>) -> Result<(), Failure> {
 
 fn start(plan: &Plan, members: &str) -> Result<Server, Failure> {
     let log = File::options().create(true).append(true).open(&plan.log)?;
-    let child = Command::new(env::current_exe()?)
+    let mut child = Command::new(env::current_exe()?)
         .arg("serve")
         .args(["--name", &plan.name])
         .arg("--data-dir")
@@ -211,6 +213,7 @@ fn start(plan: &Plan, members: &str) -> Result<Server, Failure> {
         .spawn()?;
     Ok(Server {
         plan: plan.clone(),
+        _lifeline: child.stdin.take(),
         child,
         has_ended: false,
     })

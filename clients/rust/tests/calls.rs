@@ -1,7 +1,10 @@
 //! The client against servers that misbehave on purpose: its calls over real
 //! sockets, with answers lost, leaders moved and servers hung.
 
-#![expect(clippy::unwrap_used, reason = "a test stops where something is missing")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test stops where something is missing"
+)]
 
 mod fake;
 
