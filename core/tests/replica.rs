@@ -1,7 +1,10 @@
 //! Replicas in one process, without network, disk or clock: what a turn does,
 //! step by step. The machine is a register whose only command appends a letter.
 
-#![expect(clippy::unwrap_used, reason = "a test stops where something is missing")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test stops where something is missing"
+)]
 
 use std::collections::{BTreeMap, VecDeque};
 
