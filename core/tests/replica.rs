@@ -1,7 +1,10 @@
 //! Replicas in one process, without network, disk or clock: what a turn does,
 //! step by step. The machine is a register whose only command appends a letter.
 
-#![expect(clippy::unwrap_used, reason = "a test stops where something is missing")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test stops where something is missing"
+)]
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -275,7 +278,7 @@ impl Cluster {
 
     fn outcome(&mut self, node: NodeId, number: RequestNumber) -> String {
         let outcome = self.nodes.get_mut(&node).unwrap().outcomes.remove(&number);
-        outcome.map_or("none".to_owned(), |outcome| format!("{outcome:?}"))
+        outcome.map_or_else(|| "none".to_owned(), |outcome| format!("{outcome:?}"))
     }
 
     fn open(&mut self, node: NodeId, ttl_ms: u64) -> SessionId {
