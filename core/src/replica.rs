@@ -39,7 +39,7 @@ pub use self::api::{
 };
 use self::{
     admission::Admission,
-    leadership::Leadership,
+    leadership::{Leadership, Taken},
     reads::{Ask, AskBody, Reads, Renewer},
 };
 use crate::{
@@ -72,6 +72,8 @@ pub struct Replica<M: Machine> {
     admission: Option<Admission>,
     /// While this node leads.
     leadership: Option<Leadership>,
+    /// What it took from others while it leads, or when it led last.
+    taken: Taken,
     /// The leader and term at the end of the last turn.
     served_under: Option<(NodeId, Term)>,
 
@@ -151,6 +153,7 @@ impl<M: Machine> Replica<M> {
             next_publish_us: now.boot_us,
             admission,
             leadership: None,
+            taken: Taken::default(),
             served_under: None,
             arrived: Arrived::default(),
             pending: BTreeMap::new(),
@@ -379,6 +382,7 @@ impl<M: Machine> Replica<M> {
         if leads {
             self.clock.raise(self.state.system().log_time());
             self.leadership = Some(Leadership::new(term));
+            self.taken = Taken::new(term);
         }
     }
 

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use conclave_core::{
-    ids::{LogTime, NodeId, RequestNumber, SessionId},
+    ids::{LogTime, NodeId, RequestNumber, SessionId, Term},
     keyspace::{Change, Keyspace},
     log::{Facts, HardState, Identity, LogEntry, Recovered},
     machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
@@ -21,8 +21,12 @@ use conclave_core::{
     session::EndReason,
 };
 use conclave_proto::internal::{
-    CloseSession, Hello, OpenSession, PeerMessage, command, peer_message,
+    CloseSession, Command, Forward, Hello, OpenSession, Operation, Origin, PeerMessage, Put, Txn,
+    command, operation, peer_message,
 };
+use prost::Message as _;
+use protobuf::Message as _;
+use raft::eraftpb::{Entry, MessageType};
 
 /// Appends letters to the key `register`.
 #[derive(Debug, PartialEq)]
@@ -103,6 +107,11 @@ struct Cluster {
     boot_us: u64,
     /// Nobody hears these, and they hear nobody.
     cut: Vec<NodeId>,
+    /// What the first says does not reach the second.
+    mute: Vec<(NodeId, NodeId)>,
+    /// What was said, by sender and receiver: how many messages, and the bytes
+    /// of the longest.
+    traffic: BTreeMap<(NodeId, NodeId), (usize, usize)>,
     last_number: RequestNumber,
 }
 
@@ -155,6 +164,8 @@ impl Cluster {
             nodes: nodes.collect(),
             boot_us: 0,
             cut: Vec::new(),
+            mute: Vec::new(),
+            traffic: BTreeMap::new(),
             last_number: 0,
         }
     }
@@ -223,7 +234,11 @@ impl Cluster {
 
     fn deliver(&mut self, from: NodeId, messages: Vec<(NodeId, PeerMessage)>) {
         for (to, message) in messages {
-            if !self.cut.contains(&from) && !self.cut.contains(&to) {
+            let (count, longest) = self.traffic.entry((from, to)).or_default();
+            *count += 1;
+            *longest = message.encoded_len().max(*longest);
+            let is_cut = self.cut.contains(&from) || self.cut.contains(&to);
+            if !is_cut && !self.mute.contains(&(from, to)) {
                 self.input(to, Input::Peer { from, message });
             }
         }
@@ -250,6 +265,66 @@ impl Cluster {
             node,
             command::Body::Machine(Bytes::from_static(letter.as_bytes())),
         )
+    }
+
+    /// Puts a value of this size.
+    fn put(&mut self, node: NodeId, bytes: usize) -> RequestNumber {
+        let put = Operation {
+            operation: Some(operation::Operation::Put(Put {
+                key: Bytes::from_static(b"key"),
+                value: vec![0; bytes].into(),
+                lease: 0,
+            })),
+        };
+        let txn = Txn {
+            success: vec![put],
+            ..Txn::default()
+        };
+        self.send(node, command::Body::Txn(txn))
+    }
+
+    fn say(&mut self, from: NodeId, to: NodeId, message: peer_message::Message) {
+        let message = Some(message);
+        let message = PeerMessage { message };
+        self.input(to, Input::Peer { from, message });
+    }
+
+    /// A Raft message of the present term, to be changed.
+    fn raft(&self, from: NodeId, to: NodeId, msg_type: MessageType) -> raft::eraftpb::Message {
+        raft::eraftpb::Message {
+            msg_type,
+            from: from.0,
+            to: to.0,
+            term: self.term(),
+            ..Default::default()
+        }
+    }
+
+    fn say_raft(&mut self, message: &raft::eraftpb::Message) {
+        let (from, to) = (NodeId(message.from), NodeId(message.to));
+        let bytes = message.write_to_bytes().unwrap();
+        self.say(from, to, peer_message::Message::Raft(bytes.into()));
+    }
+
+    fn term(&self) -> Term {
+        self.nodes[&self.leader()].replica.status().term
+    }
+
+    /// The commands that wait in the inbox of a node.
+    fn forwards(&self, node: NodeId) -> Vec<PeerMessage> {
+        let forward = |input: &Input<Register>| match input {
+            Input::Peer { message, .. } => match message.message {
+                Some(peer_message::Message::Forward(_)) => Some(message.clone()),
+                _ => None,
+            },
+            _ => None,
+        };
+        self.nodes[&node].inbox.iter().filter_map(forward).collect()
+    }
+
+    fn register(&self, node: NodeId) -> Bytes {
+        let state = self.nodes[&node].replica.state();
+        state.machine().query(state.view(), ())
     }
 
     fn read(&mut self, node: NodeId) -> RequestNumber {
@@ -640,9 +715,7 @@ fn malformed_messages_of_peers_change_nothing() {
         Some(raft(&[0x08, 0x02])),
         Some(peer_message::Message::Hello(Hello { incarnation: 0 })),
         Some(peer_message::Message::Hello(Hello { incarnation: 5 })),
-        Some(peer_message::Message::Forward(forward_of_unknown_command(
-            follower,
-        ))),
+        Some(forward(follower, 1, 1_000, 1, "two letters")),
     ];
     for message in messages {
         let message = PeerMessage { message };
@@ -667,21 +740,26 @@ fn malformed_messages_of_peers_change_nothing() {
     assert_eq!(cluster.outcome(leader, number), r#"Ok(Machine(Ok(b"a")))"#);
 }
 
-fn forward_of_unknown_command(from: NodeId) -> conclave_proto::internal::Forward {
-    let origin = conclave_proto::internal::Origin {
+fn forward(
+    from: NodeId,
+    boot: u64,
+    number: RequestNumber,
+    term: Term,
+    letter: &'static str,
+) -> peer_message::Message {
+    let origin = Some(Origin {
         node: from.0,
-        boot: 1,
-        number: 1_000,
-    };
-    let body = Some(command::Body::Machine(Bytes::from_static(b"two letters")));
-    conclave_proto::internal::Forward {
-        boot: 1,
-        term: 1,
-        commands: vec![conclave_proto::internal::Command {
-            origin: Some(origin),
-            body,
-        }],
-    }
+        boot,
+        number,
+    });
+    let body = Some(command::Body::Machine(Bytes::from_static(
+        letter.as_bytes(),
+    )));
+    peer_message::Message::Forward(Forward {
+        boot,
+        term,
+        commands: vec![Command { origin, body }],
+    })
 }
 
 #[test]
@@ -710,4 +788,88 @@ fn an_entry_of_a_newer_version_stops_the_node() {
         .as_ref()
         .map(ToString::to_string);
     assert!(fatal.expect("it stops").contains("newer version"));
+}
+
+#[test]
+fn a_command_that_was_taken_is_never_refused_when_a_copy_comes_late() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let number = cluster.append(follower, "a");
+    cluster.turn(follower);
+    let copies = cluster.forwards(leader);
+    assert_eq!(copies.len(), 1);
+    cluster.turn(leader);
+    // It is proposed. Then the leader hears of a higher term, and then again of
+    // the command.
+    let mut news = cluster.raft(follower, leader, MessageType::MsgHeartbeatResponse);
+    news.term += 1;
+    cluster.say_raft(&news);
+    for message in copies {
+        cluster.input(
+            leader,
+            Input::Peer {
+                from: follower,
+                message,
+            },
+        );
+    }
+    cluster.turn(leader);
+    cluster.run_ms(3_000);
+    assert_eq!(cluster.register(follower), "a");
+    assert_eq!(cluster.outcome(follower, number), "Err(OutcomeUnknown)");
+}
+
+#[test]
+fn a_command_that_comes_after_leadership_was_lost_is_refused_as_not_applied() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let number = cluster.append(follower, "a");
+    let mut news = cluster.raft(follower, leader, MessageType::MsgHeartbeatResponse);
+    news.term += 1;
+    cluster.say_raft(&news);
+    cluster.turn(leader);
+    cluster.turn(follower);
+    cluster.turn(leader);
+    cluster.turn(follower);
+    assert!(
+        cluster
+            .outcome(follower, number)
+            .starts_with("Err(NotLeader")
+    );
+    cluster.run_ms(3_000);
+    assert_eq!(cluster.register(follower), "");
+}
+
+#[test]
+fn a_copy_from_before_a_restart_of_its_sender_is_not_run_again() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower, term) = (cluster.leader(), cluster.follower(), cluster.term());
+    let first = forward(follower, 8, 1, term, "a");
+    let second = forward(follower, 9, 1, term, "b");
+    for message in [&first, &second, &first, &second] {
+        cluster.say(follower, leader, message.clone());
+        cluster.settle();
+    }
+    assert_eq!(cluster.register(leader), "ab");
+}
+
+#[test]
+fn log_time_goes_on_while_nothing_is_proposed() {
+    let mut cluster = Cluster::ready(3);
+    let old = cluster.leader();
+    cluster.append(old, "a");
+    cluster.settle();
+    let before_ms = cluster.nodes[&old].replica.state().system().log_time();
+    cluster.run_ms(60_000);
+    cluster.input(old, Input::Resign);
+    cluster.run_ms(1_000);
+    let new = cluster.leader();
+    assert_ne!(new, old);
+    cluster.append(new, "b");
+    cluster.settle();
+    let after_ms = cluster.nodes[&new].replica.state().system().log_time();
+    assert!(
+        (before_ms + 60_000..=before_ms + 61_000).contains(&after_ms),
+        "from {before_ms} to {after_ms}"
+    );
 }

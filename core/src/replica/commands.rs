@@ -68,28 +68,17 @@ impl<M: Machine> Replica<M> {
             term,
             commands,
         } = forward;
-        if term != self.consensus.term() {
-            self.refuse_forwarded(vec![(
-                from,
-                Forward {
-                    boot,
-                    term,
-                    commands,
-                },
-            )]);
+        if term != self.taken.term() {
+            // Of another term: its sender has heard of this one, or will.
             return;
         }
-        let leadership = self
-            .leadership
-            .as_mut()
-            .expect("only a leader takes commands");
         for command in commands {
             if !may_be_forwarded::<M>(from, boot, &command) {
                 tracing::warn!(peer = %from, "dropped a malformed command");
                 continue;
             }
             let number = command.origin.as_ref().map(|origin| origin.number);
-            if number.is_none_or(|number| leadership.take(from, boot, number)) {
+            if number.is_none_or(|number| self.taken.take(from, boot, number)) {
                 accepted.push(command);
             }
         }
@@ -257,10 +246,23 @@ impl<M: Machine> Replica<M> {
         }
     }
 
+    /// This node does not lead. Only a leader of the term can have taken what is
+    /// forwarded, so if that was this node in this start of its process, it knows
+    /// what it did not take and never will. Of the rest it says nothing.
     fn refuse_forwarded(&mut self, forwarded: Vec<(NodeId, Forward)>) {
-        for (from, Forward { boot, commands, .. }) in forwarded {
+        for (from, forward) in forwarded {
+            let Forward {
+                boot,
+                term,
+                commands,
+            } = forward;
             let origins = commands.into_iter().filter_map(|command| command.origin);
-            let numbers: Vec<_> = origins.map(|origin| origin.number).collect();
+            let numbers: Vec<_> = origins
+                .map(|origin| origin.number)
+                .filter(|number| {
+                    term == self.taken.term() && self.taken.is_new(from, boot, *number)
+                })
+                .collect();
             if !numbers.is_empty() {
                 let refused = ForwardRefused { boot, numbers };
                 self.outbox

@@ -22,8 +22,6 @@ pub(super) struct Leadership {
     pub(super) parked: Vec<RenewalAsk>,
     /// The entry that fires the timers which are due, if one is on its way.
     pub(super) timers_entry: Index,
-    /// The newest request taken from each node, with the boot it belongs to.
-    taken: BTreeMap<NodeId, (u64, RequestNumber)>,
 }
 
 impl Leadership {
@@ -34,25 +32,7 @@ impl Leadership {
             early: Vec::new(),
             parked: Vec::new(),
             timers_entry: 0,
-            taken: BTreeMap::new(),
         }
-    }
-
-    /// Whether a forwarded request may be taken: requests of a node come in
-    /// growing order, so that one with a lower number is a repetition made by
-    /// the network, or was overtaken; either way it must not run.
-    pub(super) fn take(&mut self, node: NodeId, boot: u64, number: RequestNumber) -> bool {
-        let taken = self.taken.entry(node).or_insert((boot, 0));
-        if taken.0 != boot {
-            // A later start of the same node counts from the beginning. One that
-            // comes after it is of the past, but its numbers may not be told from
-            // new ones: only the newest boot seen is kept, and an old one that
-            // returns has nobody who waits for its answer.
-            *taken = (boot, 0);
-        }
-        let newer = number > taken.1;
-        taken.1 = taken.1.max(number);
-        newer
     }
 
     /// A session ended: who waited to renew it hears so.
@@ -63,5 +43,45 @@ impl Leadership {
         self.parked
             .extract_if(.., |ask| ask.session == session)
             .collect()
+    }
+}
+
+/// Which requests of other members a leader has taken: the newest of each start
+/// of each of them. It outlives the leadership, until the next one of this
+/// process, so that no request is called untouched that was taken.
+#[derive(Debug, Default)]
+pub(super) struct Taken {
+    term: Term,
+    newest: BTreeMap<(NodeId, u64), RequestNumber>,
+}
+
+impl Taken {
+    pub(super) fn new(term: Term) -> Self {
+        Self {
+            term,
+            newest: BTreeMap::new(),
+        }
+    }
+
+    /// The term of the leadership, which may be over.
+    pub(super) fn term(&self) -> Term {
+        self.term
+    }
+
+    /// Whether a request is seen for the first time. Requests of one start come
+    /// in growing order, so that one with a lower number is a copy made by the
+    /// network, or was overtaken; either way it must not run.
+    pub(super) fn is_new(&self, node: NodeId, boot: u64, number: RequestNumber) -> bool {
+        let newest = self.newest.get(&(node, boot));
+        newest.is_none_or(|newest| number > *newest)
+    }
+
+    /// Takes a request if it is new.
+    pub(super) fn take(&mut self, node: NodeId, boot: u64, number: RequestNumber) -> bool {
+        let is_new = self.is_new(node, boot, number);
+        if is_new {
+            self.newest.insert((node, boot), number);
+        }
+        is_new
     }
 }
