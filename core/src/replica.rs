@@ -461,6 +461,9 @@ impl<M: Machine> Replica<M> {
             });
         }
         let applied = self.state.apply(entry.index, entry.term, &entry.data)?;
+        if self.leadership.is_none() && !entry.data.is_empty() {
+            self.clock.follow(self.state.system().log_time());
+        }
         let Applied {
             outcomes,
             resolved,

@@ -854,6 +854,34 @@ fn a_copy_from_before_a_restart_of_its_sender_is_not_run_again() {
 }
 
 #[test]
+fn log_time_does_not_jump_to_the_clock_of_a_new_leader() {
+    let mut cluster = Cluster::ready(3);
+    // The last member, to whom leadership goes, runs on while the others start
+    // again and lose the time between.
+    let third = NodeId(3);
+    cluster.cut.push(third);
+    cluster.run_ms(60_000);
+    cluster.restart(NodeId(1), 2);
+    cluster.restart(NodeId(2), 2);
+    cluster.run_ms(3_000);
+    let old = cluster.leader();
+    cluster.cut.clear();
+    cluster.append(old, "a");
+    cluster.run_ms(1_000);
+    let before_ms = cluster.nodes[&old].replica.state().system().log_time();
+    cluster.input(old, Input::Resign);
+    cluster.run_ms(1_000);
+    assert_eq!(cluster.leader(), third);
+    cluster.append(third, "b");
+    cluster.settle();
+    let after_ms = cluster.nodes[&third].replica.state().system().log_time();
+    assert!(
+        (before_ms..=before_ms + 3_000).contains(&after_ms),
+        "from {before_ms} to {after_ms}"
+    );
+}
+
+#[test]
 fn log_time_goes_on_while_nothing_is_proposed() {
     let mut cluster = Cluster::ready(3);
     let old = cluster.leader();
