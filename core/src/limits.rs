@@ -52,8 +52,9 @@ pub const PENDING_COMMANDS_MAX: usize = 131_072;
 pub const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of entries in one append message.
 pub const APPEND_BYTES_MAX: u64 = 1 << 20;
-/// Append messages in flight to one follower.
-pub const APPENDS_INFLIGHT_MAX: usize = 256;
+/// Append messages in flight to one follower: few enough that all of them, each
+/// as long as may be, fit into what a link queues.
+pub const APPENDS_INFLIGHT_MAX: usize = 32;
 
 /// Locks in one answer of a list.
 pub const LIST_LOCKS_MAX: usize = 1_000;

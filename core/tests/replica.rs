@@ -901,3 +901,60 @@ fn log_time_goes_on_while_nothing_is_proposed() {
         "from {before_ms} to {after_ms}"
     );
 }
+
+#[test]
+fn no_message_outgrows_a_frame() {
+    const MIB: usize = 1 << 20;
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let away = NodeId(6 - leader.0 - follower.0);
+    cluster.cut.push(away);
+    for node in [leader, follower] {
+        for _ in 0..20 {
+            cluster.put(node, MIB - 1_000);
+        }
+        cluster.run_ms(100);
+    }
+    cluster.cut.clear();
+    cluster.run_ms(1_000);
+    cluster.assert_equal_states();
+    for ((from, to), (_, longest)) in &cluster.traffic {
+        assert!(*longest < 4 * MIB, "{from} sent {longest} bytes to {to}");
+    }
+}
+
+#[test]
+fn messages_that_raft_would_panic_on_are_dropped() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let mut messages = Vec::new();
+    for index in [50, u64::MAX] {
+        let mut append = cluster.raft(leader, follower, MessageType::MsgAppend);
+        append.index = index;
+        append.commit = index;
+        messages.push(append.clone());
+        append.entries.push(Entry {
+            index: index.wrapping_add(1),
+            term: append.term,
+            ..Entry::default()
+        });
+        messages.push(append);
+        let mut heartbeat = cluster.raft(leader, follower, MessageType::MsgHeartbeat);
+        heartbeat.commit = index;
+        messages.push(heartbeat);
+        let mut rejection = cluster.raft(follower, leader, MessageType::MsgAppendResponse);
+        rejection.reject = true;
+        rejection.reject_hint = index;
+        messages.push(rejection);
+    }
+    let mut read = cluster.raft(leader, follower, MessageType::MsgReadIndex);
+    read.entries.push(Entry::default());
+    messages.push(read);
+    for message in messages {
+        cluster.say_raft(&message);
+        cluster.settle();
+    }
+    let number = cluster.append(leader, "a");
+    cluster.settle();
+    assert_eq!(cluster.outcome(leader, number), r#"Ok(Machine(Ok(b"a")))"#);
+}

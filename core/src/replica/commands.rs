@@ -56,7 +56,9 @@ impl<M: Machine> Replica<M> {
         for (from, session) in arrived.renewals {
             self.take_renewal(from, session);
         }
-        self.propose_all(commands);
+        for commands in packed(commands) {
+            self.propose(commands);
+        }
         self.expire();
         self.publish_self();
         self.propose_due_timers();
@@ -81,26 +83,6 @@ impl<M: Machine> Replica<M> {
             if number.is_none_or(|number| self.taken.take(from, boot, number)) {
                 accepted.push(command);
             }
-        }
-    }
-
-    /// Packs commands into entries and proposes them.
-    fn propose_all(&mut self, commands: Vec<Command>) {
-        let mut entry = Vec::new();
-        let mut bytes = 0;
-        for command in commands {
-            let size = command.encoded_len();
-            let full =
-                entry.len() == limits::ENTRY_COMMANDS_MAX || bytes + size > limits::ENTRY_BYTES_MAX;
-            if full && !entry.is_empty() {
-                self.propose(mem::take(&mut entry));
-                bytes = 0;
-            }
-            bytes += size;
-            entry.push(command);
-        }
-        if !entry.is_empty() {
-            self.propose(entry);
         }
     }
 
@@ -215,7 +197,7 @@ impl<M: Machine> Replica<M> {
                 });
             }
         }
-        if !commands.is_empty() {
+        for commands in packed(commands) {
             self.send_forward(leader, commands);
         }
         self.publish_self();
@@ -309,6 +291,28 @@ impl<M: Machine> Replica<M> {
         self.pending.insert(number, Pending { under, deadline_us });
         true
     }
+}
+
+/// Commands in order, in as few lots as the limits of an entry allow.
+fn packed(commands: Vec<Command>) -> Vec<Vec<Command>> {
+    let mut lots: Vec<Vec<Command>> = Vec::new();
+    let mut bytes = 0;
+    for command in commands {
+        let size = command.encoded_len();
+        bytes += size;
+        match lots.last_mut() {
+            Some(lot)
+                if lot.len() < limits::ENTRY_COMMANDS_MAX && bytes <= limits::ENTRY_BYTES_MAX =>
+            {
+                lot.push(command);
+            }
+            _ => {
+                bytes = size;
+                lots.push(vec![command]);
+            }
+        }
+    }
+    lots
 }
 
 /// What only a leader may propose, or what this version does not know, is not
