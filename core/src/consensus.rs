@@ -161,8 +161,7 @@ impl Consensus {
         self.raw.raft.raft_log.last_index()
     }
 
-    /// Whether this leader has committed an entry of its term. Before that,
-    /// raft-rs drops reads without a word.
+    /// Whether an entry of the present term is known to be committed.
     pub(crate) fn has_committed_in_term(&self) -> bool {
         self.raw.raft.commit_to_current_term()
     }

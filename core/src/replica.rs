@@ -26,7 +26,11 @@ mod leadership;
 mod reads;
 mod renewals;
 
-use std::{collections::BTreeMap, mem, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use conclave_proto::internal::{
@@ -66,6 +70,8 @@ pub struct Replica<M: Machine> {
     now: Now,
     clock: Clock,
     next_tick_us: u64,
+    /// In this turn; deadlines are looked at as often.
+    has_ticked: bool,
     next_publish_us: u64,
 
     /// While this directory is new.
@@ -86,6 +92,9 @@ pub struct Replica<M: Machine> {
     reads: Reads<M>,
     /// Renewals of this node's clients on their way to the leader.
     renewals: BTreeMap<RequestNumber, PendingRenewal>,
+    /// Those of which the leader said that the session ended; why is in this
+    /// node's state once it has applied the entry.
+    renewals_ended: BTreeSet<(Index, RequestNumber)>,
 
     outbox: Vec<(NodeId, PeerMessage)>,
     /// Must not leave before the batch of this turn is durable.
@@ -117,9 +126,6 @@ struct PendingRenewal {
     session: SessionId,
     under: (NodeId, Term),
     deadline_us: u64,
-    /// The leader said that the session ended; why is in this node's state once
-    /// it has applied this entry.
-    ended_by: Option<Index>,
 }
 
 impl<M: Machine> Replica<M> {
@@ -150,6 +156,7 @@ impl<M: Machine> Replica<M> {
             config,
             now,
             next_tick_us: now.boot_us,
+            has_ticked: false,
             next_publish_us: now.boot_us,
             admission,
             leadership: None,
@@ -160,6 +167,7 @@ impl<M: Machine> Replica<M> {
             waiting: BTreeMap::new(),
             reads: Reads::default(),
             renewals: BTreeMap::new(),
+            renewals_ended: BTreeSet::new(),
             outbox: Vec::new(),
             outbox_durable: Vec::new(),
             facts_changed: false,
@@ -236,7 +244,10 @@ impl<M: Machine> Replica<M> {
         self.follow_role();
         self.fail_what_lost_its_leader();
         self.answer_reads();
-        self.give_up_late();
+        self.answer_ended_renewals();
+        if mem::take(&mut self.has_ticked) {
+            self.give_up_late();
+        }
         self.output.messages.append(&mut self.outbox);
         self.update_status();
         Ok(mem::take(&mut self.output))
@@ -342,6 +353,7 @@ impl<M: Machine> Replica<M> {
         // One tick a turn, however late: a node that stood still must first hear
         // what happened meanwhile.
         self.next_tick_us = self.now.boot_us + self.tick_us();
+        self.has_ticked = true;
         let Some(admission) = &self.admission else {
             self.consensus.tick(self.facts.voters.len() == 1);
             return;
@@ -386,11 +398,10 @@ impl<M: Machine> Replica<M> {
         }
     }
 
+    /// Before its first commit a leader drops the question without a word. A
+    /// follower that knows of a commit in this term knows that the leader does.
     fn can_confirm(&self) -> bool {
-        match &self.leadership {
-            Some(_) => self.consensus.has_committed_in_term(),
-            None => self.consensus.leader().is_some(),
-        }
+        self.consensus.leader().is_some() && self.consensus.has_committed_in_term()
     }
 
     fn ask_for_confirmation(&mut self) {
@@ -559,7 +570,12 @@ impl<M: Machine> Replica<M> {
             self.pending.remove(&number);
             self.fail(number, Failure::OutcomeUnknown);
         }
-        self.answer_forwarded_renewals(now_us);
+        while let Some((&number, renewal)) = self.renewals.first_key_value()
+            && renewal.deadline_us <= now_us
+        {
+            self.renewals.remove(&number);
+            self.fail(number, Failure::OutcomeUnknown);
+        }
     }
 
     fn answer(&mut self, number: RequestNumber, body: AnswerBody<M>) {

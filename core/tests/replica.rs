@@ -924,6 +924,18 @@ fn no_message_outgrows_a_frame() {
 }
 
 #[test]
+fn a_read_whose_question_does_not_reach_the_leader_is_answered() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    cluster.mute.push((follower, leader));
+    let number = cluster.read(follower);
+    cluster.run_ms(2_000);
+    assert_eq!(cluster.leader(), leader, "the follower hears it");
+    let refused = format!("Err(NotLeader {{ leader: Some({leader:?}) }})");
+    assert_eq!(cluster.outcome(follower, number), refused);
+}
+
+#[test]
 fn messages_that_raft_would_panic_on_are_dropped() {
     let mut cluster = Cluster::ready(3);
     let (leader, follower) = (cluster.leader(), cluster.follower());
