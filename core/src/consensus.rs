@@ -223,7 +223,8 @@ impl Consensus {
         Some((u64::from_be_bytes(sequence.try_into().ok()?), state.index))
     }
 
-    /// Hands leadership to the follower that has most of the log.
+    /// Hands leadership, if this node has it, to the follower that has most of
+    /// the log, if possible one that was heard of lately.
     pub(crate) fn hand_over(&mut self) {
         let me = self.raw.raft.id;
         let best = self
@@ -231,12 +232,20 @@ impl Consensus {
             .raft
             .prs()
             .iter()
-            .filter(|(id, progress)| **id != me && progress.recent_active)
-            .max_by_key(|(id, progress)| (progress.matched, **id))
+            .filter(|(id, _)| **id != me)
+            .max_by_key(|(id, progress)| (progress.recent_active, progress.matched, **id))
             .map(|(id, _)| *id);
-        if let Some(best) = best {
+        if let Some(best) = best
+            && self.role() == Role::Leader
+        {
             self.raw.transfer_leader(best);
         }
+    }
+
+    /// Whether leadership is on its way to another member; nothing can be
+    /// proposed meanwhile.
+    pub(crate) fn is_handing_over(&self) -> bool {
+        self.raw.raft.lead_transferee.is_some()
     }
 
     /// Whether there is something to prepare.

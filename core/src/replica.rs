@@ -34,7 +34,8 @@ use std::{
 
 use bytes::Bytes;
 use conclave_proto::internal::{
-    Forward, Hello, HelloReply, Origin, PeerMessage, Renewals, command, peer_message,
+    Forward, ForwardRefused, Hello, HelloReply, Origin, PeerMessage, RenewalReplies, RenewalReply,
+    Renewals, command, peer_message,
 };
 
 pub use self::api::{
@@ -97,6 +98,9 @@ pub struct Replica<M: Machine> {
     renewals_ended: BTreeSet<(Index, RequestNumber)>,
 
     outbox: Vec<(NodeId, PeerMessage)>,
+    /// Answers to other members by node and boot: one message a turn for all.
+    refusals: BTreeMap<(NodeId, u64), Vec<RequestNumber>>,
+    renewal_replies: BTreeMap<(NodeId, u64), Vec<RenewalReply>>,
     /// Must not leave before the batch of this turn is durable.
     outbox_durable: Vec<(NodeId, PeerMessage)>,
     facts_changed: bool,
@@ -169,6 +173,8 @@ impl<M: Machine> Replica<M> {
             renewals: BTreeMap::new(),
             renewals_ended: BTreeSet::new(),
             outbox: Vec::new(),
+            refusals: BTreeMap::new(),
+            renewal_replies: BTreeMap::new(),
             outbox_durable: Vec::new(),
             facts_changed: false,
             output: Finished::default(),
@@ -223,7 +229,7 @@ impl<M: Machine> Replica<M> {
         for (sequence, index) in prepared.reads {
             self.reads.confirm(sequence, index, self.leader_and_term());
         }
-        let mut messages = mem::take(&mut self.outbox);
+        let mut messages = self.take_outbox();
         messages.extend(prepared.messages.into_iter().map(raft_message));
         Ok(Begun {
             messages,
@@ -248,7 +254,8 @@ impl<M: Machine> Replica<M> {
         if mem::take(&mut self.has_ticked) {
             self.give_up_late();
         }
-        self.output.messages.append(&mut self.outbox);
+        let messages = self.take_outbox();
+        self.output.messages.extend(messages);
         self.update_status();
         Ok(mem::take(&mut self.output))
     }
@@ -386,7 +393,8 @@ impl<M: Machine> Replica<M> {
             return;
         }
         if let Some(leadership) = self.leadership.take() {
-            let given_up = leadership.early.into_iter().chain(leadership.parked);
+            let parked = leadership.parked.into_values().flatten();
+            let given_up = leadership.early.into_iter().chain(parked);
             for renewal in given_up.chain(self.reads.take_renewals()) {
                 self.refuse_renewal(renewal.from);
             }
@@ -632,6 +640,19 @@ impl<M: Machine> Replica<M> {
         self.status.revision = self.state.keyspace().revision();
         self.status.sessions = self.state.sessions().len();
         self.status.keys = self.state.keyspace().len();
+    }
+
+    fn take_outbox(&mut self) -> Vec<(NodeId, PeerMessage)> {
+        let mut messages = mem::take(&mut self.outbox);
+        for ((node, boot), numbers) in mem::take(&mut self.refusals) {
+            let refused = ForwardRefused { boot, numbers };
+            messages.push(to(node, peer_message::Message::ForwardRefused(refused)));
+        }
+        for ((node, boot), replies) in mem::take(&mut self.renewal_replies) {
+            let replies = RenewalReplies { boot, replies };
+            messages.push(to(node, peer_message::Message::RenewalReplies(replies)));
+        }
+        messages
     }
 
     fn leader_and_term(&self) -> Option<(NodeId, Term)> {

@@ -970,3 +970,34 @@ fn messages_that_raft_would_panic_on_are_dropped() {
     cluster.settle();
     assert_eq!(cluster.outcome(leader, number), r#"Ok(Machine(Ok(b"a")))"#);
 }
+
+#[test]
+fn renewals_of_a_turn_are_answered_in_one_message() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let session = cluster.open(follower, 60_000);
+    cluster.traffic.clear();
+    let numbers: Vec<_> = (0..100).map(|_| cluster.renew(follower, session)).collect();
+    cluster.settle();
+    for number in numbers {
+        assert_eq!(
+            cluster.outcome(follower, number),
+            "Ok(Renewed { ttl_ms: 60000 })"
+        );
+    }
+    let (count, _) = cluster.traffic[&(leader, follower)];
+    assert!(count < 10, "{count} messages");
+}
+
+#[test]
+fn a_leader_that_hands_over_says_that_it_leads_no_more() {
+    let mut cluster = Cluster::ready(3);
+    let old = cluster.leader();
+    cluster.input(old, Input::Resign);
+    let number = cluster.append(old, "a");
+    cluster.turn(old);
+    assert_eq!(
+        cluster.outcome(old, number),
+        "Err(NotLeader { leader: None })"
+    );
+}

@@ -238,34 +238,29 @@ impl<M: Machine> Replica<M> {
                 term,
                 commands,
             } = forward;
-            let origins = commands.into_iter().filter_map(|command| command.origin);
-            let numbers: Vec<_> = origins
-                .map(|origin| origin.number)
-                .filter(|number| {
-                    term == self.taken.term() && self.taken.is_new(from, boot, *number)
-                })
-                .collect();
-            if !numbers.is_empty() {
-                let refused = ForwardRefused { boot, numbers };
-                self.outbox
-                    .push(to(from, peer_message::Message::ForwardRefused(refused)));
+            for origin in commands.into_iter().filter_map(|command| command.origin) {
+                let number = origin.number;
+                if term == self.taken.term() && self.taken.is_new(from, boot, number) {
+                    self.refusals.entry((from, boot)).or_default().push(number);
+                }
             }
         }
     }
 
     /// A command that was taken and could not be proposed.
     fn refuse_command(&mut self, origin: &Origin) {
-        if self.is_mine(origin) {
-            self.pending.remove(&origin.number);
-            self.fail(origin.number, Failure::Overloaded);
-        } else {
-            let refused = ForwardRefused {
-                boot: origin.boot,
-                numbers: vec![origin.number],
-            };
-            let message = peer_message::Message::ForwardRefused(refused);
-            self.outbox.push(to(NodeId(origin.node), message));
+        if !self.is_mine(origin) {
+            let sender = (NodeId(origin.node), origin.boot);
+            self.refusals.entry(sender).or_default().push(origin.number);
+            return;
         }
+        self.pending.remove(&origin.number);
+        let failure = if self.consensus.is_handing_over() {
+            Failure::NotLeader { leader: None }
+        } else {
+            Failure::Overloaded
+        };
+        self.fail(origin.number, failure);
     }
 
     pub(super) fn receive_refusal(&mut self, refused: &ForwardRefused) {

@@ -19,7 +19,7 @@ pub(super) struct Leadership {
     /// Renewals that arrived before that.
     pub(super) early: Vec<RenewalAsk>,
     /// Renewals whose session's expiry is under way; its outcome answers them.
-    pub(super) parked: Vec<RenewalAsk>,
+    pub(super) parked: BTreeMap<SessionId, Vec<RenewalAsk>>,
     /// The entry that fires the timers which are due, if one is on its way.
     pub(super) timers_entry: Index,
 }
@@ -30,7 +30,7 @@ impl Leadership {
             term,
             liveness: None,
             early: Vec::new(),
-            parked: Vec::new(),
+            parked: BTreeMap::new(),
             timers_entry: 0,
         }
     }
@@ -40,9 +40,7 @@ impl Leadership {
         if let Some(liveness) = &mut self.liveness {
             liveness.ended(session);
         }
-        self.parked
-            .extract_if(.., |ask| ask.session == session)
-            .collect()
+        self.parked.remove(&session).unwrap_or_default()
     }
 }
 

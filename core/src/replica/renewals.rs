@@ -112,7 +112,8 @@ impl<M: Machine> Replica<M> {
         };
         let liveness = leadership.liveness.as_mut().expect("renewals wait for it");
         if liveness.is_expiring(renewal.session) {
-            leadership.parked.push(renewal);
+            let parked = leadership.parked.entry(renewal.session).or_default();
+            parked.push(renewal);
             return;
         }
         match self.state.sessions().get(renewal.session) {
@@ -164,10 +165,8 @@ impl<M: Machine> Replica<M> {
                 self.fail(number, Failure::NotLeader { leader });
             }
             Renewer::There { node, boot, number } => {
-                let replies = vec![RenewalReply { number, ..reply }];
-                let replies = RenewalReplies { boot, replies };
-                self.outbox
-                    .push(to(node, peer_message::Message::RenewalReplies(replies)));
+                let replies = self.renewal_replies.entry((node, boot)).or_default();
+                replies.push(RenewalReply { number, ..reply });
             }
         }
     }
