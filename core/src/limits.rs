@@ -48,6 +48,9 @@ pub const QUEUED_RENEWALS_MAX: usize = 262_144;
 pub const QUEUED_PEER_MESSAGES_MAX: usize = 65_536;
 /// Commands given to Raft and not yet applied.
 pub const PENDING_COMMANDS_MAX: usize = 131_072;
+/// Requests that wait at one place on one node. All are repetitions of one
+/// request of one client, who has given up the older ones.
+pub const REQUESTS_PER_PLACE_MAX: usize = 8;
 /// Bytes of entries that the leader appends beyond the committed ones.
 pub const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of entries in one append message.

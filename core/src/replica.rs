@@ -51,6 +51,7 @@ use crate::{
     clock::Clock,
     consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
     ids::{Index, NodeId, RequestNumber, SessionId, Term},
+    limits,
     log::{Batch, EntryKind, Facts, LogEntry, Recovered},
     machine::{Machine, Outcome, Place},
     state::{Applied, Resolved, State},
@@ -203,7 +204,7 @@ impl<M: Machine> Replica<M> {
             let due_us = self.state.machine().next_due()?.saturating_mul(1_000);
             let wait_us = due_us.saturating_sub(self.clock.micros());
             let under_way = leadership.timers_entry > self.state.applied();
-            (!under_way).then(|| self.now.boot_us + wait_us.max(TIMER_RETRY_US))
+            (!under_way).then(|| self.now.boot_us.saturating_add(wait_us.max(TIMER_RETRY_US)))
         });
         timer_us.map_or(self.next_tick_us, |timer_us| {
             timer_us.min(self.next_tick_us)
@@ -494,7 +495,7 @@ impl<M: Machine> Replica<M> {
                 match outcome {
                     Outcome::Done(answer) => self.output.answers.push((origin.number, Ok(answer))),
                     Outcome::Waiting(place) => {
-                        self.waiting.entry(place).or_default().push(origin.number);
+                        self.wait_at(place, origin.number);
                     }
                 }
             }
@@ -505,6 +506,15 @@ impl<M: Machine> Replica<M> {
         self.output.events.extend(events);
         self.follow_lives(entry.term, &lives);
         Ok(())
+    }
+
+    fn wait_at(&mut self, place: Place, number: RequestNumber) {
+        let waiting = self.waiting.entry(place).or_default();
+        waiting.push(number);
+        if waiting.len() > limits::REQUESTS_PER_PLACE_MAX {
+            let oldest = waiting.remove(0);
+            self.fail(oldest, Failure::OutcomeUnknown);
+        }
     }
 
     fn resolve(&mut self, resolved: Resolved<M>, term: Term) {

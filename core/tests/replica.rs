@@ -12,8 +12,9 @@ use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, NodeId, RequestNumber, SessionId, Term},
     keyspace::{Change, Keyspace},
+    limits,
     log::{Facts, HardState, Identity, LogEntry, Recovered},
-    machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
+    machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
     replica::{
         Answer, AnswerBody, Config, EventBody, Failure, Fatal, Finished, Input, Now, Query,
         Replica, Role,
@@ -28,9 +29,12 @@ use prost::Message as _;
 use protobuf::Message as _;
 use raft::eraftpb::{Entry, MessageType};
 
-/// Appends letters to the key `register`.
+/// Appends letters to the key `register`. Who appends `?` waits, all at one
+/// place, until somebody appends `.`; and `~` sets a timer for the end of time.
 #[derive(Debug, PartialEq)]
-struct Register;
+struct Register {
+    is_timed: bool,
+}
 
 impl Machine for Register {
     type Command = Bytes;
@@ -42,7 +46,7 @@ impl Machine for Register {
     type Answer = Bytes;
 
     fn rebuild(_: &Keyspace) -> Self {
-        Self
+        Self { is_timed: false }
     }
 
     fn decode(bytes: Bytes) -> Option<Bytes> {
@@ -65,20 +69,30 @@ impl Machine for Register {
         context
             .overlay
             .put(Bytes::from_static(b"register"), new.clone(), None);
-        Ok(Executed {
-            outcome: Outcome::Done(new),
-            note: (),
-        })
+        let outcome = if letter == "?" {
+            Outcome::Waiting(PLACE)
+        } else {
+            Outcome::Done(new)
+        };
+        Ok(Executed { outcome, note: () })
     }
 
     fn next_due(&self) -> Option<LogTime> {
-        None
+        self.is_timed.then_some(LogTime::MAX)
     }
 
     fn fire(&self, _: &mut Context<'_>) {}
 
-    fn settle(&mut self, _: &[Change], _: Cause<'_, ()>) -> Settled<Self> {
-        Settled::default()
+    fn settle(&mut self, changes: &[Change], _: Cause<'_, ()>) -> Settled<Self> {
+        let mut settled = Settled::default();
+        for value in changes.iter().filter_map(|change| change.after.as_ref()) {
+            let value = value.value.clone();
+            self.is_timed |= value.ends_with(b"~");
+            if value.ends_with(b".") {
+                settled.resolved.push((PLACE, Ok(value)));
+            }
+        }
+        settled
     }
 
     fn query(&self, state: View<'_>, (): ()) -> Bytes {
@@ -88,6 +102,8 @@ impl Machine for Register {
             .map_or(Bytes::new(), |r| r.value.clone())
     }
 }
+
+const PLACE: Place = 7;
 
 type Outcomes = BTreeMap<RequestNumber, Result<AnswerBody<Register>, Failure>>;
 
@@ -1000,4 +1016,31 @@ fn a_leader_that_hands_over_says_that_it_leads_no_more() {
         cluster.outcome(old, number),
         "Err(NotLeader { leader: None })"
     );
+}
+
+#[test]
+fn a_timer_at_the_end_of_time_wakes_nobody() {
+    let mut cluster = Cluster::ready(1);
+    cluster.restart(NodeId(1), 2);
+    cluster.run_ms(200);
+    cluster.append(NodeId(1), "~");
+    cluster.run_ms(200);
+    assert!(cluster.nodes[&NodeId(1)].replica.next_turn_us() > cluster.boot_us);
+}
+
+#[test]
+fn of_requests_at_one_place_the_newest_wait() {
+    let mut cluster = Cluster::ready(1);
+    let node = NodeId(1);
+    let first = cluster.append(node, "?");
+    let others: Vec<_> = (0..limits::REQUESTS_PER_PLACE_MAX)
+        .map(|_| cluster.append(node, "?"))
+        .collect();
+    cluster.settle();
+    assert_eq!(cluster.outcome(node, first), "Err(OutcomeUnknown)");
+    cluster.append(node, ".");
+    cluster.settle();
+    for number in others {
+        assert!(cluster.outcome(node, number).starts_with("Ok(Machine(Ok("));
+    }
 }
