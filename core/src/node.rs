@@ -287,12 +287,15 @@ struct Driver<M: Machine, D> {
 impl<M: Machine, D: Disk> Driver<M, D> {
     fn run(mut self) -> Result<(), Fatal> {
         let ended = self.turns();
-        // Whoever still waits is told that nobody knows.
         unpoisoned(self.shared.inbox.lock()).stopping = true;
         let (rest, _) = self.shared.take(0, true);
         let renewals = rest.renewals.into_iter().map(|(_, respond)| respond);
         let work = rest.work.into_iter().map(|(_, respond)| respond);
-        for respond in renewals.chain(work).chain(self.responders.into_values()) {
+        for respond in renewals.chain(work) {
+            respond(Err(Failure::ShuttingDown));
+        }
+        // What was begun may or may not come to pass.
+        for respond in self.responders.into_values() {
             respond(Err(Failure::OutcomeUnknown));
         }
         ended
