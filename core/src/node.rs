@@ -43,6 +43,9 @@ pub type Outlet<T> = Box<dyn FnMut(Vec<T>) + Send>;
 
 /// Where the loop thread sends what leaves it.
 pub struct Outlets<M: Machine> {
+    /// Told after the answers of a turn were given to their responders, so that
+    /// threads which wait for several are woken once.
+    pub answered: Box<dyn FnMut() + Send>,
     /// Sends to peers; may drop what it cannot send.
     pub send: Outlet<(NodeId, PeerMessage)>,
     /// Tells sessions; each call brings events in order, after the answers of the
@@ -124,20 +127,23 @@ where
 }
 
 impl<M: Machine> Handle<M> {
-    /// Hands a command over. `respond` is called exactly once; at once if the
-    /// queue is full or the node is stopping.
-    pub fn command(&self, body: command::Body, respond: Responder<M>) {
-        self.shared.request(Request::Command(body), respond);
+    /// Hands a command over. `respond` is called exactly once, on the loop thread.
+    ///
+    /// # Errors
+    ///
+    /// If the queue is full or the node is stopping; then `respond` is not called.
+    pub fn command(&self, body: command::Body, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::Command(body), respond)
     }
 
-    /// Asks a linearizable question; `respond` as for [`Handle::command`].
-    pub fn read(&self, query: Query<M>, respond: Responder<M>) {
-        self.shared.request(Request::Read(query), respond);
+    /// Asks a linearizable question; otherwise as [`Handle::command`].
+    pub fn read(&self, query: Query<M>, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::Read(query), respond)
     }
 
-    /// Renews a session; `respond` as for [`Handle::command`].
-    pub fn renew(&self, session: SessionId, respond: Responder<M>) {
-        self.shared.request(Request::Renew(session), respond);
+    /// Renews a session; otherwise as [`Handle::command`].
+    pub fn renew(&self, session: SessionId, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::Renew(session), respond)
     }
 
     /// Hands over what a peer sent, in one go, so that one turn takes it all.
@@ -214,27 +220,24 @@ impl<M: Machine> Inbox<M> {
 }
 
 impl<M: Machine> Shared<M> {
-    fn request(&self, request: Request<M>, respond: Responder<M>) {
+    fn request(&self, request: Request<M>, respond: Responder<M>) -> Result<(), Failure> {
         let mut inbox = unpoisoned(self.inbox.lock());
-        let refusal = if inbox.stopping {
-            Failure::ShuttingDown
-        } else {
-            match request {
-                Request::Renew(session) if inbox.renewals.len() < limits::QUEUED_RENEWALS_MAX => {
-                    inbox.renewals.push((session, respond));
-                    return self.wake(inbox);
-                }
-                Request::Command(_) | Request::Read(_)
-                    if inbox.work.len() < limits::QUEUED_REQUESTS_MAX =>
-                {
-                    inbox.work.push((request, respond));
-                    return self.wake(inbox);
-                }
-                _ => Failure::Overloaded,
+        if inbox.stopping {
+            return Err(Failure::ShuttingDown);
+        }
+        match request {
+            Request::Renew(session) if inbox.renewals.len() < limits::QUEUED_RENEWALS_MAX => {
+                inbox.renewals.push((session, respond));
             }
-        };
-        drop(inbox);
-        respond(Err(refusal));
+            Request::Command(_) | Request::Read(_)
+                if inbox.work.len() < limits::QUEUED_REQUESTS_MAX =>
+            {
+                inbox.work.push((request, respond));
+            }
+            _ => return Err(Failure::Overloaded),
+        }
+        self.wake(inbox);
+        Ok(())
     }
 
     fn peer(&self, inputs: impl IntoIterator<Item = Input<M>>) {
@@ -298,6 +301,7 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         for respond in self.responders.into_values() {
             respond(Err(Failure::OutcomeUnknown));
         }
+        (self.outlets.answered)();
         ended
     }
 
@@ -363,10 +367,14 @@ impl<M: Machine, D: Disk> Driver<M, D> {
             events,
         } = self.replica.finish()?;
         self.send(messages);
+        let is_any_answered = !answers.is_empty();
         for (number, answer) in answers {
             if let Some(respond) = self.responders.remove(&number) {
                 respond(answer);
             }
+        }
+        if is_any_answered {
+            (self.outlets.answered)();
         }
         if !events.is_empty() {
             (self.outlets.publish)(events);

@@ -7,7 +7,8 @@
 //! - [`storage`], [`net`], [`shutdown`]: the data directory, sockets, signals;
 //! - `routes`: everything that is served on the client addresses, which is
 //!   `session`, `lock` and `cluster` (the native API) and `http` (health, metrics);
-//! - `gateway`: the way from all of these to the replica and back;
+//! - `gateway`: the way from all of these to the replica, and `mailbox`: the way
+//!   back;
 //! - `validate`, `convert`, `status`: requests are checked, answers converted,
 //!   and errors mapped to the wire, each in one place;
 //! - `events`: streams that follow sessions;
@@ -26,6 +27,7 @@ mod events;
 mod gateway;
 mod http;
 mod lock;
+mod mailbox;
 mod metrics;
 pub mod net;
 pub mod options;

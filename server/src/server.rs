@@ -34,6 +34,7 @@ use crate::{
     events::Hub,
     gateway::Gateway,
     http,
+    mailbox::Mailbox,
     net::{self, BindError, ConnectionSender},
     options::{Options, OptionsError, Settings, Url},
     peers::Peers,
@@ -124,12 +125,22 @@ impl Server {
             metrics: local_addresses(&metrics),
         };
         log_start(&settings, &addresses);
-        let (gateway, replica) = start_replica(settings, storage)?;
+        // The first is for the control thread.
+        let mailboxes: Vec<Arc<Mailbox>> =
+            (0..=settings.io_threads).map(|_| Arc::default()).collect();
+        let (gateway, replica) = start_replica(settings, storage, &mailboxes)?;
+        let gateway = Arc::new(gateway);
         let (phase, phases) = watch::channel(Phase::Serving);
         let (health, health_server) = health_reporter();
         let peers = spawn_peers(&gateway, peer_listeners, phases.clone())?;
-        let (client_threads, io) = (0..gateway.settings.io_threads)
-            .map(|number| spawn_io(number, &gateway, &health_server, phases.clone()))
+        let (client_threads, io) = mailboxes
+            .into_iter()
+            .skip(1)
+            .enumerate()
+            .map(|(number, mailbox)| {
+                let gateway = Arc::new(gateway.with_mailbox(mailbox));
+                spawn_io(number, gateway, &health_server, phases.clone())
+            })
             .collect::<Result<_, _>>()?;
         drop(inside);
         Ok(Self {
@@ -177,6 +188,8 @@ impl Server {
         let mut shutdown = shutdown.listen().map_err(ServerError::Signals)?;
         self.accept();
         let gateway = Arc::clone(&self.gateway);
+        let mailbox = Arc::clone(&gateway.mailbox);
+        tokio::spawn(async move { mailbox.deliver().await });
         tokio::spawn(report_health(
             gateway,
             self.health.clone(),
@@ -275,7 +288,8 @@ fn local_addresses(listeners: &[StdListener]) -> Vec<SocketAddr> {
 fn start_replica(
     settings: Settings,
     storage: Storage,
-) -> Result<(Arc<Gateway>, LoopThread), ServerError> {
+    mailboxes: &[Arc<Mailbox>],
+) -> Result<(Gateway, LoopThread), ServerError> {
     let Storage { log, recovered } = storage;
     let config = Config {
         node: settings.topology.own().id,
@@ -294,6 +308,10 @@ fn start_replica(
     let peers = Arc::new(Peers::new(&settings.topology, incarnation, config.boot));
     let hub = Arc::new(Hub::default());
     let outlets = Outlets {
+        answered: Box::new({
+            let mailboxes = mailboxes.to_vec();
+            move || mailboxes.iter().for_each(|mailbox| mailbox.post())
+        }),
         send: Box::new({
             let peers = Arc::clone(&peers);
             move |messages| peers.send(messages)
@@ -305,8 +323,10 @@ fn start_replica(
     };
     let (handle, replica) =
         node::start(config, log, recovered, outlets).map_err(ServerError::Thread)?;
-    let gateway = Gateway::new(handle, settings, hub, peers, storage::random());
-    Ok((Arc::new(gateway), replica))
+    let mailbox = Arc::clone(&mailboxes[0]);
+    let settings = Arc::new(settings);
+    let gateway = Gateway::new(handle, settings, hub, peers, mailbox, storage::random());
+    Ok((gateway, replica))
 }
 
 fn spawn_peers(
@@ -324,13 +344,18 @@ fn spawn_peers(
 
 fn spawn_io(
     number: usize,
-    gateway: &Arc<Gateway>,
+    gateway: Arc<Gateway>,
     health: &HealthServer<impl Health>,
     phases: watch::Receiver<Phase>,
 ) -> Result<(ConnectionSender, JoinHandle<()>), ServerError> {
     let (sender, connections) = net::connections();
-    let routes = routes::routes(gateway, health.clone());
-    let serve = serve_connections(routes, connections, phases);
+    let routes = routes::routes(&gateway, health.clone());
+    let serve = async move {
+        tokio::select! {
+            () = gateway.mailbox.deliver() => {}
+            () = serve_connections(routes, connections, phases) => {}
+        }
+    };
     Ok((sender, spawn(format!("conclave-io-{number}"), serve)?))
 }
 
