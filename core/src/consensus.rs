@@ -63,6 +63,8 @@ pub(crate) struct Consensus {
     drawn_for: (Term, Role),
     /// As last given out for the log.
     saved: HardState,
+    /// How far followers have been told of commits.
+    told: Index,
 }
 
 /// What must be made durable.
@@ -116,6 +118,8 @@ impl Consensus {
             check_quorum: true,
             pre_vote: true,
             batch_append: true,
+            // Followers hear of a commit with the next append; see `tell_commit`.
+            skip_bcast_commit: true,
             max_uncommitted_size: limits::UNCOMMITTED_BYTES_MAX,
             max_committed_size_per_ready: APPLY_BYTES_PER_TURN_MAX,
             ..RaftConfig::default()
@@ -131,6 +135,7 @@ impl Consensus {
             seed: config.seed,
             drawn_for: (0, Role::Joining),
             saved: hard_state,
+            told: 0,
         };
         consensus.draw_election_timeout();
         consensus
@@ -196,7 +201,25 @@ impl Consensus {
 
     /// Appends an entry to the log of this leader; false if it cannot now.
     pub(crate) fn propose(&mut self, data: Vec<u8>) -> bool {
-        self.raw.raft.state == StateRole::Leader && self.raw.propose(Vec::new(), data).is_ok()
+        let proposed =
+            self.raw.raft.state == StateRole::Leader && self.raw.propose(Vec::new(), data).is_ok();
+        if proposed {
+            self.told = self.committed();
+        }
+        proposed
+    }
+
+    /// Whether this leader knows of a commit that no append has carried yet.
+    pub(crate) fn has_untold_commit(&self) -> bool {
+        self.raw.raft.state == StateRole::Leader && self.told < self.committed()
+    }
+
+    /// Tells followers how much is committed, without waiting for an append that
+    /// would say it in passing. Under load that is what happens, and it halves the
+    /// messages and turns that an entry costs.
+    pub(crate) fn tell_commit(&mut self) {
+        self.raw.ping();
+        self.told = self.committed();
     }
 
     /// Asks for a confirmation that this group's leader still leads. `sequence`

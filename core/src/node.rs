@@ -140,15 +140,17 @@ impl<M: Machine> Handle<M> {
         self.shared.request(Request::Renew(session), respond);
     }
 
-    /// Hands over what a peer sent. Dropped if too much is waiting, as a network
-    /// would.
-    pub fn peer(&self, from: NodeId, message: PeerMessage) {
-        self.shared.peer(Input::Peer { from, message });
+    /// Hands over what a peer sent, in one go, so that one turn takes it all.
+    /// Dropped if too much is waiting, as a network would.
+    pub fn peer(&self, from: NodeId, messages: impl IntoIterator<Item = PeerMessage>) {
+        let inputs = messages.into_iter();
+        self.shared
+            .peer(inputs.map(|message| Input::Peer { from, message }));
     }
 
     /// Says that the connection to a peer broke.
     pub fn peer_lost(&self, peer: NodeId) {
-        self.shared.peer(Input::PeerLost { peer });
+        self.shared.peer([Input::PeerLost { peer }]);
     }
 
     /// What the node knows of itself, as of its last turn.
@@ -166,7 +168,7 @@ impl<M: Machine> Handle<M> {
     pub fn stop(&self) {
         let mut inbox = unpoisoned(self.shared.inbox.lock());
         inbox.stopping = true;
-        self.shared.wake(&mut inbox);
+        self.shared.wake(inbox);
     }
 }
 
@@ -220,13 +222,13 @@ impl<M: Machine> Shared<M> {
             match request {
                 Request::Renew(session) if inbox.renewals.len() < limits::QUEUED_RENEWALS_MAX => {
                     inbox.renewals.push((session, respond));
-                    return self.wake(&mut inbox);
+                    return self.wake(inbox);
                 }
                 Request::Command(_) | Request::Read(_)
                     if inbox.work.len() < limits::QUEUED_REQUESTS_MAX =>
                 {
                     inbox.work.push((request, respond));
-                    return self.wake(&mut inbox);
+                    return self.wake(inbox);
                 }
                 _ => Failure::Overloaded,
             }
@@ -235,16 +237,18 @@ impl<M: Machine> Shared<M> {
         respond(Err(refusal));
     }
 
-    fn peer(&self, input: Input<M>) {
+    fn peer(&self, inputs: impl IntoIterator<Item = Input<M>>) {
         let mut inbox = unpoisoned(self.inbox.lock());
-        if inbox.peers.len() < limits::QUEUED_PEER_MESSAGES_MAX {
-            inbox.peers.push(input);
-            self.wake(&mut inbox);
-        }
+        let room = limits::QUEUED_PEER_MESSAGES_MAX.saturating_sub(inbox.peers.len());
+        inbox.peers.extend(inputs.into_iter().take(room));
+        self.wake(inbox);
     }
 
-    fn wake(&self, inbox: &mut MutexGuard<'_, Inbox<M>>) {
-        if mem::take(&mut inbox.asleep) {
+    /// Wakes the loop after the lock is free, or it would run into it.
+    fn wake(&self, mut inbox: MutexGuard<'_, Inbox<M>>) {
+        let asleep = mem::take(&mut inbox.asleep);
+        drop(inbox);
+        if asleep {
             self.arrived.notify_one();
         }
     }

@@ -60,6 +60,11 @@ use crate::{
 /// Between two attempts to propose an entry for timers that are due.
 const TIMER_RETRY_US: u64 = 1_000;
 
+/// How long followers may not know of a commit, if no append tells them. Clients
+/// of a follower who wait for a lock are granted it that much later on an idle
+/// cluster; answers to their own requests are not delayed.
+const TELL_COMMIT_WITHIN_US: u64 = 1_000;
+
 /// One member. See the module.
 #[derive(Debug)]
 pub struct Replica<M: Machine> {
@@ -200,15 +205,20 @@ impl<M: Machine> Replica<M> {
         if self.consensus.has_ready() || (self.reads.has_fresh() && self.can_confirm()) {
             return self.now.boot_us;
         }
+        let tell_us = self
+            .leadership
+            .as_ref()
+            .and_then(|leadership| leadership.tell_commit_us);
         let timer_us = self.leadership.as_ref().and_then(|leadership| {
             let due_us = self.state.machine().next_due()?.saturating_mul(1_000);
             let wait_us = due_us.saturating_sub(self.clock.micros());
             let under_way = leadership.timers_entry > self.state.applied();
             (!under_way).then(|| self.now.boot_us.saturating_add(wait_us.max(TIMER_RETRY_US)))
         });
-        timer_us.map_or(self.next_tick_us, |timer_us| {
-            timer_us.min(self.next_tick_us)
-        })
+        [tell_us, timer_us]
+            .into_iter()
+            .flatten()
+            .fold(self.next_tick_us, u64::min)
     }
 
     /// The first half of a turn: takes in what has arrived.
@@ -225,6 +235,7 @@ impl<M: Machine> Replica<M> {
         self.tick();
         self.follow_role();
         self.dispatch();
+        self.tell_commit();
         self.ask_for_confirmation();
         let prepared = self.consensus.prepare();
         for (sequence, index) in prepared.reads {
@@ -249,6 +260,7 @@ impl<M: Machine> Replica<M> {
             self.apply(&entry)?;
         }
         self.follow_role();
+        self.plan_to_tell_commit();
         self.fail_what_lost_its_leader();
         self.answer_reads();
         self.answer_ended_renewals();
@@ -413,6 +425,31 @@ impl<M: Machine> Replica<M> {
         self.consensus.leader().is_some() && self.consensus.has_committed_in_term()
     }
 
+    /// Tells followers of a commit when it is time and no append has.
+    fn tell_commit(&mut self) {
+        let Some(leadership) = &mut self.leadership else {
+            return;
+        };
+        if leadership
+            .tell_commit_us
+            .is_some_and(|at| at <= self.now.boot_us)
+        {
+            leadership.tell_commit_us = None;
+            if self.consensus.has_untold_commit() {
+                self.consensus.tell_commit();
+            }
+        }
+    }
+
+    fn plan_to_tell_commit(&mut self) {
+        if let Some(leadership) = &mut self.leadership {
+            let at = leadership
+                .tell_commit_us
+                .unwrap_or(self.now.boot_us + TELL_COMMIT_WITHIN_US);
+            leadership.tell_commit_us = self.consensus.has_untold_commit().then_some(at);
+        }
+    }
+
     fn ask_for_confirmation(&mut self) {
         let of = self.leader_and_term();
         self.reads.renew_stale(of, self.now.boot_us);
@@ -491,6 +528,12 @@ impl<M: Machine> Replica<M> {
             lives,
         } = applied;
         for (origin, outcome) in outcomes {
+            if let Some(leadership) = &mut self.leadership
+                && origin.node != self.config.node.0
+            {
+                // A client of that node waits for it to apply this.
+                leadership.tell_commit_us = Some(self.now.boot_us);
+            }
             if self.is_mine(&origin) && self.pending.remove(&origin.number).is_some() {
                 match outcome {
                     Outcome::Done(answer) => self.output.answers.push((origin.number, Ok(answer))),

@@ -159,9 +159,8 @@ impl Server {
         self.gateway.hub.close();
         self.phase.send_replace(Phase::Stopped);
         if patient {
-            control
-                .block_on(time::timeout(END_WITHIN, self.all_ended()))
-                .ok();
+            // Whether they all end in time is seen below.
+            control.block_on(async { time::timeout(END_WITHIN, self.all_ended()).await.ok() });
         }
         if !self.replica.is_finished() {
             tracing::warn!("stopped without waiting for the log any longer");
@@ -219,7 +218,7 @@ impl Server {
         while !self.replica.is_finished() {
             let status = self.gateway.handle.status();
             if (status.leader, status.term, status.role) != (seen.leader, seen.term, seen.role) {
-                log_leader(&status, &self.gateway.settings);
+                log_leader(&status, seen.leader.is_some(), &self.gateway.settings);
                 seen = Status::clone(&status);
             }
             time::sleep(WATCH_EVERY).await;
@@ -422,13 +421,14 @@ fn log_start(settings: &Settings, addresses: &Addresses) {
     );
 }
 
-fn log_leader(status: &Status, settings: &Settings) {
+fn log_leader(status: &Status, had_leader: bool, settings: &Settings) {
+    let (term, role) = (status.term, role_name(status.role));
     let Some(leader) = status.leader else {
-        tracing::warn!(
-            term = status.term,
-            role = role_name(status.role),
-            "no leader is known"
-        );
+        if had_leader {
+            tracing::warn!(term, role, "no leader is known any more");
+        } else {
+            tracing::info!(term, role, "no leader is known yet");
+        }
         return;
     };
     let name = settings

@@ -1,5 +1,7 @@
 //! One real server and the native API, over real sockets and a real disk.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod harness;
 
 use conclave_proto::v1::{self, LossReason, session_event::Event};

@@ -1,13 +1,18 @@
 //! Three real servers in one process: what peers say to each other, and what
 //! clients of any of them see.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod harness;
 
+use std::fs;
+
+use conclave_core::replica::Fatal;
 use conclave_proto::{
     internal::{PeerFrame, PeerGreeting, peer_client::PeerClient},
     v1,
 };
-use conclave_server::Options;
+use conclave_server::{Options, ServerError};
 use harness::{Directory, Node, PATIENCE, acquire, eventually, get, three};
 use tokio::time::timeout;
 use tonic::{Code, transport::Channel};
@@ -40,7 +45,6 @@ async fn any_member_serves_and_a_grant_reaches_a_client_of_another() {
         let session = client.open("").await;
         let token = client.acquire(acquire("l", session, None)).await.unwrap();
         assert!(token > last);
-        last = token;
         let waiter = client.open("").await;
         let waiting = tokio::spawn({
             let other = clients[1].clone();
@@ -127,6 +131,28 @@ async fn a_member_without_a_majority_says_so_and_does_not_hang() {
             .1
             .contains(r#""health":"false""#)
     );
+}
+
+#[tokio::test]
+async fn an_emptied_directory_under_a_known_id_is_refused() {
+    let directory = Directory::new();
+    let options = three(&directory);
+    let mut nodes = start_all(&options);
+    let session = nodes[0].connect().await.open("").await;
+    nodes.pop().unwrap().stop().unwrap();
+    fs::remove_dir_all(options[2].data_dir.as_ref().unwrap()).unwrap();
+
+    let refused = Node::start(&options[2]).unwrap().ended().unwrap_err();
+    assert!(
+        matches!(refused, ServerError::Fatal(Fatal::Replaced { .. })),
+        "{refused}"
+    );
+    nodes[0]
+        .connect()
+        .await
+        .acquire(acquire("l", session, None))
+        .await
+        .unwrap();
 }
 
 #[tokio::test]

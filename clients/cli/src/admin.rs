@@ -6,7 +6,7 @@ use conclave_client::{Client, Contender, Error, LockInfo, ServerStatus, SessionI
 use serde_json::{Value, json};
 
 use crate::{
-    cli::{Global, LocksArgs, UnlockArgs},
+    cli::{DEFAULT_ENDPOINT, Global, LocksArgs, UnlockArgs},
     duration,
     failure::{Failure, GENERAL, UNREACHED},
     output::{self, Format, hex, session_hex},
@@ -14,7 +14,16 @@ use crate::{
 
 /// A client of the servers that the command line names.
 pub(crate) fn connect(global: &Global) -> Result<Client, Failure> {
-    Ok(Client::connect(&global.endpoints)?)
+    // An empty variable in the environment is as good as none.
+    let given: Vec<&String> = global
+        .endpoints
+        .iter()
+        .filter(|text| !text.is_empty())
+        .collect();
+    if given.is_empty() {
+        return Ok(Client::connect([DEFAULT_ENDPOINT])?);
+    }
+    Ok(Client::connect(given)?)
 }
 
 /// `conclave unlock`. The token of the holder that was seen goes along, so that
@@ -219,6 +228,10 @@ fn server_row(server: &ServerStatus) -> Vec<String> {
                 status.keys.to_string(),
             ]
         }
-        Err(error) => vec![server.endpoint.clone(), "-".to_owned(), error.to_string()],
+        Err(_) => vec![
+            server.endpoint.clone(),
+            "-".to_owned(),
+            "unreachable".to_owned(),
+        ],
     }
 }

@@ -8,6 +8,9 @@ use clap_complete::Shell;
 
 use crate::{duration, output::Format, serve::ServeArgs};
 
+/// Where a cluster is looked for if nothing says otherwise.
+pub(crate) const DEFAULT_ENDPOINT: &str = "127.0.0.1:2379";
+
 /// Locks and sessions for programs on many machines.
 #[derive(Debug, Parser)]
 #[command(
@@ -32,7 +35,7 @@ pub(crate) struct Global {
         global = true,
         env = "CONCLAVE_ENDPOINTS",
         value_delimiter = ',',
-        default_value = "127.0.0.1:2379",
+        default_value = DEFAULT_ENDPOINT,
         value_name = "A,B,C"
     )]
     pub(crate) endpoints: Vec<String>,

@@ -9,6 +9,7 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io,
+    net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -18,7 +19,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
-    process::{Child, Command},
+    process::{Child, ChildStdin, Command},
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -58,8 +59,10 @@ struct Plan {
 #[derive(Debug)]
 struct Server {
     plan: Plan,
-    /// Holds the pipe that keeps it running.
     child: Child,
+    /// Keeps it running. Apart from `child`, which would close it when waited
+    /// for.
+    _lifeline: Option<ChildStdin>,
     has_ended: bool,
 }
 
@@ -74,6 +77,7 @@ struct Directory {
 pub(crate) async fn run(args: DevArgs) -> Result<u8, Failure> {
     let mut signals = Signals::new()?;
     let ports = ports(args.port, args.nodes)?;
+    check_free(&ports)?;
     let directory = Directory::new(args.data_dir.as_deref())?;
     let plans: Vec<Plan> = (1..)
         .zip(ports)
@@ -139,6 +143,21 @@ fn ports(first: u16, nodes: u16) -> Result<Vec<u16>, Failure> {
         .collect())
 }
 
+/// A port that is taken would be noticed by a server too, but later: until
+/// then, whoever has it may answer in its place and look ready.
+fn check_free(ports: &[u16]) -> Result<(), Failure> {
+    for port in ports.iter().flat_map(|port| [*port, port + 1]) {
+        TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|error| {
+            let advice = "choose others with --port";
+            Failure::new(
+                GENERAL,
+                format!("cannot use port {port}: {error}; {advice}"),
+            )
+        })?;
+    }
+    Ok(())
+}
+
 impl Directory {
     fn new(given: Option<&Path>) -> io::Result<Directory> {
         let is_temporary = given.is_none();
@@ -186,7 +205,7 @@ fn start_all(plans: &[Plan], servers: &mut Vec<Server>) -> Result<(), Failure> {
 
 fn start(plan: &Plan, members: &str) -> Result<Server, Failure> {
     let log = File::options().create(true).append(true).open(&plan.log)?;
-    let child = Command::new(env::current_exe()?)
+    let mut child = Command::new(env::current_exe()?)
         .arg("serve")
         .args(["--name", &plan.name])
         .arg("--data-dir")
@@ -211,6 +230,7 @@ fn start(plan: &Plan, members: &str) -> Result<Server, Failure> {
         .spawn()?;
     Ok(Server {
         plan: plan.clone(),
+        _lifeline: child.stdin.take(),
         child,
         has_ended: false,
     })
@@ -360,6 +380,13 @@ fn signal_child(child: &Child, signal: Signal) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_port_that_is_taken_is_refused() {
+        let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = taken.local_addr().unwrap().port();
+        assert!(check_free(&[port]).is_err());
+    }
 
     #[test]
     fn ports_as_documented_and_never_beyond_the_last() {

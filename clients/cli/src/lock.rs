@@ -32,6 +32,8 @@ const MARGIN_MAX: Duration = Duration::from_millis(250);
 const LOOK: Duration = Duration::from_millis(500);
 /// How long to try to leave in good order; the TTL does the rest.
 const GOODBYE: Duration = Duration::from_secs(3);
+/// The same when something has gone wrong already.
+const HASTY_GOODBYE: Duration = Duration::from_millis(500);
 
 /// Runs the command under the lock, or without one holds it.
 pub(crate) async fn run(args: LockArgs, global: Global) -> Result<u8, Failure> {
@@ -42,7 +44,12 @@ pub(crate) async fn run(args: LockArgs, global: Global) -> Result<u8, Failure> {
         signal = signals.end() => return Ok(signal_code(signal.as_raw())),
     };
     let outcome = hold(&opened, &args, &global, &mut signals).await;
-    if let Ok(Err(error)) = timeout(GOODBYE, opened.close()).await {
+    let patience = if outcome == Ok(0) {
+        GOODBYE
+    } else {
+        HASTY_GOODBYE
+    };
+    if let Ok(Err(error)) = timeout(patience, opened.close()).await {
         tracing::debug!(%error, "the session will expire");
     }
     outcome
@@ -139,10 +146,8 @@ async fn supervise(
             reason = danger(&guard, grace + margin) => break reason,
         }
     };
-    let failure = match &danger {
-        Some(reason) => lost(&guard, reason),
-        None => lost(&guard, &LossReason::SessionExpired),
-    };
+    let reason = danger.as_ref().unwrap_or(&LossReason::SessionExpired);
+    let failure = lost(&guard, reason);
     output::complain(&format!("{}; stopping the command", failure.message));
     signal_group(watchdog.group(), Signal::TERM);
     // If it is lost already, only haste is left.
@@ -157,10 +162,10 @@ async fn supervise(
         child.wait().await?;
     }
     watchdog.dismiss().await;
-    if danger.is_none() && timeout(GOODBYE, guard.release()).await.is_err() {
+    if danger.is_none() && timeout(HASTY_GOODBYE, guard.release()).await.is_err() {
         tracing::debug!("not released, will expire");
     }
-    Err(failure)
+    Ok(failure.code)
 }
 
 fn start(guard: &LockGuard, args: &LockArgs, watchdog: &Watchdog) -> Result<Child, Failure> {

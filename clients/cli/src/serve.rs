@@ -5,12 +5,21 @@
 //! that have no counterpart are sorted into those that only tune (a warning)
 //! and those that change safety (a refusal).
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{
+    error::Error as _,
+    ffi::OsString,
+    io::{self, IsTerminal as _},
+    path::PathBuf,
+    thread,
+};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
+use conclave_server::{ClusterState, Options, ServerError, Shutdown};
+use rustix::process::{Signal, getpid, kill_process};
+use tracing_subscriber::EnvFilter;
 
 use crate::{
-    failure::{Failure, USAGE},
+    failure::{Failure, GENERAL, USAGE},
     output,
 };
 
@@ -31,6 +40,7 @@ const OWN: &[&str] = &[
     "max-request-bytes",
     "listen-metrics-urls",
     "log-level",
+    "log-format",
 ];
 
 /// Flags of etcd that tune or describe: they are ignored with a warning.
@@ -61,7 +71,6 @@ const TUNING: &[&str] = &[
     "strict-reconfig-check",
     "logger",
     "log-outputs",
-    "log-format",
     "enable-log-rotation",
     "log-rotation-config-json",
     "metrics",
@@ -202,9 +211,21 @@ pub(crate) struct ServeArgs {
     /// debug, info, warn or error.
     #[arg(long, default_value = "info", value_name = "LEVEL")]
     pub(crate) log_level: String,
+    /// How to write the log, which goes to stderr.
+    #[arg(long, value_enum, default_value = "console", value_name = "FORMAT")]
+    pub(crate) log_format: LogFormat,
     /// Stop when stdin ends; for programs that start servers.
     #[arg(long, hide = true)]
     pub(crate) stop_on_stdin_eof: bool,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// Lines for people.
+    Console,
+    /// An object a line.
+    Json,
 }
 
 /// Makes the command line of `conclave serve` one that clap understands;
@@ -260,10 +281,83 @@ pub(crate) fn prepare(
 
 /// Runs the server until it is stopped.
 pub(crate) fn run(args: ServeArgs) -> Result<u8, Failure> {
-    Err(Failure::new(
-        crate::failure::GENERAL,
-        format!("no server yet: {args:?}"),
-    ))
+    start_logging(&args)?;
+    if args.stop_on_stdin_eof {
+        thread::spawn(stop_on_stdin_eof);
+    }
+    conclave_server::run(&args.into(), Shutdown::on_signals()).map_err(|error| {
+        let code = match error {
+            ServerError::Options(_) => USAGE,
+            _ => GENERAL,
+        };
+        Failure::new(code, chain(&error))
+    })?;
+    Ok(0)
+}
+
+impl From<ServeArgs> for Options {
+    fn from(args: ServeArgs) -> Options {
+        Options {
+            name: args.name,
+            data_dir: args.data_dir,
+            listen_client_urls: args.listen_client_urls,
+            advertise_client_urls: args.advertise_client_urls,
+            listen_peer_urls: args.listen_peer_urls,
+            initial_advertise_peer_urls: args.initial_advertise_peer_urls,
+            initial_cluster: args.initial_cluster,
+            initial_cluster_state: match args.initial_cluster_state.as_str() {
+                "existing" => ClusterState::Existing,
+                _ => ClusterState::New,
+            },
+            initial_cluster_token: args.initial_cluster_token,
+            heartbeat_interval_ms: args.heartbeat_interval,
+            election_timeout_ms: args.election_timeout,
+            listen_metrics_urls: args.listen_metrics_urls,
+            max_request_bytes: args.max_request_bytes,
+            io_threads: None,
+        }
+    }
+}
+
+/// Logs to stderr.
+fn start_logging(args: &ServeArgs) -> Result<(), Failure> {
+    // Etcd's levels above error have no counterpart.
+    let level = match args.log_level.as_str() {
+        "panic" | "fatal" | "dpanic" => "error",
+        level => level,
+    };
+    let filter = EnvFilter::try_new(level)
+        .map_err(|error| Failure::new(USAGE, format!("--log-level `{level}`: {error}")))?;
+    let logging = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
+    match args.log_format {
+        LogFormat::Console => logging.init(),
+        LogFormat::Json => logging.json().init(),
+    }
+    Ok(())
+}
+
+/// Asks this process to stop when stdin ends: the program that started it is
+/// gone.
+fn stop_on_stdin_eof() {
+    let ended = io::copy(&mut io::stdin(), &mut io::sink());
+    tracing::info!(?ended, "stdin has ended; stopping");
+    if let Err(error) = kill_process(getpid(), Signal::TERM) {
+        tracing::error!(%error, "cannot stop");
+    }
+}
+
+/// An error with its causes.
+fn chain(error: &ServerError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }
 
 /// `-name` as `--name`; single letters stay.

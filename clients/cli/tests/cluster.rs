@@ -1,7 +1,10 @@
 //! Three server processes that are killed while clients hold locks.
 
-#![expect(clippy::unwrap_used, reason = "a test stops where something is missing")]
-#![expect(unreachable_pub, missing_docs, reason = "shared between tests, not an interface")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test stops where something is missing"
+)]
+#![expect(unreachable_pub, reason = "shared between tests, not an interface")]
 
 mod support;
 
@@ -34,7 +37,10 @@ struct Workers {
 
 /// Takes locks in turn and appends to the file of each while it holds it.
 async fn work(worker: usize, client: Client, workers: Arc<Workers>) {
-    let options = SessionOptions { ttl: Duration::from_secs(5), ..SessionOptions::default() };
+    let options = SessionOptions {
+        ttl: Duration::from_secs(5),
+        ..SessionOptions::default()
+    };
     let mut session = None;
     for round in worker.. {
         if workers.stop.load(Ordering::Relaxed) {
@@ -63,13 +69,21 @@ async fn work(worker: usize, client: Client, workers: Arc<Workers>) {
 }
 
 fn append(file: &Path, token: u64, worker: usize) {
-    let mut file = OpenOptions::new().create(true).append(true).open(file).unwrap();
-    file.write_all(format!("{token} {worker}\n").as_bytes()).unwrap();
+    let mut file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(file)
+        .unwrap();
+    file.write_all(format!("{token} {worker}\n").as_bytes())
+        .unwrap();
 }
 
 fn tokens(file: &Path) -> Vec<u64> {
     let lines = fs::read_to_string(file).unwrap();
-    lines.lines().map(|line| line.split(' ').next().unwrap().parse().unwrap()).collect()
+    lines
+        .lines()
+        .map(|line| line.split(' ').next().unwrap().parse().unwrap())
+        .collect()
 }
 
 #[tokio::test]
@@ -90,7 +104,11 @@ async fn tokens_only_grow_and_nothing_acknowledged_is_lost_while_servers_are_kil
     for kill_leader in [true, false, true, false] {
         sleep(Duration::from_millis(500)).await;
         let leader = cluster.leader().await;
-        let victim = if kill_leader { leader } else { (leader + 1) % 3 };
+        let victim = if kill_leader {
+            leader
+        } else {
+            (leader + 1) % 3
+        };
         let done_before = workers.released.lock().unwrap().len();
         cluster.kill(victim);
         // Two of three go on by themselves.
@@ -110,7 +128,10 @@ async fn tokens_only_grow_and_nothing_acknowledged_is_lost_while_servers_are_kil
     let mut newest = BTreeMap::new();
     for lock in LOCKS {
         let tokens = tokens(&cluster.directory().join(lock));
-        assert!(tokens.is_sorted_by(|one, next| one < next), "tokens of {lock} do not grow");
+        assert!(
+            tokens.is_sorted_by(|one, next| one < next),
+            "tokens of {lock} do not grow"
+        );
         let guard = session.lock(lock).await.expect("it is served again");
         assert!(guard.token() > *tokens.last().unwrap());
         newest.insert(lock, guard.token());
@@ -118,7 +139,10 @@ async fn tokens_only_grow_and_nothing_acknowledged_is_lost_while_servers_are_kil
     }
     for (lock, token) in released {
         assert!(token < newest[lock]);
-        assert!(!client.check(lock, token).await.unwrap(), "a release of {lock} was lost");
+        assert!(
+            !client.check(lock, token).await.unwrap(),
+            "a release of {lock} was lost"
+        );
     }
 }
 
@@ -141,7 +165,11 @@ async fn what_was_acknowledged_survives_the_death_of_all() {
     cluster.leader().await;
 
     let listed = eventually("a list", || async { client.sessions().await.ok() }).await;
-    assert!(listed.iter().any(|listed| listed.session_id == session.id()));
+    assert!(
+        listed
+            .iter()
+            .any(|listed| listed.session_id == session.id())
+    );
     assert!(client.check("held", held.token()).await.unwrap());
     assert!(!client.check("given up", given_up_token).await.unwrap());
     held.release().await.expect("the holder holds it still");

@@ -144,16 +144,15 @@ impl Events {
         };
         match what {
             Event::Attached(attached) => {
+                // First, so that these losses get their reason.
+                for lost in attached.forced {
+                    deliver_loss(&core, lost);
+                }
                 let tokens = attached.grants.iter().map(|grant| grant.token);
                 core.attached(event.revision, tokens.collect::<BTreeSet<u64>>());
             }
             Event::Ended(ended) => core.ended(loss_reason(ended.reason(), String::new())),
-            Event::GrantLost(lost) => {
-                let reason = loss_reason(lost.reason(), lost.detail);
-                if let Some(grant) = lost.grant {
-                    core.grant_lost(grant.token, reason);
-                }
-            }
+            Event::GrantLost(lost) => deliver_loss(&core, lost),
         }
     }
 
@@ -161,6 +160,13 @@ impl Events {
         self.following
             .lock()
             .expect("no panic while the sessions are locked")
+    }
+}
+
+fn deliver_loss(core: &Core, lost: v1::GrantLost) {
+    let reason = loss_reason(lost.reason(), lost.detail);
+    if let Some(grant) = lost.grant {
+        core.grant_lost(grant.token, reason);
     }
 }
 

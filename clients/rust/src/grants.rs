@@ -10,10 +10,18 @@ use crate::session_state::LossReason;
 /// The grants of one session, by token.
 #[derive(Debug, Default)]
 pub(crate) struct Grants {
-    held: BTreeMap<u64, Option<LossReason>>,
+    held: BTreeMap<u64, Held>,
     /// Losses of grants whose answers have not come yet.
     early: BTreeMap<u64, LossReason>,
     attached: Attached,
+}
+
+#[derive(Debug)]
+struct Held {
+    /// It was granted at this revision or before. The token does not say when:
+    /// it is as old as the place in the queue.
+    revision: u64,
+    loss: Option<LossReason>,
 }
 
 /// What the cluster held for us at one revision.
@@ -24,14 +32,12 @@ struct Attached {
 }
 
 impl Grants {
-    /// A grant was answered; it may have been lost already.
-    pub(crate) fn granted(&mut self, token: u64) {
-        let missed = token <= self.attached.revision && !self.attached.tokens.contains(&token);
-        let loss = self
-            .early
-            .remove(&token)
-            .or_else(|| missed.then_some(LossReason::KeyDeleted));
-        self.held.insert(token, loss);
+    /// A grant was answered, at this revision; it may have been lost already.
+    pub(crate) fn granted(&mut self, token: u64, revision: u64) {
+        let early = self.early.remove(&token);
+        let is_missing = self.attached.lacks(token, revision);
+        let loss = early.or_else(|| is_missing.then_some(LossReason::KeyDeleted));
+        self.held.insert(token, Held { revision, loss });
     }
 
     /// The grant is given up; what becomes of it is no loss.
@@ -42,8 +48,8 @@ impl Grants {
     /// The cluster took the grant away. The first reason stays.
     pub(crate) fn lost(&mut self, token: u64, reason: LossReason) {
         match self.held.get_mut(&token) {
-            Some(loss) => {
-                loss.get_or_insert(reason);
+            Some(held) => {
+                held.loss.get_or_insert(reason);
             }
             None => {
                 self.early.entry(token).or_insert(reason);
@@ -57,12 +63,12 @@ impl Grants {
         if revision < self.attached.revision {
             return;
         }
-        for (token, loss) in self.held.range_mut(..=revision) {
-            if !tokens.contains(token) {
-                loss.get_or_insert(LossReason::KeyDeleted);
+        self.attached = Attached { revision, tokens };
+        for (token, held) in &mut self.held {
+            if self.attached.lacks(*token, held.revision) {
+                held.loss.get_or_insert(LossReason::KeyDeleted);
             }
         }
-        self.attached = Attached { revision, tokens };
     }
 
     /// No answer is outstanding, so early losses concern nobody.
@@ -72,7 +78,14 @@ impl Grants {
 
     /// Why this grant is lost, if it is.
     pub(crate) fn loss(&self, token: u64) -> Option<&LossReason> {
-        self.held.get(&token)?.as_ref()
+        self.held.get(&token)?.loss.as_ref()
+    }
+}
+
+impl Attached {
+    /// Whether this grant, made by `revision`, should be listed and is not.
+    fn lacks(&self, token: u64, revision: u64) -> bool {
+        revision <= self.revision && !self.tokens.contains(&token)
     }
 }
 
@@ -90,11 +103,11 @@ mod tests {
     fn a_loss_may_arrive_before_the_grant() {
         let mut grants = Grants::default();
         grants.lost(5, forced());
-        grants.granted(5);
+        grants.granted(5, 5);
         assert_eq!(grants.loss(5), Some(&forced()));
         grants.lost(6, forced());
         grants.no_answer_outstanding();
-        grants.granted(6);
+        grants.granted(6, 6);
         assert_eq!(grants.loss(6), None);
     }
 
@@ -102,12 +115,12 @@ mod tests {
     fn grants_missing_from_a_list_are_lost_unless_they_are_newer() {
         let mut grants = Grants::default();
         for token in [5, 6, 9] {
-            grants.granted(token);
+            grants.granted(token, token);
         }
         grants.attached(7, BTreeSet::from([6]));
         assert_eq!(grants.loss(5), Some(&LossReason::KeyDeleted));
         assert_eq!((grants.loss(6), grants.loss(9)), (None, None));
-        grants.granted(4);
+        grants.granted(4, 4);
         assert_eq!(
             grants.loss(4),
             Some(&LossReason::KeyDeleted),
@@ -118,9 +131,17 @@ mod tests {
     }
 
     #[test]
+    fn a_place_that_became_a_grant_after_the_list_is_no_loss() {
+        let mut grants = Grants::default();
+        grants.attached(7, BTreeSet::new());
+        grants.granted(3, 8);
+        assert_eq!(grants.loss(3), None);
+    }
+
+    #[test]
     fn what_was_given_up_is_not_lost() {
         let mut grants = Grants::default();
-        grants.granted(5);
+        grants.granted(5, 5);
         grants.released(5);
         grants.attached(9, BTreeSet::new());
         assert_eq!(grants.loss(5), None);

@@ -283,7 +283,11 @@ impl Pending {
     }
 
     fn granted(mut self, session: Session, granted: Granted) -> LockGuard {
-        self.over(Some(granted.token));
+        self.is_over = true;
+        let Granted {
+            token, revision, ..
+        } = granted;
+        self.core.granted(self.acquire.request(), token, revision);
         let lock = self.lock.clone();
         LockGuard {
             session,
@@ -294,13 +298,9 @@ impl Pending {
     }
 
     fn refused(mut self, error: Error) -> Error {
-        self.over(None);
-        self.core.heard(error)
-    }
-
-    fn over(&mut self, granted: Option<u64>) {
         self.is_over = true;
-        self.core.end_request(self.acquire.request(), granted);
+        self.core.end_request(self.acquire.request());
+        self.core.heard(error)
     }
 }
 
@@ -316,7 +316,7 @@ impl Drop for Pending {
         let runtime = core.transport().runtime().clone();
         runtime.spawn(async move {
             cancel(&core, &lock, &acquire).await;
-            core.end_request(acquire.request(), None);
+            core.end_request(acquire.request());
         });
     }
 }
@@ -397,9 +397,12 @@ fn split<T>(attempted: Result<T, Failed>) -> (Outcome<T, Error>, bool) {
 }
 
 fn granted(answer: AcquireResponse) -> Granted {
+    // Without a revision nothing can be inferred about the grant.
+    let revision = answer.header.map_or(u64::MAX, |header| header.revision);
     Granted {
         key: answer.key,
         token: answer.token,
+        revision,
     }
 }
 

@@ -63,6 +63,8 @@ pub struct Granted {
     pub key: Bytes,
     /// The fencing token.
     pub token: u64,
+    /// The revision at which it was answered: granted then or before.
+    pub revision: u64,
 }
 
 /// One release, until it is answered.
@@ -197,6 +199,7 @@ mod tests {
             Outcome::<_, ()>::Answered(Granted {
                 key: Bytes::new(),
                 token: 7,
+                revision: 9,
             })
         };
         let mut acquire = Acquire::new(1);

@@ -93,6 +93,15 @@ struct Life {
     grants: Grants,
 }
 
+impl Life {
+    fn end_request(&mut self, request: u64) {
+        self.requests.end(request);
+        if self.requests.is_idle() {
+            self.grants.no_answer_outstanding();
+        }
+    }
+}
+
 impl Default for SessionOptions {
     /// A TTL of 10 s, no name, no metadata.
     fn default() -> SessionOptions {
@@ -245,16 +254,16 @@ impl Core {
         self.life().requests.acknowledged()
     }
 
-    /// The request is over. `granted`: with this token.
-    pub(crate) fn end_request(&self, request: u64, granted: Option<u64>) {
+    /// The request is over, without a grant.
+    pub(crate) fn end_request(&self, request: u64) {
+        self.life().end_request(request);
+    }
+
+    /// The request is over: granted, as was answered at `revision`.
+    pub(crate) fn granted(&self, request: u64, token: u64, revision: u64) {
         let mut life = self.life();
-        life.requests.end(request);
-        if let Some(token) = granted {
-            life.grants.granted(token);
-        }
-        if life.requests.is_idle() {
-            life.grants.no_answer_outstanding();
-        }
+        life.grants.granted(token, revision);
+        life.end_request(request);
     }
 
     pub(crate) fn grant_released(&self, token: u64) {

@@ -1,6 +1,11 @@
 //! The client against servers that misbehave on purpose: its calls over real
 //! sockets, with answers lost, leaders moved and servers hung.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test stops where something is missing"
+)]
+
 mod fake;
 
 use std::time::Duration;

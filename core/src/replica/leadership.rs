@@ -22,6 +22,8 @@ pub(super) struct Leadership {
     pub(super) parked: BTreeMap<SessionId, Vec<RenewalAsk>>,
     /// The entry that fires the timers which are due, if one is on its way.
     pub(super) timers_entry: Index,
+    /// When followers must be told of a commit, if no append has by then.
+    pub(super) tell_commit_us: Option<u64>,
 }
 
 impl Leadership {
@@ -32,6 +34,7 @@ impl Leadership {
             early: Vec::new(),
             parked: BTreeMap::new(),
             timers_entry: 0,
+            tell_commit_us: None,
         }
     }
 

@@ -166,8 +166,6 @@ impl Reader {
                 .received
                 .fetch_add(count, Ordering::Relaxed);
         }
-        for message in frame.messages {
-            self.handle.peer(self.from, message);
-        }
+        self.handle.peer(self.from, frame.messages);
     }
 }

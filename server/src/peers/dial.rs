@@ -1,6 +1,6 @@
 //! Keeps a stream to one other member.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{error::Error, sync::Arc, time::Duration};
 
 use conclave_core::{ids::NodeId, node::Handle};
 use conclave_primitives::Primitives;
@@ -12,6 +12,7 @@ use tonic::{
 };
 
 use super::{Link, Peers};
+use crate::options::Member;
 
 /// How long a dial, and then a greeting, may take.
 const CONNECT_WITHIN: Duration = Duration::from_secs(1);
@@ -114,8 +115,8 @@ async fn lost(mut greetings: Streaming<PeerGreeting>) -> LinkError {
 /// Why a link does not stand.
 #[derive(Debug, thiserror::Error)]
 enum LinkError {
-    #[error("it cannot be reached")]
-    Unreachable(#[source] tonic::transport::Error),
+    #[error("it cannot be reached: {}", root(.0))]
+    Unreachable(tonic::transport::Error),
     #[error("it did not answer in time")]
     Silent,
     #[error("it closed the stream")]
@@ -125,6 +126,15 @@ enum LinkError {
     /// Dialling again will not help until somebody changes something.
     #[error("{0}")]
     Refused(String),
+}
+
+/// What an error comes from in the end; the rest of its chain says nothing more.
+fn root<'a>(error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
+    let mut root = error;
+    while let Some(source) = root.source() {
+        root = source;
+    }
+    root
 }
 
 impl From<Status> for LinkError {
@@ -153,7 +163,8 @@ enum Reported {
 impl LinkLog<'_> {
     fn connected(&mut self) {
         if self.reported != Reported::Connected {
-            tracing::info!(peer = self.name(), address = %self.address(), "connected to a peer");
+            let Member { name, peer_url, .. } = &self.link.member;
+            tracing::info!(peer = name, address = %peer_url, "connected to a peer");
             self.reported = Reported::Connected;
         }
     }
@@ -166,23 +177,21 @@ impl LinkLog<'_> {
         if now == self.reported {
             return;
         }
+        let Member {
+            name: peer,
+            peer_url: address,
+            ..
+        } = &self.link.member;
         match error {
             LinkError::Refused(reason) => tracing::error!(
-                peer = self.name(), address = %self.address(), reason,
+                peer, %address, reason,
                 "a peer refuses this member; it is dialled until that is put right"
             ),
-            _ => tracing::warn!(
-                peer = self.name(), address = %self.address(), %error, "no link to a peer"
-            ),
+            _ if self.reported == Reported::Nothing => {
+                tracing::info!(peer, %address, %error, "a peer is not there yet");
+            }
+            _ => tracing::warn!(peer, %address, %error, "lost the link to a peer"),
         }
         self.reported = now;
-    }
-
-    fn name(&self) -> &str {
-        &self.link.member.name
-    }
-
-    fn address(&self) -> impl fmt::Display + '_ {
-        &self.link.member.peer_url
     }
 }

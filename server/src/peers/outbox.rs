@@ -40,7 +40,8 @@ struct Queue {
 }
 
 impl Outbox {
-    /// Queues a message, or drops it if no stream stands or too much waits.
+    /// Queues a message, or drops it if no stream stands or too much waits. The
+    /// stream sees it after [`Outbox::wake`].
     pub(super) fn push(&self, message: PeerMessage) {
         let bytes = message.encoded_len();
         let mut queue = self.queue();
@@ -51,6 +52,14 @@ impl Outbox {
         }
         queue.messages.push_back((message, bytes));
         queue.bytes += bytes;
+    }
+
+    /// Lets the stream look for messages.
+    pub(super) fn wake(&self) {
+        let mut queue = self.queue();
+        if queue.messages.is_empty() {
+            return;
+        }
         let reader = queue.reader.take();
         drop(queue);
         if let Some(reader) = reader {
@@ -253,8 +262,12 @@ mod tests {
         let mut new = outbox.open(PeerGreeting::default());
         assert_eq!(reading.await.unwrap(), None);
         new.next().await;
+        let reading = tokio::spawn(async move { (new.next().await, new) });
+        tokio::task::yield_now().await;
         outbox.push(message(1));
-        assert_eq!(new.next().await.unwrap().messages.len(), 1);
+        outbox.wake();
+        let (frame, mut new) = reading.await.unwrap();
+        assert_eq!(frame.unwrap().messages.len(), 1);
         outbox.close();
         assert_eq!(new.next().await, None);
     }

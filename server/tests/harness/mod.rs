@@ -22,13 +22,13 @@ use tonic::{Status, transport::Channel};
 use tonic_types::StatusExt as _;
 
 /// Everything here takes milliseconds; only a defect takes this long.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A directory that is removed with this.
-pub struct Directory(pub PathBuf);
+pub(crate) struct Directory(pub(crate) PathBuf);
 
 impl Directory {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let name = format!("conclave-test-{}-{number}", std::process::id());
@@ -45,14 +45,14 @@ impl Drop for Directory {
 }
 
 /// A server that runs.
-pub struct Node {
-    pub addresses: Addresses,
+pub(crate) struct Node {
+    pub(crate) addresses: Addresses,
     stopper: Stopper,
     thread: Option<JoinHandle<Result<(), ServerError>>>,
 }
 
 impl Node {
-    pub fn start(options: &Options) -> Result<Self, ServerError> {
+    pub(crate) fn start(options: &Options) -> Result<Self, ServerError> {
         let server = Server::start(options)?;
         let addresses = server.addresses().clone();
         let (stopper, shutdown) = Shutdown::on_request();
@@ -65,36 +65,41 @@ impl Node {
     }
 
     /// A cluster of one, ready to serve.
-    pub fn alone(directory: &Directory) -> Self {
+    pub(crate) fn alone(directory: &Directory) -> Self {
         let node = Self::start(&alone(directory)).unwrap();
         node.await_ready();
         node
     }
 
-    pub fn client(&self) -> SocketAddr {
+    pub(crate) fn client(&self) -> SocketAddr {
         self.addresses.clients[0]
     }
 
-    pub fn await_ready(&self) {
+    pub(crate) fn await_ready(&self) {
         eventually("the server is ready", || {
             get(self.client(), "/readyz").0 == 200
         });
     }
 
-    pub async fn connect(&self) -> Client {
+    pub(crate) async fn connect(&self) -> Client {
         let endpoint = Channel::from_shared(format!("http://{}", self.client())).unwrap();
         Client {
             channel: endpoint.connect().await.unwrap(),
         }
     }
 
+    /// Waits until it ends by itself.
+    pub(crate) fn ended(mut self) -> Result<(), ServerError> {
+        self.thread.take().unwrap().join().unwrap()
+    }
+
     /// Asks it to stop, once.
-    pub fn request_stop(&self) {
+    pub(crate) fn request_stop(&self) {
         self.stopper.stop();
     }
 
     /// Stops it gracefully.
-    pub fn stop(mut self) -> Result<(), ServerError> {
+    pub(crate) fn stop(mut self) -> Result<(), ServerError> {
         self.stopper.stop();
         self.thread.take().unwrap().join().unwrap()
     }
@@ -114,7 +119,7 @@ impl Drop for Node {
 }
 
 /// Options of a cluster of one.
-pub fn alone(directory: &Directory) -> Options {
+pub(crate) fn alone(directory: &Directory) -> Options {
     let anywhere = || vec!["http://127.0.0.1:0".to_owned()];
     Options {
         data_dir: Some(directory.0.join("alone")),
@@ -129,7 +134,7 @@ pub fn alone(directory: &Directory) -> Options {
 }
 
 /// Options of the members of a cluster of three.
-pub fn three(directory: &Directory) -> Vec<Options> {
+pub(crate) fn three(directory: &Directory) -> Vec<Options> {
     let ports: Vec<(u16, u16)> = (0..3).map(|_| (free_port(), free_port())).collect();
     let url = |port: u16| format!("http://127.0.0.1:{port}");
     let initial_cluster: Vec<String> = ports
@@ -150,35 +155,41 @@ pub fn three(directory: &Directory) -> Vec<Options> {
     ports.iter().zip("abc".chars()).map(member).collect()
 }
 
+/// A port that neither another test nor an outgoing connection takes meanwhile:
+/// below the range from which the system chooses.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id() * 61;
+    loop {
+        let next = first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = u16::try_from(10_000 + next % 20_000).unwrap();
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Clients over one connection.
 #[derive(Clone)]
-pub struct Client {
-    pub channel: Channel,
+pub(crate) struct Client {
+    pub(crate) channel: Channel,
 }
 
 impl Client {
-    pub fn sessions(&self) -> SessionClient<Channel> {
+    pub(crate) fn sessions(&self) -> SessionClient<Channel> {
         SessionClient::new(self.channel.clone())
     }
 
-    pub fn locks(&self) -> LockClient<Channel> {
+    pub(crate) fn locks(&self) -> LockClient<Channel> {
         LockClient::new(self.channel.clone())
     }
 
-    pub fn cluster(&self) -> ClusterClient<Channel> {
+    pub(crate) fn cluster(&self) -> ClusterClient<Channel> {
         ClusterClient::new(self.channel.clone())
     }
 
     /// A session that outlives the test.
-    pub async fn open(&self, name: &str) -> i64 {
+    pub(crate) async fn open(&self, name: &str) -> i64 {
         let request = OpenSessionRequest {
             ttl_ms: 60_000,
             name: name.to_owned(),
@@ -193,13 +204,13 @@ impl Client {
     }
 
     /// The token of a grant.
-    pub async fn acquire(&self, request: AcquireRequest) -> Result<u64, Status> {
+    pub(crate) async fn acquire(&self, request: AcquireRequest) -> Result<u64, Status> {
         Ok(self.locks().acquire(request).await?.into_inner().token)
     }
 }
 
 /// Asks for a lock without a number.
-pub fn acquire(name: &str, session_id: i64, wait_ms: Option<u64>) -> AcquireRequest {
+pub(crate) fn acquire(name: &str, session_id: i64, wait_ms: Option<u64>) -> AcquireRequest {
     AcquireRequest {
         name: name.to_owned(),
         session_id,
@@ -209,7 +220,7 @@ pub fn acquire(name: &str, session_id: i64, wait_ms: Option<u64>) -> AcquireRequ
 }
 
 /// The reason of a status.
-pub fn reason(status: &Status) -> String {
+pub(crate) fn reason(status: &Status) -> String {
     status
         .get_details_error_info()
         .map(|info| info.reason)
@@ -217,7 +228,7 @@ pub fn reason(status: &Status) -> String {
 }
 
 /// Status and body of a GET over HTTP/1.
-pub fn get(address: SocketAddr, path: &str) -> (u16, String) {
+pub(crate) fn get(address: SocketAddr, path: &str) -> (u16, String) {
     let request = format!("GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n");
     let answer = exchange(address, request.as_bytes());
     let answer = String::from_utf8_lossy(&answer);
@@ -231,7 +242,7 @@ pub fn get(address: SocketAddr, path: &str) -> (u16, String) {
 }
 
 /// Sends bytes and returns what comes until the server closes or falls silent.
-pub fn exchange(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+pub(crate) fn exchange(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(address).unwrap();
     stream
         .set_read_timeout(Some(Duration::from_secs(3)))
@@ -244,7 +255,7 @@ pub fn exchange(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
 }
 
 /// Waits for something that happens by itself.
-pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let until = Instant::now() + PATIENCE;
     while !holds() {
         assert!(Instant::now() < until, "{what}: not in time");

@@ -52,8 +52,15 @@ impl Cluster {
     /// Starts `size` servers; does not wait for them.
     pub fn start(name: &str, size: usize) -> Self {
         let directory = Directory::new(name);
-        let ports = free_ports(2 * size).chunks(2).map(|pair| (pair[0], pair[1])).collect();
-        let mut cluster = Self { directory, ports, servers: (0..size).map(|_| None).collect() };
+        let ports = free_ports(2 * size)
+            .chunks(2)
+            .map(|pair| (pair[0], pair[1]))
+            .collect();
+        let mut cluster = Self {
+            directory,
+            ports,
+            servers: (0..size).map(|_| None).collect(),
+        };
         for node in 0..size {
             cluster.spawn(node);
         }
@@ -65,24 +72,37 @@ impl Cluster {
     }
 
     pub fn endpoints(&self) -> Vec<String> {
-        self.ports.iter().map(|(client, _)| format!("127.0.0.1:{client}")).collect()
+        self.ports
+            .iter()
+            .map(|(client, _)| format!("127.0.0.1:{client}"))
+            .collect()
     }
 
     /// The command that starts a server.
     pub fn command(&self, node: usize) -> Command {
         let (client, peer) = self.ports[node];
         let members = self.ports.iter().enumerate();
-        let initial: Vec<_> =
-            members.map(|(n, (_, peer))| format!("n{n}=http://127.0.0.1:{peer}")).collect();
+        let initial: Vec<_> = members
+            .map(|(n, (_, peer))| format!("n{n}=http://127.0.0.1:{peer}"))
+            .collect();
         let mut command = Command::new(env!("CARGO_BIN_EXE_conclave"));
         command
             .arg("serve")
             .args(["--name", &format!("n{node}")])
             .args(["--data-dir", &self.data_dir(node).to_string_lossy()])
-            .args(["--listen-client-urls", &format!("http://127.0.0.1:{client}")])
-            .args(["--advertise-client-urls", &format!("http://127.0.0.1:{client}")])
+            .args([
+                "--listen-client-urls",
+                &format!("http://127.0.0.1:{client}"),
+            ])
+            .args([
+                "--advertise-client-urls",
+                &format!("http://127.0.0.1:{client}"),
+            ])
             .args(["--listen-peer-urls", &format!("http://127.0.0.1:{peer}")])
-            .args(["--initial-advertise-peer-urls", &format!("http://127.0.0.1:{peer}")])
+            .args([
+                "--initial-advertise-peer-urls",
+                &format!("http://127.0.0.1:{peer}"),
+            ])
             .args(["--initial-cluster", &initial.join(",")])
             .stdin(Stdio::null());
         command
@@ -97,7 +117,11 @@ impl Cluster {
     }
 
     pub fn spawn(&mut self, node: usize) {
-        let log = File::options().create(true).append(true).open(self.log_file(node)).unwrap();
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_file(node))
+            .unwrap();
         let mut command = self.command(node);
         command.stdout(log.try_clone().unwrap()).stderr(log);
         let before = self.servers[node].replace(command.spawn().unwrap());
@@ -117,8 +141,14 @@ impl Cluster {
 
     /// A session, once the cluster serves.
     pub async fn session(&self, client: &Client, ttl: Duration) -> Session {
-        let options = SessionOptions { ttl, ..SessionOptions::default() };
-        eventually("a session", || async { client.session(options.clone()).await.ok() }).await
+        let options = SessionOptions {
+            ttl,
+            ..SessionOptions::default()
+        };
+        eventually("a session", || async {
+            client.session(options.clone()).await.ok()
+        })
+        .await
     }
 
     /// Which server leads, once all that run agree on one that runs.
@@ -152,9 +182,13 @@ impl Drop for Cluster {
 
 /// Ports that nobody uses now.
 fn free_ports(count: usize) -> Vec<u16> {
-    let listeners: Vec<_> =
-        (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    listeners.iter().map(|listener| listener.local_addr().unwrap().port()).collect()
+    let listeners: Vec<_> = (0..count)
+        .map(|_| TcpListener::bind("127.0.0.1:0").unwrap())
+        .collect();
+    listeners
+        .iter()
+        .map(|listener| listener.local_addr().unwrap().port())
+        .collect()
 }
 
 /// Tries until there is something.
