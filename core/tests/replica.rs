@@ -1044,3 +1044,29 @@ fn of_requests_at_one_place_the_newest_wait() {
         assert!(cluster.outcome(node, number).starts_with("Ok(Machine(Ok("));
     }
 }
+
+#[test]
+fn clusters_of_any_size_come_together_although_members_restart() {
+    for size in [1, 2, 3, 4, 5] {
+        let mut cluster = Cluster::new(size);
+        for (boot, id) in (2..).zip((1..=size).cycle().take(20)) {
+            // One turn of each member at a time, in the middle of admission.
+            cluster.boot_us += 10_000;
+            for node in (1..=size).map(NodeId) {
+                cluster.turn(node);
+            }
+            cluster.restart(NodeId(id), boot);
+        }
+        cluster.run_ms(3_000);
+        let (leader, last) = (cluster.leader(), NodeId(size));
+        let number = cluster.append(last, "a");
+        cluster.settle();
+        assert_eq!(cluster.outcome(last, number), r#"Ok(Machine(Ok(b"a")))"#);
+        cluster.run_ms(300);
+        cluster.assert_equal_states();
+        assert_eq!(
+            cluster.nodes[&leader].replica.status().members.len() as u64,
+            size
+        );
+    }
+}
