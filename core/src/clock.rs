@@ -30,6 +30,10 @@ impl Clock {
     /// Takes note of the time at the start of a turn.
     pub(crate) fn advance(&mut self, now: Now) {
         let step = now.boot_us.saturating_sub(self.last_boot_us);
+        #[cfg(conclave_plant)]
+        if crate::plant::is("clock-over-stall") {
+            self.elapsed_us += step.saturating_sub(self.step_us_max);
+        }
         self.elapsed_us += step.min(self.step_us_max);
         self.last_boot_us = now.boot_us.max(self.last_boot_us);
     }

@@ -288,8 +288,14 @@ impl Consensus {
         if let Some(hard_state) = ready.hs() {
             self.raw.mut_store().hard_state = hard_state.clone();
         }
+        let messages = ready.take_messages();
+        #[cfg(conclave_plant)]
+        let messages = match crate::plant::is("ack-before-fsync") {
+            true => [messages, ready.take_persisted_messages()].concat(),
+            false => messages,
+        };
         let prepared = Prepared {
-            messages: encode(ready.take_messages()),
+            messages: encode(messages),
             unsaved: ready.must_sync().then(|| self.unsaved(&entries)),
             reads: ready
                 .take_read_states()

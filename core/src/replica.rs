@@ -148,6 +148,8 @@ impl<M: Machine> Replica<M> {
             facts,
             entries,
         } = recovered;
+        #[cfg(conclave_plant)]
+        let entries = crate::plant::forget_a_lock(entries);
         let consensus_config = ConsensusConfig {
             node: config.node,
             voters: facts.voters.clone(),

@@ -65,6 +65,10 @@ impl<M: Machine> Replica<M> {
         match &mut leadership.liveness {
             Some(liveness) => {
                 liveness.renewal_arrived(session);
+                #[cfg(conclave_plant)]
+                if crate::plant::is("renew-without-confirmation") {
+                    return self.renew(renewal);
+                }
                 self.reads.add(Ask {
                     deadline_us,
                     body: AskBody::Renewal(renewal),
