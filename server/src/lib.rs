@@ -12,7 +12,7 @@
 //! - `validate`, `convert`, `status`: requests are checked, answers converted,
 //!   and errors mapped to the wire, each in one place;
 //! - `events`: streams that follow sessions;
-//! - `peers`: the links between members;
+//! - `turns`: the thread of the node, with `peers`, the links between members;
 //! - `metrics`: what is counted.
 //!
 //! Nothing here decides who holds what, and nothing here keeps state that
@@ -38,6 +38,7 @@ mod session;
 pub mod shutdown;
 mod status;
 pub mod storage;
+mod turns;
 mod validate;
 
 pub use options::{ClusterState, Options};

@@ -1,8 +1,7 @@
 //! Puts a server together, runs it, and takes it apart in the right order.
 //!
-//! Threads: `conclave-loop` owns the replica and its log; `conclave-peers`
-//! carries messages between members; `conclave-io-N` serve clients; the thread
-//! that calls [`Server::wait`] accepts connections and watches over the others.
+//! Threads: `conclave-loop` runs the node and carries messages between members;
+//! `conclave-io-N` serve clients; the thread that calls [`Server::wait`] accepts connections and watches over the others.
 
 use std::{
     future::{Future, pending},
@@ -15,12 +14,12 @@ use std::{
 
 use conclave_core::{
     limits,
-    node::{self, LoopThread, Outlets},
+    node::{self, Outlets},
     replica::{Config, Fatal, Role, Status},
 };
 use tokio::{
     runtime::{Builder, Runtime},
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
     time,
 };
 use tonic::{service::Routes, transport};
@@ -41,6 +40,7 @@ use crate::{
     routes,
     shutdown::{Requests, Shutdown},
     storage::{self, Storage, StorageError},
+    turns,
 };
 
 /// How often the threads and the state of the cluster are looked at.
@@ -86,8 +86,10 @@ pub struct Server {
     phase: watch::Sender<Phase>,
     replica: LoopThread,
     io: Vec<JoinHandle<()>>,
-    peers: JoinHandle<()>,
 }
+
+/// Joins to why the node ended.
+type LoopThread = JoinHandle<Result<(), Fatal>>;
 
 /// Where a server listens, with the ports that the system chose.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,11 +130,9 @@ impl Server {
         // The first is for the control thread.
         let mailboxes: Vec<Arc<Mailbox>> =
             (0..=settings.io_threads).map(|_| Arc::default()).collect();
-        let (gateway, replica) = start_replica(settings, storage, &mailboxes)?;
-        let gateway = Arc::new(gateway);
+        let (gateway, replica) = start_replica(settings, storage, peer_listeners, &mailboxes)?;
         let (phase, phases) = watch::channel(Phase::Serving);
         let (health, health_server) = health_reporter();
-        let peers = spawn_peers(&gateway, peer_listeners, phases.clone())?;
         let (client_threads, io) = mailboxes
             .into_iter()
             .skip(1)
@@ -154,7 +154,6 @@ impl Server {
             phase,
             replica,
             io,
-            peers,
         })
     }
 
@@ -171,7 +170,7 @@ impl Server {
         self.phase.send_replace(Phase::Stopped);
         if patient {
             // Whether they all end in time is seen below.
-            control.block_on(async { time::timeout(END_WITHIN, self.all_ended()).await.ok() });
+            control.block_on(async { time::timeout(END_WITHIN, self.drained()).await.ok() });
         }
         if !self.replica.is_finished() {
             tracing::warn!("stopped without waiting for the log any longer");
@@ -256,13 +255,6 @@ impl Server {
             time::sleep(END_EVERY).await;
         }
     }
-
-    async fn all_ended(&self) {
-        self.drained().await;
-        while !self.peers.is_finished() {
-            time::sleep(END_EVERY).await;
-        }
-    }
 }
 
 /// A runtime on the thread that blocks on it.
@@ -284,12 +276,13 @@ fn local_addresses(listeners: &[StdListener]) -> Vec<SocketAddr> {
         .collect()
 }
 
-/// Starts the loop thread over an open log.
+/// Starts the thread of the node and its links.
 fn start_replica(
     settings: Settings,
     storage: Storage,
+    listeners: Vec<StdListener>,
     mailboxes: &[Arc<Mailbox>],
-) -> Result<(Gateway, LoopThread), ServerError> {
+) -> Result<(Arc<Gateway>, LoopThread), ServerError> {
     let Storage { log, recovered } = storage;
     let config = Config {
         node: settings.topology.own().id,
@@ -307,7 +300,12 @@ fn start_replica(
     let incarnation = recovered.identity.incarnation;
     let peers = Arc::new(Peers::new(&settings.topology, incarnation, config.boot));
     let hub = Arc::new(Hub::default());
+    let arrived = Arc::new(Notify::new());
     let outlets = Outlets {
+        wake: Box::new({
+            let arrived = Arc::clone(&arrived);
+            move || arrived.notify_one()
+        }),
         answered: Box::new({
             let mailboxes = mailboxes.to_vec();
             move || mailboxes.iter().for_each(|mailbox| mailbox.post())
@@ -321,25 +319,17 @@ fn start_replica(
             move |events| hub.publish(events)
         }),
     };
-    let (handle, replica) =
-        node::start(config, log, recovered, outlets).map_err(ServerError::Thread)?;
+    let (handle, node) = node::open(config, log, recovered, outlets);
+    let links = Arc::clone(&peers).run(handle.clone(), listeners);
+    let replica = spawn("conclave-loop".to_owned(), async move {
+        // Ends with the runtime.
+        tokio::spawn(links);
+        turns::run(node, arrived).await
+    })?;
     let mailbox = Arc::clone(&mailboxes[0]);
     let settings = Arc::new(settings);
     let gateway = Gateway::new(handle, settings, hub, peers, mailbox, storage::random());
-    Ok((gateway, replica))
-}
-
-fn spawn_peers(
-    gateway: &Gateway,
-    listeners: Vec<StdListener>,
-    phases: watch::Receiver<Phase>,
-) -> Result<JoinHandle<()>, ServerError> {
-    let peers = Arc::clone(&gateway.peers);
-    let handle = gateway.handle.clone();
-    spawn("conclave-peers".to_owned(), async move {
-        // Leadership is handed over while requests finish, so links stand until the end.
-        until(phases, Phase::Stopped, peers.run(handle, listeners)).await;
-    })
+    Ok((Arc::new(gateway), replica))
 }
 
 fn spawn_io(
@@ -360,15 +350,16 @@ fn spawn_io(
 }
 
 /// A thread with a runtime of its own, for as long as the future runs.
-fn spawn(
+fn spawn<T: Send + 'static>(
     name: String,
-    work: impl Future<Output = ()> + Send + 'static,
-) -> Result<JoinHandle<()>, ServerError> {
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<JoinHandle<T>, ServerError> {
     let runtime = runtime()?;
     let run = move || {
-        runtime.block_on(work);
+        let result = runtime.block_on(work);
         // A look-up of a name may still run, and nobody waits for it.
         runtime.shutdown_background();
+        result
     };
     thread::Builder::new()
         .name(name)
