@@ -308,9 +308,9 @@ impl<M: Machine, D: Disk> Node<M, D> {
     }
 
     /// The first half of a turn: takes in what has arrived, and sends what may
-    /// leave before anything is durable. Whether there is something to sync: then
-    /// what was sent should be on its way before [`Node::finish_turn`], which
-    /// blocks.
+    /// leave before anything is durable. Whether something was sent, and something
+    /// must be synced: then the one should be on its way before the other blocks in
+    /// [`Node::finish_turn`].
     pub fn begin_turn(&mut self) -> Result<bool, Fatal> {
         let now = now();
         let (inbox, stopping) = self.shared.take();
@@ -320,9 +320,10 @@ impl<M: Machine, D: Disk> Node<M, D> {
             inputs.push(Input::Resign);
         }
         let begun = self.replica.begin(now, inputs)?;
-        self.send(begun.messages);
         self.unsaved = begun.batch;
-        Ok(self.unsaved.is_some())
+        let is_sent_early = self.unsaved.is_some() && !begun.messages.is_empty();
+        self.send(begun.messages);
+        Ok(is_sent_early)
     }
 
     /// The second half: makes durable what must be, applies, and answers.

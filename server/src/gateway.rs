@@ -44,10 +44,13 @@ pub(crate) struct Gateway {
     pub(crate) metrics: Arc<Metrics>,
     /// Where answers for this thread arrive; somebody must deliver them.
     pub(crate) mailbox: Arc<Mailbox>,
+    /// Those of all threads, that of the control thread first.
+    mailboxes: Arc<[Arc<Mailbox>]>,
     next_request: Arc<AtomicU64>,
 }
 
 impl Gateway {
+    /// The gateway of the control thread, which has the first of the mailboxes.
     /// `random` keeps the numbers that this process gives to requests apart from
     /// those of others.
     pub(crate) fn new(
@@ -55,7 +58,7 @@ impl Gateway {
         settings: Arc<Settings>,
         hub: Arc<Hub>,
         peers: Arc<Peers>,
-        mailbox: Arc<Mailbox>,
+        mailboxes: Vec<Arc<Mailbox>>,
         random: u64,
     ) -> Self {
         Self {
@@ -64,9 +67,15 @@ impl Gateway {
             hub,
             peers,
             metrics: Arc::new(Metrics::new()),
-            mailbox,
+            mailbox: Arc::clone(&mailboxes[0]),
+            mailboxes: mailboxes.into(),
             next_request: Arc::new(AtomicU64::new(random)),
         }
+    }
+
+    /// The mailboxes of the threads that serve clients.
+    pub(crate) fn client_mailboxes(&self) -> impl Iterator<Item = &Arc<Mailbox>> {
+        self.mailboxes.iter().skip(1)
     }
 
     /// The gateway of another thread.
@@ -78,6 +87,7 @@ impl Gateway {
             peers: Arc::clone(&self.peers),
             metrics: Arc::clone(&self.metrics),
             mailbox,
+            mailboxes: Arc::clone(&self.mailboxes),
             next_request: Arc::clone(&self.next_request),
         }
     }

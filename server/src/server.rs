@@ -1,7 +1,8 @@
 //! Puts a server together, runs it, and takes it apart in the right order.
 //!
 //! Threads: `conclave-loop` runs the node and carries messages between members;
-//! `conclave-io-N` serve clients; the thread that calls [`Server::wait`] accepts connections and watches over the others.
+//! `conclave-io-N` serve clients, or `conclave-loop` where a machine has too few
+//! cores for more; the thread that calls [`Server::wait`] accepts connections and watches over the others.
 
 use std::{
     future::{Future, pending},
@@ -127,20 +128,24 @@ impl Server {
             metrics: local_addresses(&metrics),
         };
         log_start(&settings, &addresses);
-        // The first is for the control thread.
-        let mailboxes: Vec<Arc<Mailbox>> =
-            (0..=settings.io_threads).map(|_| Arc::default()).collect();
-        let (gateway, replica) = start_replica(settings, storage, peer_listeners, &mailboxes)?;
         let (phase, phases) = watch::channel(Phase::Serving);
         let (health, health_server) = health_reporter();
-        let (client_threads, io) = mailboxes
+        let (gateway, turns) = open_node(settings, storage);
+        let gateway = Arc::new(gateway);
+        let links = Arc::clone(&gateway.peers).run(gateway.handle.clone(), peer_listeners);
+        let (client_threads, mut services): (Vec<_>, Vec<_>) = gateway
+            .client_mailboxes()
+            .map(|mailbox| serve_clients(&gateway, mailbox, &health_server, phases.clone()))
+            .unzip();
+        let here = match gateway.settings.io_threads {
+            0 => services.pop(),
+            _ => None,
+        };
+        let replica = spawn("conclave-loop".to_owned(), run_node(turns, links, here))?;
+        let io = services
             .into_iter()
-            .skip(1)
             .enumerate()
-            .map(|(number, mailbox)| {
-                let gateway = Arc::new(gateway.with_mailbox(mailbox));
-                spawn_io(number, gateway, &health_server, phases.clone())
-            })
+            .map(|(number, service)| spawn(format!("conclave-io-{number}"), service))
             .collect::<Result<_, _>>()?;
         drop(inside);
         Ok(Self {
@@ -276,13 +281,11 @@ fn local_addresses(listeners: &[StdListener]) -> Vec<SocketAddr> {
         .collect()
 }
 
-/// Starts the thread of the node and its links.
-fn start_replica(
+/// Opens the node, for a thread that will run its turns.
+fn open_node(
     settings: Settings,
     storage: Storage,
-    listeners: Vec<StdListener>,
-    mailboxes: &[Arc<Mailbox>],
-) -> Result<(Arc<Gateway>, LoopThread), ServerError> {
+) -> (Gateway, impl Future<Output = Result<(), Fatal>> + Send) {
     let Storage { log, recovered } = storage;
     let config = Config {
         node: settings.topology.own().id,
@@ -300,6 +303,9 @@ fn start_replica(
     let incarnation = recovered.identity.incarnation;
     let peers = Arc::new(Peers::new(&settings.topology, incarnation, config.boot));
     let hub = Arc::new(Hub::default());
+    let mailboxes: Vec<Arc<Mailbox>> = (0..=settings.io_threads.max(1))
+        .map(|_| Arc::default())
+        .collect();
     let arrived = Arc::new(Notify::new());
     let outlets = Outlets {
         wake: Box::new({
@@ -307,7 +313,7 @@ fn start_replica(
             move || arrived.notify_one()
         }),
         answered: Box::new({
-            let mailboxes = mailboxes.to_vec();
+            let mailboxes = mailboxes.clone();
             move || mailboxes.iter().for_each(|mailbox| mailbox.post())
         }),
         send: Box::new({
@@ -320,24 +326,38 @@ fn start_replica(
         }),
     };
     let (handle, node) = node::open(config, log, recovered, outlets);
-    let links = Arc::clone(&peers).run(handle.clone(), listeners);
-    let replica = spawn("conclave-loop".to_owned(), async move {
-        // Ends with the runtime.
-        tokio::spawn(links);
-        turns::run(node, arrived).await
-    })?;
-    let mailbox = Arc::clone(&mailboxes[0]);
     let settings = Arc::new(settings);
-    let gateway = Gateway::new(handle, settings, hub, peers, mailbox, storage::random());
-    Ok((Arc::new(gateway), replica))
+    let gateway = Gateway::new(handle, settings, hub, peers, mailboxes, storage::random());
+    (gateway, turns::run(node, arrived))
 }
 
-fn spawn_io(
-    number: usize,
-    gateway: Arc<Gateway>,
+/// What the loop thread does: the turns of the node, the links to other members,
+/// and, if there are no threads for them, clients.
+async fn run_node(
+    turns: impl Future<Output = Result<(), Fatal>>,
+    links: impl Future<Output = ()> + Send + 'static,
+    clients: Option<impl Future<Output = ()> + Send + 'static>,
+) -> Result<(), Fatal> {
+    // Ends with the runtime.
+    tokio::spawn(links);
+    let clients = clients.map(tokio::spawn);
+    turns.await?;
+    if let Some(clients) = clients {
+        // They still get their answers. A panic ends the process in a release.
+        clients.await.ok();
+    }
+    Ok(())
+}
+
+/// The service for one thread's share of the clients, and the way to hand it
+/// connections.
+fn serve_clients(
+    gateway: &Gateway,
+    mailbox: &Arc<Mailbox>,
     health: &HealthServer<impl Health>,
     phases: watch::Receiver<Phase>,
-) -> Result<(ConnectionSender, JoinHandle<()>), ServerError> {
+) -> (ConnectionSender, impl Future<Output = ()> + Send + 'static) {
+    let gateway = Arc::new(gateway.with_mailbox(Arc::clone(mailbox)));
     let (sender, connections) = net::connections();
     let routes = routes::routes(&gateway, health.clone());
     let serve = async move {
@@ -346,7 +366,7 @@ fn spawn_io(
             () = serve_connections(routes, connections, phases) => {}
         }
     };
-    Ok((sender, spawn(format!("conclave-io-{number}"), serve)?))
+    (sender, serve)
 }
 
 /// A thread with a runtime of its own, for as long as the future runs.
