@@ -8,12 +8,15 @@ use crate::support::{
     Directory, Ended, Process, conclave, eventually, free_ports, is_free, running,
 };
 
-/// The first port of three servers: also what lies above must be free.
+/// The first port of three servers: those that go with it are free, too, and not
+/// given to another test.
 fn port() -> u16 {
     loop {
-        let port = free_ports(1)[0];
-        let all = [port, port + 20_000, port + 30_000];
-        if all.iter().all(|port| is_free(*port) && is_free(port + 1)) {
+        let ports = free_ports(2);
+        let port = ports[0];
+        let above = [port + 20_000, port + 30_000];
+        let are_free = above.iter().all(|port| is_free(*port) && is_free(port + 1));
+        if ports[1] == port + 1 && are_free {
             return port;
         }
     }
@@ -82,7 +85,7 @@ async fn a_signal_ends_it_and_its_command_or_servers() {
 
     let line = ["--nodes", "1", "--port", &port, "--", "./no-such-command"];
     let ended = dev(&directory, &line).ended().await;
-    assert_eq!(ended.code, 127);
+    assert_eq!(ended.code, 127, "{ended:?}");
     assert!(ended.complaint().contains("no-such-command"));
 }
 

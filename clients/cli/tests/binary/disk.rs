@@ -17,7 +17,7 @@ use crate::support::{Cluster, Directory, PATIENCE, eventually};
 /// How long syncs are held: enough for thousands of answers.
 const HELD: Duration = Duration::from_secs(2);
 
-/// A cluster of three with a shim, and its directory.
+/// A cluster of three, each with the shim and a file that switches it.
 struct Shimmed {
     cluster: Cluster,
 }
@@ -178,13 +178,14 @@ async fn a_leader_whose_disk_hangs_is_replaced() {
     let client = shimmed.cluster.client();
     let session = shimmed
         .cluster
-        .session(&client, Duration::from_secs(60))
+        .session(&client, Duration::from_secs(5))
         .await;
     let held = session.lock("held").await.unwrap();
     let old = shimmed.cluster.leader().await;
 
     shimmed.disturb(old);
     let others = [(old + 1) % 3, (old + 2) % 3];
+    // Neither this nor the session, which is short, is lost with the old leader.
     let guard = session.lock("meanwhile").await.unwrap();
     assert_ne!(shimmed.cluster.leader_of(&others).await, old);
     assert!(client.check("held", held.token()).await.unwrap());

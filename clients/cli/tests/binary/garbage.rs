@@ -79,7 +79,7 @@ fn send(port: u16, bytes: &[u8], stay: bool) -> TcpStream {
     if !stay {
         stream.shutdown(Shutdown::Write).ok();
     }
-    stream.read(&mut [0; 1_000]).ok();
+    stream.read_exact(&mut [0]).ok();
     stream
 }
 
