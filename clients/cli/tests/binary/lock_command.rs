@@ -10,12 +10,15 @@ use rustix::process::Signal;
 
 use crate::support::{Cluster, Directory, Process, conclave, eventually, free_ports, runs};
 
+/// The head of a loop that is longer than any test, but ends when nobody ends it.
+const LONG: &str = "for i in $(seq 3000);";
+
 /// A command that writes down when it begins and ends, and works until told.
 fn job(cluster: &Cluster, name: &str) -> String {
     let directory = cluster.directory().display();
     format!(
         "cd {directory}; echo {name} begins >> order; \
-         while [ ! -e {name}.enough ]; do sleep 0.05; done; echo {name} ends >> order"
+         {LONG} do [ -e {name}.enough ] && break; sleep 0.02; done; echo {name} ends >> order"
     )
 }
 
@@ -84,7 +87,7 @@ async fn a_killed_holder_takes_its_command_along_and_the_next_waits_for_the_ttl(
     // Both the command and its child ignore whatever can be ignored.
     let script = format!(
         "cd {}; trap '' TERM INT HUP; echo $$ > pids; echo \"$CONCLAVE_SESSION\" > session; \
-         while :; do echo work >> order; sleep 0.02; done & echo $! >> pids; wait",
+         {LONG} do echo work >> order; sleep 0.02; done & echo $! >> pids; wait",
         cluster.directory().display()
     );
     let holder = cluster.begin(["lock", "deploy", "--ttl", "3s", "--", "sh", "-c", &script]);
@@ -222,7 +225,7 @@ async fn force_takes_the_lock_with_a_reason_and_ends_the_command() {
     let cluster = one("lock-force").await;
     let script = format!(
         "cd {}; trap 'echo told; exit 0' TERM; echo $CONCLAVE_LOCK_TOKEN; \
-         while :; do sleep 0.02; done",
+         {LONG} do sleep 0.02; done",
         cluster.directory().display()
     );
     let holder = cluster.begin(["lock", "deploy", "--", "sh", "-c", &script]);
@@ -250,8 +253,8 @@ async fn force_takes_the_lock_with_a_reason_and_ends_the_command() {
 #[tokio::test]
 async fn without_the_cluster_the_command_ends_before_the_lock_does() {
     let mut cluster = one("lock-lost").await;
-    let script = "trap '' TERM; echo $$; while :; do sleep 0.02; done";
-    let holder = cluster.begin(["lock", "x", "--ttl", "2s", "--", "sh", "-c", script]);
+    let script = format!("trap '' TERM; echo $$; {LONG} do sleep 0.02; done");
+    let holder = cluster.begin(["lock", "x", "--ttl", "2s", "--", "sh", "-c", &script]);
     holder.printed("\n").await;
     let pid = holder.stdout().trim().parse().unwrap();
     cluster.kill(0);
@@ -263,10 +266,11 @@ async fn without_the_cluster_the_command_ends_before_the_lock_does() {
 #[tokio::test]
 async fn signals_reach_the_command() {
     let cluster = one("lock-signals").await;
-    let script = "trap 'echo user' USR1; trap 'echo hangup' HUP; \
-                  trap 'echo interrupted; exit 9' INT; echo ready; \
-                  while :; do sleep 0.02; done";
-    let holder = cluster.begin(["lock", "x", "--", "sh", "-c", script]);
+    let script = format!(
+        "trap 'echo user' USR1; trap 'echo hangup' HUP; \
+         trap 'echo interrupted; exit 9' INT; echo ready; {LONG} do sleep 0.02; done"
+    );
+    let holder = cluster.begin(["lock", "x", "--", "sh", "-c", &script]);
     holder.printed("ready").await;
     holder.signal(Signal::USR1);
     holder.printed("user").await;
