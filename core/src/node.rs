@@ -13,6 +13,7 @@
 
 use std::{
     collections::BTreeMap,
+    error::Error as _,
     fmt, mem,
     sync::{
         Arc, Mutex, PoisonError,
@@ -424,8 +425,10 @@ impl<M: Machine, D: Disk> Drop for Node<M, D> {
     }
 }
 
+/// With the cause, since who reads it must mend the disk.
 fn storage(error: LogError) -> Fatal {
-    Fatal::Storage(error.to_string())
+    let cause = error.source().map(|cause| format!(": {cause}"));
+    Fatal::Storage(format!("{error}{}", cause.unwrap_or_default()))
 }
 
 /// A lock is poisoned only by a panic, which ends the process in a release.

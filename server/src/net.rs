@@ -24,12 +24,15 @@ const ACCEPTED_MAX: usize = 256;
 /// After a failed accept, which is usually the limit of open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Listens on one address. Must run inside a runtime.
-pub(crate) fn listen(url: &Url) -> Result<StdListener, BindError> {
-    let failed = |source| BindError::Failed {
-        url: url.clone(),
-        source,
-    };
+/// An address that is taken, and to which nobody can connect yet.
+#[derive(Debug)]
+pub(crate) struct Bound {
+    url: Url,
+    socket: TcpSocket,
+}
+
+/// Takes one address.
+pub(crate) fn bind(url: &Url) -> Result<Bound, BindError> {
     let addresses: Vec<SocketAddr> = (url.host(), url.port())
         .to_socket_addrs()
         .map_err(|source| BindError::UnknownHost {
@@ -41,17 +44,25 @@ pub(crate) fn listen(url: &Url) -> Result<StdListener, BindError> {
         .iter()
         .find(|address| address.is_ipv4())
         .or_else(|| addresses.first());
-    let address = *preferred.ok_or_else(|| failed(io::ErrorKind::AddrNotAvailable.into()))?;
-    match bind(address) {
-        Ok(listener) => Ok(listener),
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            Err(BindError::InUse { url: url.clone() })
-        }
-        Err(error) => Err(failed(error)),
+    let socket = preferred
+        .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+        .and_then(|address| bound(*address))
+        .map_err(|error| BindError::new(url, error))?;
+    let url = url.clone();
+    Ok(Bound { url, socket })
+}
+
+impl Bound {
+    /// Lets others connect. Must run inside a runtime.
+    pub(crate) fn listen(self) -> Result<StdListener, BindError> {
+        self.socket
+            .listen(BACKLOG)
+            .and_then(TcpListener::into_std)
+            .map_err(|error| BindError::new(&self.url, error))
     }
 }
 
-fn bind(address: SocketAddr) -> io::Result<StdListener> {
+fn bound(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = if address.is_ipv4() {
         TcpSocket::new_v4()
     } else {
@@ -60,7 +71,7 @@ fn bind(address: SocketAddr) -> io::Result<StdListener> {
     // Connections of the process before may linger.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
-    socket.listen(BACKLOG)?.into_std()
+    Ok(socket)
 }
 
 /// The end of a channel into which connections for one thread go.
@@ -130,6 +141,16 @@ pub enum BindError {
     Failed { url: Url, source: io::Error },
 }
 
+impl BindError {
+    fn new(url: &Url, source: io::Error) -> Self {
+        let url = url.clone();
+        match source.kind() {
+            io::ErrorKind::AddrInUse => Self::InUse { url },
+            _ => Self::Failed { url, source },
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,6 +163,10 @@ mod tests {
             ..Options::default()
         };
         options.validate().unwrap().listen_client.remove(0)
+    }
+
+    fn listen(url: &Url) -> Result<StdListener, BindError> {
+        bind(url)?.listen()
     }
 
     #[tokio::test]

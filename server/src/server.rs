@@ -35,7 +35,7 @@ use crate::{
     gateway::Gateway,
     http,
     mailbox::Mailbox,
-    net::{self, BindError, ConnectionSender},
+    net::{self, BindError, Bound, ConnectionSender},
     options::{Options, OptionsError, Settings, Url},
     peers::Peers,
     routes,
@@ -113,15 +113,20 @@ enum Phase {
 }
 
 impl Server {
-    /// Opens the data directory, listens, and starts the threads.
+    /// Takes the addresses, opens the data directory, and starts the threads.
     pub fn start(options: &Options) -> Result<Self, ServerError> {
         let settings = options.validate()?;
         let control = runtime()?;
         let inside = control.enter();
+        // A start that fails for its addresses leaves no directory behind that
+        // belongs to them. But nobody connects before the log was read.
+        let clients = bind_all(&settings.listen_client)?;
+        let peers = bind_all(&settings.listen_peer)?;
+        let metrics = bind_all(&settings.listen_metrics)?;
         let storage = Storage::open(&settings)?;
-        let clients = listen_all(&settings.listen_client)?;
-        let peer_listeners = listen_all(&settings.listen_peer)?;
-        let metrics = listen_all(&settings.listen_metrics)?;
+        let clients = listen_all(clients)?;
+        let peer_listeners = listen_all(peers)?;
+        let metrics = listen_all(metrics)?;
         let addresses = Addresses {
             clients: local_addresses(&clients),
             peers: local_addresses(&peer_listeners),
@@ -270,8 +275,13 @@ fn runtime() -> Result<Runtime, ServerError> {
         .map_err(ServerError::Thread)
 }
 
-fn listen_all(urls: &[Url]) -> Result<Vec<StdListener>, ServerError> {
-    Ok(urls.iter().map(net::listen).collect::<Result<_, _>>()?)
+fn bind_all(urls: &[Url]) -> Result<Vec<Bound>, ServerError> {
+    Ok(urls.iter().map(net::bind).collect::<Result<_, _>>()?)
+}
+
+fn listen_all(bound: Vec<Bound>) -> Result<Vec<StdListener>, ServerError> {
+    let listeners = bound.into_iter().map(Bound::listen);
+    Ok(listeners.collect::<Result<_, _>>()?)
 }
 
 fn local_addresses(listeners: &[StdListener]) -> Vec<SocketAddr> {

@@ -65,12 +65,16 @@ pub(crate) enum Command {
     #[command(after_help = UNLOCK_HELP)]
     Unlock(UnlockArgs),
     /// List locks, who holds them and who waits.
+    #[command(after_help = LOCKS_HELP)]
     Locks(LocksArgs),
     /// List the live sessions.
+    #[command(after_help = SESSIONS_HELP)]
     Sessions,
     /// Ask each server how it is.
+    #[command(after_help = STATUS_HELP)]
     Status,
     /// Measure a running cluster.
+    #[command(after_help = "Example:\n  conclave bench lock --clients 16 --seconds 5")]
     Bench(BenchArgs),
     /// Print completions for a shell.
     #[command(
@@ -114,6 +118,31 @@ it. What the holder does until it notices is stopped only by the fencing token.
 
 Example:
   conclave unlock deploy --force --reason 'host is being replaced'";
+
+const LOCKS_HELP: &str = "\
+Place 0 holds the lock, the others wait in this order. The token of a place is the
+one that its grant will have.
+
+Examples:
+  conclave locks
+  conclave locks deploy
+  conclave locks -o json | jq '.locks[] | select(.waiters_total > 0) | .name'";
+
+const SESSIONS_HELP: &str = "\
+A session ends when it was not renewed for its TTL, and its locks end with it.
+KEYS counts the locks that it holds or waits for.
+
+Examples:
+  conclave sessions
+  conclave sessions -o json | jq '.sessions[].session_id'";
+
+const STATUS_HELP: &str = "\
+Exit code 0 if any server answers, 69 if none does. Whether the cluster serves
+shows on /readyz of each server.
+
+Examples:
+  conclave status --endpoints 10.0.0.1:2379,10.0.0.2:2379,10.0.0.3:2379
+  conclave status -o json | jq '.servers[] | select(.role == \"leader\") | .endpoint'";
 
 const DEV_HELP: &str = "\
 The servers are real processes with real logs on disk; kill them as you like.

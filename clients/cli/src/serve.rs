@@ -157,8 +157,9 @@ const SWITCHES: &[&str] = &[
 const HELP: &str = "\
 Flags have etcd's names and meanings, with one dash or two. What the command line
 leaves out is taken from the environment: CONCLAVE_DATA_DIR, else ETCD_DATA_DIR,
-and so on. Other flags of etcd that only tune are ignored with a warning; those
-for TLS, auth and disaster recovery are refused until they exist.
+and so on; empty ones count as none. Other flags of etcd that only tune are
+ignored with a warning; those for TLS, auth and disaster recovery are refused
+until they exist.
 
 Example, one of three:
   conclave serve --name a --data-dir /var/lib/conclave \\
@@ -269,7 +270,7 @@ pub(crate) fn prepare(
         let variable = flag.to_uppercase().replace('-', "_");
         let value = ["CONCLAVE_", "ETCD_"]
             .iter()
-            .find_map(|prefix| env(&format!("{prefix}{variable}")));
+            .find_map(|prefix| env(&format!("{prefix}{variable}")).filter(|v| !v.is_empty()));
         match value {
             Some(value) if is_foreign(flag) => foreign(flag, Some(&value))?,
             Some(value) => prepared.push(format!("--{flag}={value}").into()),
@@ -443,7 +444,9 @@ mod tests {
         let env = [
             ("ETCD_NAME", "etcd"),
             ("CONCLAVE_NAME", "ours"),
+            ("CONCLAVE_DATA_DIR", ""),
             ("ETCD_DATA_DIR", "/d"),
+            ("ETCD_INITIAL_CLUSTER", ""),
         ];
         let expected = "conclave serve --name=ours --data-dir=/d";
         assert_eq!(prepared("conclave serve", &env).unwrap(), expected);

@@ -1,13 +1,5 @@
 //! Three server processes that are killed while clients hold locks.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test stops where something is missing"
-)]
-#![expect(unreachable_pub, reason = "shared between tests, not an interface")]
-
-mod support;
-
 use std::{
     collections::BTreeMap,
     fs::{self, OpenOptions},
@@ -21,8 +13,9 @@ use std::{
 };
 
 use conclave_client::{Client, SessionOptions};
-use support::{Cluster, eventually};
 use tokio::{task::JoinSet, time::sleep};
+
+use crate::support::{Cluster, eventually};
 
 const LOCKS: [&str; 2] = ["left", "right"];
 const CLIENTS: usize = 6;

@@ -1,0 +1,16 @@
+//! The built binary: real processes, sockets, files and signals.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test stops where something is missing"
+)]
+#![expect(unreachable_pub, reason = "shared between tests, not an interface")]
+
+mod cluster;
+mod commands;
+mod dev_command;
+mod disk;
+mod garbage;
+mod lock_command;
+mod serve_command;
+mod support;
