@@ -4,8 +4,9 @@
 //! leader's: each turn adds the CLOCK_BOOTTIME since the turn before, but at
 //! most one election timeout, so that a leader that was stopped, swapped out or
 //! stuck in a sync does not find everybody's time over when it goes on. Entries
-//! carry it; the next leader continues from the last one it applied. So it runs
-//! late while nobody leads, and never early.
+//! carry it, and everybody else's clock continues from each one it applies; how
+//! long a process has been up says nothing. So log time runs late while nobody
+//! leads, and never early.
 
 use crate::{ids::LogTime, replica::Now};
 
@@ -29,6 +30,10 @@ impl Clock {
     /// Takes note of the time at the start of a turn.
     pub(crate) fn advance(&mut self, now: Now) {
         let step = now.boot_us.saturating_sub(self.last_boot_us);
+        #[cfg(conclave_plant)]
+        if crate::plant::is("clock-over-stall") {
+            self.elapsed_us += step.saturating_sub(self.step_us_max);
+        }
         self.elapsed_us += step.min(self.step_us_max);
         self.last_boot_us = now.boot_us.max(self.last_boot_us);
     }
@@ -36,6 +41,11 @@ impl Clock {
     /// Never reads less than `log_time` from now on.
     pub(crate) fn raise(&mut self, log_time: LogTime) {
         self.elapsed_us = self.elapsed_us.max(log_time.saturating_mul(1_000));
+    }
+
+    /// Reads `log_time` now, even if it was ahead: for who does not lead.
+    pub(crate) fn follow(&mut self, log_time: LogTime) {
+        self.elapsed_us = log_time.saturating_mul(1_000);
     }
 
     /// In microseconds; for deadlines that stay on this node.
@@ -85,5 +95,7 @@ mod tests {
         assert_eq!((clock.log_time(), clock.micros()), (7_002, 7_002_500));
         clock.raise(5);
         assert_eq!(clock.log_time(), 7_002);
+        clock.follow(5);
+        assert_eq!(clock.log_time(), 5);
     }
 }

@@ -17,7 +17,6 @@ use raft::{
     eraftpb::{
         ConfState, Entry, EntryType, HardState as RaftHardState, Message, MessageType, Snapshot,
     },
-    util::limit_size,
 };
 use slog::{Discard, Logger, o};
 
@@ -167,8 +166,7 @@ impl Consensus {
         self.raw.raft.raft_log.last_index()
     }
 
-    /// Whether this leader has committed an entry of its term. Before that,
-    /// raft-rs drops reads without a word.
+    /// Whether an entry of the present term is known to be committed.
     pub(crate) fn has_committed_in_term(&self) -> bool {
         self.raw.raft.commit_to_current_term()
     }
@@ -248,7 +246,8 @@ impl Consensus {
         Some((u64::from_be_bytes(sequence.try_into().ok()?), state.index))
     }
 
-    /// Hands leadership to the follower that has most of the log.
+    /// Hands leadership, if this node has it, to the follower that has most of
+    /// the log, if possible one that was heard of lately.
     pub(crate) fn hand_over(&mut self) {
         let me = self.raw.raft.id;
         let best = self
@@ -256,12 +255,20 @@ impl Consensus {
             .raft
             .prs()
             .iter()
-            .filter(|(id, progress)| **id != me && progress.recent_active)
-            .max_by_key(|(id, progress)| (progress.matched, **id))
+            .filter(|(id, _)| **id != me)
+            .max_by_key(|(id, progress)| (progress.recent_active, progress.matched, **id))
             .map(|(id, _)| *id);
-        if let Some(best) = best {
+        if let Some(best) = best
+            && self.role() == Role::Leader
+        {
             self.raw.transfer_leader(best);
         }
+    }
+
+    /// Whether leadership is on its way to another member; nothing can be
+    /// proposed meanwhile.
+    pub(crate) fn is_handing_over(&self) -> bool {
+        self.raw.raft.lead_transferee.is_some()
     }
 
     /// Whether there is something to prepare.
@@ -281,8 +288,14 @@ impl Consensus {
         if let Some(hard_state) = ready.hs() {
             self.raw.mut_store().hard_state = hard_state.clone();
         }
+        let messages = ready.take_messages();
+        #[cfg(conclave_plant)]
+        let messages = match crate::plant::is("ack-before-fsync") {
+            true => [messages, ready.take_persisted_messages()].concat(),
+            false => messages,
+        };
         let prepared = Prepared {
-            messages: encode(ready.take_messages()),
+            messages: encode(messages),
             unsaved: ready.must_sync().then(|| self.unsaved(&entries)),
             reads: ready
                 .take_read_states()
@@ -357,15 +370,20 @@ impl Consensus {
         if !self.raw.store().voters.contains(&from.0) {
             return Err("comes from no member");
         }
-        if message.term == 0 && message.msg_type != MsgReadIndex {
-            return Err("has no term");
+        if (message.term == 0) != (message.msg_type == MsgReadIndex) {
+            return Err("has no term, or should have none");
         }
         match message.msg_type {
             MsgAppend => self.check_append(message),
             MsgHeartbeat if message.term >= self.term() && message.commit > last => {
                 Err("commits more than this log holds")
             }
-            MsgAppendResponse if !message.reject && message.index > last => {
+            MsgAppendResponse if message.reject && message.reject_hint > message.index => {
+                Err("rejects something else than was sent")
+            }
+            MsgAppendResponse
+                if !message.reject && message.term == self.term() && message.index > last =>
+            {
                 Err("acknowledges more than was sent")
             }
             MsgReadIndex | MsgReadIndexResp if message.entries.len() != 1 => {
@@ -387,8 +405,15 @@ impl Consensus {
 
     fn check_append(&self, message: &Message) -> Result<(), &'static str> {
         let mut before = (message.index, message.log_term);
+        if before.0 > 0 && before.1 == 0 {
+            // raft-rs takes 0 for the term of everything behind the log.
+            return Err("appends behind an entry without a term");
+        }
         for entry in message.entries.iter() {
-            if entry.index != before.0 + 1 || entry.term < before.1 || entry.term > message.term {
+            if Some(entry.index) != before.0.checked_add(1)
+                || entry.term < before.1
+                || entry.term > message.term
+            {
                 return Err("appends entries out of order");
             }
             before = (entry.index, entry.term);
@@ -460,9 +485,9 @@ impl Storage for MemoryLog {
             high <= self.last() + 1,
             "raft asks for entries it has not appended"
         );
-        let mut entries = self.entries[position(low)..position(high)].to_vec();
-        limit_size(&mut entries, max_size.into());
-        Ok(entries)
+        let entries = &self.entries[position(low)..position(high)];
+        let count = fitting(entries, max_size.into().unwrap_or(u64::MAX));
+        Ok(entries[..count].to_vec())
     }
 
     fn term(&self, index: u64) -> raft::Result<u64> {
@@ -491,6 +516,16 @@ impl Storage for MemoryLog {
     }
 }
 
+/// How many entries fit into so many bytes; the first always does.
+fn fitting(entries: &[Entry], bytes_max: u64) -> usize {
+    let mut bytes = 0;
+    let over = entries.iter().position(|entry| {
+        bytes += u64::from(entry.compute_size());
+        bytes > bytes_max
+    });
+    over.map_or(entries.len(), |over| over.max(1))
+}
+
 fn position(index: Index) -> usize {
     usize::try_from(index - 1).expect("indexes fit in memory")
 }
@@ -498,6 +533,7 @@ fn position(index: Index) -> usize {
 fn encode(messages: Vec<Message>) -> Vec<(NodeId, Bytes)> {
     messages
         .into_iter()
+        .flat_map(split)
         .map(|message| {
             let bytes = message
                 .write_to_bytes()
@@ -505,6 +541,29 @@ fn encode(messages: Vec<Message>) -> Vec<(NodeId, Bytes)> {
             (NodeId(message.to), Bytes::from(bytes))
         })
         .collect()
+}
+
+/// raft-rs joins all appends of a turn to one receiver, without limit; a follower
+/// that is far behind would get everything at once. Several in a row say the same.
+fn split(mut message: Message) -> Vec<Message> {
+    if fitting(&message.entries, limits::APPEND_BYTES_MAX) == message.entries.len() {
+        return vec![message];
+    }
+    let mut entries: Vec<_> = message.take_entries().into();
+    let mut parts = Vec::new();
+    loop {
+        let rest = entries.split_off(fitting(&entries, limits::APPEND_BYTES_MAX));
+        let mut part = message.clone();
+        if let Some(last) = entries.last() {
+            (message.index, message.log_term) = (last.index, last.term);
+        }
+        part.set_entries(entries.into());
+        parts.push(part);
+        if rest.is_empty() {
+            return parts;
+        }
+        entries = rest;
+    }
 }
 
 fn plain(hard_state: &RaftHardState) -> HardState {
@@ -538,5 +597,43 @@ fn raft_entry(entry: LogEntry) -> Entry {
             EntryKind::Membership => EntryType::EntryConfChangeV2,
         },
         ..Entry::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entries(sizes: &[usize]) -> Vec<Entry> {
+        let entry = |(index, size): (u64, &usize)| Entry {
+            index,
+            term: index,
+            data: vec![0; *size].into(),
+            ..Entry::default()
+        };
+        (1..).zip(sizes).map(entry).collect()
+    }
+
+    #[test]
+    fn the_first_entry_always_fits() {
+        let entries = entries(&[100, 10, 10, 100]);
+        assert_eq!([1, 130, 1_000].map(|max| fitting(&entries, max)), [1, 2, 4]);
+        assert_eq!(fitting(&[], 1), 0);
+    }
+
+    #[test]
+    fn a_long_append_goes_in_parts_that_join() {
+        let mib = 1 << 20;
+        let whole = entries(&[10, mib, 10, mib + 10, mib - 100, 20]);
+        let mut message = Message::default();
+        message.set_entries(whole.clone().into());
+        let parts = split(message);
+        let lengths: Vec<_> = parts.iter().map(|part| part.entries.len()).collect();
+        assert_eq!(lengths, [1, 1, 1, 1, 2]);
+        let before: Vec<_> = parts.iter().map(|p| (p.index, p.log_term)).collect();
+        assert_eq!(before, [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]);
+        let joined: Vec<_> = parts.iter().flat_map(|p| p.entries.to_vec()).collect();
+        assert_eq!(joined, whole);
+        assert_eq!(split(Message::default()).len(), 1);
     }
 }

@@ -12,7 +12,7 @@ pub type Term = u64;
 /// A position in the Raft log; the first entry has 1.
 pub type Index = u64;
 
-/// Milliseconds of log time: elapsed, not the date. See [`crate::clock`].
+/// Milliseconds of log time: elapsed, not the date. See `clock`.
 pub type LogTime = u64;
 
 /// A member of the cluster; never 0.

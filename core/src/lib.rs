@@ -25,6 +25,8 @@ mod liveness;
 pub mod log;
 pub mod machine;
 pub mod node;
+#[cfg(conclave_plant)]
+pub mod plant;
 pub mod replica;
 pub mod session;
 pub mod state;

@@ -48,12 +48,16 @@ pub const QUEUED_RENEWALS_MAX: usize = 262_144;
 pub const QUEUED_PEER_MESSAGES_MAX: usize = 65_536;
 /// Commands given to Raft and not yet applied.
 pub const PENDING_COMMANDS_MAX: usize = 131_072;
+/// Requests that wait at one place on one node. All are repetitions of one
+/// request of one client, who has given up the older ones.
+pub const REQUESTS_PER_PLACE_MAX: usize = 8;
 /// Bytes of entries that the leader appends beyond the committed ones.
 pub const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of entries in one append message.
 pub const APPEND_BYTES_MAX: u64 = 1 << 20;
-/// Append messages in flight to one follower.
-pub const APPENDS_INFLIGHT_MAX: usize = 256;
+/// Append messages in flight to one follower: few enough that all of them, each
+/// as long as may be, fit into what a link queues.
+pub const APPENDS_INFLIGHT_MAX: usize = 32;
 
 /// Locks in one answer of a list.
 pub const LIST_LOCKS_MAX: usize = 1_000;

@@ -1,21 +1,24 @@
-//! The loop thread that drives a [`Replica`]: it alone touches the state, the
-//! log and the clock.
+//! A [`Replica`] with its log, its clock and an inbox: everything but the thread
+//! that runs it.
 //!
 //! The rest of the process talks to it through a [`Handle`], which puts requests
-//! into an inbox. Each turn takes all that has arrived, in this order: what peers
+//! into the inbox. Each turn takes all that has arrived, in this order: what peers
 //! sent, renewals, then work; so under load, batches form by themselves while the
 //! disk is busy. There is one sync a turn at most, between the two halves of the
 //! turn.
+//!
+//! Whoever runs the node does nothing but this, on one thread: wait for
+//! [`Node::wait`] or until woken, [`Node::begin_turn`], let leave what was sent,
+//! [`Node::finish_turn`].
 
 use std::{
     collections::BTreeMap,
     error::Error as _,
-    fmt, io, mem,
+    fmt, mem,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    thread::{self, JoinHandle},
     time::{Duration, SystemTime},
 };
 
@@ -26,24 +29,31 @@ use crate::{
     disk::Disk,
     ids::{NodeId, RequestNumber, SessionId},
     limits,
-    log::{Log, LogError, Recovered},
+    log::{Batch, Log, LogError, Recovered},
     machine::Machine,
     replica::{
         Answer, Config, Event, Failure, Fatal, Finished, Input, Now, Query, Replica, Role, Status,
     },
 };
 
-/// Called once with the outcome of a request, on the loop thread; must not block.
+/// How long nothing is written before the newest batch gets a mark behind it.
+const MARK_AFTER_US: u64 = 50_000;
+
+/// Called once with the outcome of a request, on the node's thread; must not
+/// block.
 pub type Responder<M> = Box<dyn FnOnce(Result<Answer<M>, Failure>) + Send>;
 
-/// Joins to why the loop ended.
-pub type LoopThread = JoinHandle<Result<(), Fatal>>;
-
-/// Called on the loop thread with what leaves it; must not block.
+/// Called on the node's thread with what leaves it; must not block.
 pub type Outlet<T> = Box<dyn FnMut(Vec<T>) + Send>;
 
-/// Where the loop thread sends what leaves it.
+/// Where the node sends what leaves it.
 pub struct Outlets<M: Machine> {
+    /// Wakes the node's thread, from any thread: something has arrived. A wake
+    /// while it does not wait must end its next wait at once.
+    pub wake: Box<dyn Fn() + Send + Sync>,
+    /// Told after the answers of a turn were given to their responders, so that
+    /// threads which wait for several are woken once.
+    pub answered: Box<dyn FnMut() + Send>,
     /// Sends to peers; may drop what it cannot send.
     pub send: Outlet<(NodeId, PeerMessage)>,
     /// Tells sessions; each call brings events in order, after the answers of the
@@ -57,7 +67,7 @@ impl<M: Machine> fmt::Debug for Outlets<M> {
     }
 }
 
-/// How the rest of the process talks to the loop thread. Cheap to clone.
+/// How the rest of the process talks to the node. Cheap to clone.
 pub struct Handle<M: Machine> {
     shared: Arc<Shared<M>>,
 }
@@ -76,69 +86,64 @@ impl<M: Machine> fmt::Debug for Handle<M> {
     }
 }
 
-/// Starts the loop thread over an open log. The thread ends after
-/// [`Handle::stop`], or with the reason why it cannot go on.
-///
-/// # Errors
-///
-/// If the system refuses another thread.
-pub fn start<M, D>(
+/// A node over an open log, and the way to talk to it.
+pub fn open<M: Machine, D: Disk>(
     config: Config,
     log: Log<D>,
     recovered: Recovered,
     outlets: Outlets<M>,
-) -> io::Result<(Handle<M>, LoopThread)>
-where
-    M: Machine + Send + 'static,
-    M::Command: Send,
-    M::Query: Send,
-    D: Disk + Send + 'static,
-{
+) -> (Handle<M>, Node<M, D>) {
+    let Outlets {
+        wake,
+        answered,
+        send,
+        publish,
+    } = outlets;
     let shared = Arc::new(Shared {
         inbox: Mutex::new(Inbox::default()),
-        arrived: Condvar::new(),
+        wake,
         status: Mutex::default(),
         log_bytes: AtomicU64::new(log.bytes()),
     });
     let handle = Handle {
         shared: Arc::clone(&shared),
     };
-    let election = Duration::from_millis(config.election_ms);
-    let driver = move || {
-        let replica = Replica::new(config, recovered, now());
-        let responders = BTreeMap::new();
-        Driver {
-            replica,
-            log,
-            outlets,
-            shared,
-            responders,
-            last_number: 0,
-            election,
-        }
-        .run()
+    let now = now();
+    let node = Node {
+        election_us: config.election_ms * 1_000,
+        replica: Replica::new(config, recovered, now),
+        log,
+        answered,
+        send,
+        publish,
+        shared,
+        responders: BTreeMap::new(),
+        last_number: 0,
+        last_append_us: now.boot_us,
+        unsaved: None,
+        give_up_us: None,
     };
-    let thread = thread::Builder::new()
-        .name("conclave-loop".to_owned())
-        .spawn(driver)?;
-    Ok((handle, thread))
+    (handle, node)
 }
 
 impl<M: Machine> Handle<M> {
-    /// Hands a command over. `respond` is called exactly once; at once if the
-    /// queue is full or the node is stopping.
-    pub fn command(&self, body: command::Body, respond: Responder<M>) {
-        self.shared.request(Request::Command(body), respond);
+    /// Hands a command over. `respond` is called exactly once, on the node's thread.
+    ///
+    /// # Errors
+    ///
+    /// If the queue is full or the node is stopping; then `respond` is not called.
+    pub fn command(&self, body: command::Body, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::Command(body), respond)
     }
 
-    /// Asks a linearizable question; `respond` as for [`Handle::command`].
-    pub fn read(&self, query: Query<M>, respond: Responder<M>) {
-        self.shared.request(Request::Read(query), respond);
+    /// Asks a linearizable question; otherwise as [`Handle::command`].
+    pub fn read(&self, query: Query<M>, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::Read(query), respond)
     }
 
-    /// Renews a session; `respond` as for [`Handle::command`].
-    pub fn renew(&self, session: SessionId, respond: Responder<M>) {
-        self.shared.request(Request::Renew(session), respond);
+    /// Renews a session; otherwise as [`Handle::command`].
+    pub fn renew(&self, session: SessionId, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::Renew(session), respond)
     }
 
     /// Hands over what a peer sent, in one go, so that one turn takes it all.
@@ -164,18 +169,17 @@ impl<M: Machine> Handle<M> {
         self.shared.log_bytes.load(Ordering::Relaxed)
     }
 
-    /// Refuses new work, hands leadership over if this node has it, and ends the
-    /// loop, after one election timeout at most.
+    /// Refuses new work, hands leadership over if this node has it, and then
+    /// stops, after one election timeout at most.
     pub fn stop(&self) {
-        let mut inbox = unpoisoned(self.shared.inbox.lock());
-        inbox.stopping = true;
-        self.shared.wake(inbox);
+        unpoisoned(self.shared.inbox.lock()).stopping = true;
+        (self.shared.wake)();
     }
 }
 
 struct Shared<M: Machine> {
     inbox: Mutex<Inbox<M>>,
-    arrived: Condvar,
+    wake: Box<dyn Fn() + Send + Sync>,
     status: Mutex<Arc<Status>>,
     log_bytes: AtomicU64,
 }
@@ -185,8 +189,6 @@ struct Inbox<M: Machine> {
     peers: Vec<Input<M>>,
     renewals: Vec<(SessionId, Responder<M>)>,
     work: Vec<(Request<M>, Responder<M>)>,
-    /// The loop sleeps and must be woken.
-    asleep: bool,
     stopping: bool,
 }
 
@@ -202,7 +204,6 @@ impl<M: Machine> Default for Inbox<M> {
             peers: Vec::new(),
             renewals: Vec::new(),
             work: Vec::new(),
-            asleep: false,
             stopping: false,
         }
     }
@@ -215,59 +216,48 @@ impl<M: Machine> Inbox<M> {
 }
 
 impl<M: Machine> Shared<M> {
-    fn request(&self, request: Request<M>, respond: Responder<M>) {
+    fn request(&self, request: Request<M>, respond: Responder<M>) -> Result<(), Failure> {
         let mut inbox = unpoisoned(self.inbox.lock());
-        let refusal = if inbox.stopping {
-            Failure::ShuttingDown
-        } else {
-            match request {
-                Request::Renew(session) if inbox.renewals.len() < limits::QUEUED_RENEWALS_MAX => {
-                    inbox.renewals.push((session, respond));
-                    return self.wake(inbox);
-                }
-                Request::Command(_) | Request::Read(_)
-                    if inbox.work.len() < limits::QUEUED_REQUESTS_MAX =>
-                {
-                    inbox.work.push((request, respond));
-                    return self.wake(inbox);
-                }
-                _ => Failure::Overloaded,
+        if inbox.stopping {
+            return Err(Failure::ShuttingDown);
+        }
+        let was_empty = inbox.is_empty();
+        match request {
+            Request::Renew(session) if inbox.renewals.len() < limits::QUEUED_RENEWALS_MAX => {
+                inbox.renewals.push((session, respond));
             }
-        };
+            Request::Command(_) | Request::Read(_)
+                if inbox.work.len() < limits::QUEUED_REQUESTS_MAX =>
+            {
+                inbox.work.push((request, respond));
+            }
+            _ => return Err(Failure::Overloaded),
+        }
         drop(inbox);
-        respond(Err(refusal));
+        self.wake_if(was_empty);
+        Ok(())
     }
 
     fn peer(&self, inputs: impl IntoIterator<Item = Input<M>>) {
         let mut inbox = unpoisoned(self.inbox.lock());
+        let was_empty = inbox.is_empty();
         let room = limits::QUEUED_PEER_MESSAGES_MAX.saturating_sub(inbox.peers.len());
         inbox.peers.extend(inputs.into_iter().take(room));
-        self.wake(inbox);
-    }
-
-    /// Wakes the loop after the lock is free, or it would run into it.
-    fn wake(&self, mut inbox: MutexGuard<'_, Inbox<M>>) {
-        let asleep = mem::take(&mut inbox.asleep);
         drop(inbox);
-        if asleep {
-            self.arrived.notify_one();
+        self.wake_if(was_empty);
+    }
+
+    /// Only the first that arrives after a turn began wakes, and after the lock is
+    /// free, or the node would run into it.
+    fn wake_if(&self, was_empty: bool) {
+        if was_empty {
+            (self.wake)();
         }
     }
 
-    /// Waits until something arrives, or until `next_turn_us`; takes what there
-    /// is. Second: whether the node is to stop.
-    fn take(&self, next_turn_us: u64, was_stopping: bool) -> (Inbox<M>, bool) {
+    /// Takes what there is. Second: whether the node is to stop.
+    fn take(&self) -> (Inbox<M>, bool) {
         let mut inbox = unpoisoned(self.inbox.lock());
-        let wait_us = next_turn_us.saturating_sub(now().boot_us);
-        if inbox.is_empty() && inbox.stopping == was_stopping && wait_us > 0 {
-            inbox.asleep = true;
-            let wait = Duration::from_micros(wait_us);
-            inbox = match self.arrived.wait_timeout(inbox, wait) {
-                Ok((inbox, _)) => inbox,
-                Err(poisoned) => poisoned.into_inner().0,
-            };
-            inbox.asleep = false;
-        }
         let stopping = inbox.stopping;
         let taken = mem::take(&mut *inbox);
         inbox.stopping = stopping;
@@ -275,48 +265,110 @@ impl<M: Machine> Shared<M> {
     }
 }
 
-struct Driver<M: Machine, D> {
+/// One member of the cluster with its log. See the module. When it is dropped,
+/// everybody who still waits is answered.
+pub struct Node<M: Machine, D: Disk> {
     replica: Replica<M>,
     log: Log<D>,
-    outlets: Outlets<M>,
+    answered: Box<dyn FnMut() + Send>,
+    send: Outlet<(NodeId, PeerMessage)>,
+    publish: Outlet<Event<M::Event>>,
     shared: Arc<Shared<M>>,
     responders: BTreeMap<RequestNumber, Responder<M>>,
     last_number: RequestNumber,
-    election: Duration,
+    election_us: u64,
+    last_append_us: u64,
+    /// Between the halves of a turn.
+    unsaved: Option<Batch>,
+    /// Once it is to stop: when it does so at the latest.
+    give_up_us: Option<u64>,
 }
 
-impl<M: Machine, D: Disk> Driver<M, D> {
-    fn run(mut self) -> Result<(), Fatal> {
-        let ended = self.turns();
-        // Whoever still waits is told that nobody knows.
-        unpoisoned(self.shared.inbox.lock()).stopping = true;
-        let (rest, _) = self.shared.take(0, true);
-        let renewals = rest.renewals.into_iter().map(|(_, respond)| respond);
-        let work = rest.work.into_iter().map(|(_, respond)| respond);
-        for respond in renewals.chain(work).chain(self.responders.into_values()) {
-            respond(Err(Failure::OutcomeUnknown));
-        }
-        ended
+/// Whether a node goes on after a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Another turn is to follow.
+    GoOn,
+    /// It was asked to stop, and has.
+    Stopped,
+}
+
+impl<M: Machine, D: Disk> fmt::Debug for Node<M, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node")
+            .field("replica", &self.replica.status())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<M: Machine, D: Disk> Node<M, D> {
+    /// How long until the next turn is due although nothing arrives.
+    pub fn wait(&self) -> Duration {
+        let wait_us = self.replica.next_turn_us().saturating_sub(now().boot_us);
+        Duration::from_micros(wait_us)
     }
 
-    fn turns(&mut self) -> Result<(), Fatal> {
-        let mut give_up_us = None;
-        loop {
-            let was_stopping = give_up_us.is_some();
-            let (inbox, stopping) = self.shared.take(self.replica.next_turn_us(), was_stopping);
-            let mut inputs = self.inputs(inbox);
-            if stopping && !was_stopping {
-                let election_us = u64::try_from(self.election.as_micros()).unwrap_or(u64::MAX);
-                give_up_us = Some(now().boot_us.saturating_add(election_us));
-                inputs.push(Input::Resign);
-            }
-            self.turn(inputs)?;
-            if let Some(give_up_us) = give_up_us
-                && (self.replica.status().role != Role::Leader || now().boot_us >= give_up_us)
-            {
-                return Ok(());
+    /// The first half of a turn: takes in what has arrived, and sends what may
+    /// leave before anything is durable. Whether something was sent, and something
+    /// must be synced: then the one should be on its way before the other blocks in
+    /// [`Node::finish_turn`].
+    pub fn begin_turn(&mut self) -> Result<bool, Fatal> {
+        let now = now();
+        let (inbox, stopping) = self.shared.take();
+        let mut inputs = self.inputs(inbox);
+        if stopping && self.give_up_us.is_none() {
+            self.give_up_us = Some(now.boot_us.saturating_add(self.election_us));
+            inputs.push(Input::Resign);
+        }
+        let begun = self.replica.begin(now, inputs)?;
+        self.unsaved = begun.batch;
+        let is_sent_early = self.unsaved.is_some() && !begun.messages.is_empty();
+        self.send(begun.messages);
+        Ok(is_sent_early)
+    }
+
+    /// The second half: makes durable what must be, applies, and answers.
+    pub fn finish_turn(&mut self) -> Result<Progress, Fatal> {
+        self.save().map_err(storage)?;
+        let Finished {
+            messages,
+            answers,
+            events,
+        } = self.replica.finish()?;
+        self.send(messages);
+        let is_any_answered = !answers.is_empty();
+        for (number, answer) in answers {
+            if let Some(respond) = self.responders.remove(&number) {
+                respond(answer);
             }
         }
+        if is_any_answered {
+            (self.answered)();
+        }
+        if !events.is_empty() {
+            (self.publish)(events);
+        }
+        self.publish_status();
+        let leads = self.replica.status().role == Role::Leader;
+        Ok(match self.give_up_us {
+            Some(give_up_us) if !leads || now().boot_us >= give_up_us => Progress::Stopped,
+            _ => Progress::GoOn,
+        })
+    }
+
+    fn save(&mut self) -> Result<(), LogError> {
+        let now_us = now().boot_us;
+        if let Some(batch) = self.unsaved.take() {
+            self.log.append(&batch)?;
+            self.log.sync()?;
+            self.last_append_us = now_us;
+            self.shared
+                .log_bytes
+                .store(self.log.bytes(), Ordering::Relaxed);
+        } else if self.log.wants_mark() && now_us - self.last_append_us >= MARK_AFTER_US {
+            self.log.mark()?;
+        }
+        Ok(())
     }
 
     fn inputs(&mut self, inbox: Inbox<M>) -> Vec<Input<M>> {
@@ -342,40 +394,9 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         self.last_number
     }
 
-    fn turn(&mut self, inputs: Vec<Input<M>>) -> Result<(), Fatal> {
-        let idle = inputs.is_empty();
-        let begun = self.replica.begin(now(), inputs)?;
-        self.send(begun.messages);
-        if let Some(batch) = begun.batch {
-            self.log.append(&batch).map_err(storage)?;
-            self.log.sync().map_err(storage)?;
-            self.shared
-                .log_bytes
-                .store(self.log.bytes(), Ordering::Relaxed);
-        } else if idle && self.log.wants_mark() {
-            self.log.mark().map_err(storage)?;
-        }
-        let Finished {
-            messages,
-            answers,
-            events,
-        } = self.replica.finish()?;
-        self.send(messages);
-        for (number, answer) in answers {
-            if let Some(respond) = self.responders.remove(&number) {
-                respond(answer);
-            }
-        }
-        if !events.is_empty() {
-            (self.outlets.publish)(events);
-        }
-        self.publish_status();
-        Ok(())
-    }
-
     fn send(&mut self, messages: Vec<(NodeId, PeerMessage)>) {
         if !messages.is_empty() {
-            (self.outlets.send)(messages);
+            (self.send)(messages);
         }
     }
 
@@ -384,6 +405,23 @@ impl<M: Machine, D: Disk> Driver<M, D> {
         if **published != *self.replica.status() {
             *published = Arc::new(self.replica.status().clone());
         }
+    }
+}
+
+impl<M: Machine, D: Disk> Drop for Node<M, D> {
+    fn drop(&mut self) {
+        unpoisoned(self.shared.inbox.lock()).stopping = true;
+        let (rest, _) = self.shared.take();
+        let renewals = rest.renewals.into_iter().map(|(_, respond)| respond);
+        let work = rest.work.into_iter().map(|(_, respond)| respond);
+        for respond in renewals.chain(work) {
+            respond(Err(Failure::ShuttingDown));
+        }
+        // What was begun may or may not come to pass.
+        for respond in mem::take(&mut self.responders).into_values() {
+            respond(Err(Failure::OutcomeUnknown));
+        }
+        (self.answered)();
     }
 }
 

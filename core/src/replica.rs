@@ -26,11 +26,16 @@ mod leadership;
 mod reads;
 mod renewals;
 
-use std::{collections::BTreeMap, mem, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use conclave_proto::internal::{
-    Forward, Hello, HelloReply, Origin, PeerMessage, Renewals, command, peer_message,
+    Forward, ForwardRefused, Hello, HelloReply, Origin, PeerMessage, RenewalReplies, RenewalReply,
+    Renewals, command, peer_message,
 };
 
 pub use self::api::{
@@ -39,13 +44,14 @@ pub use self::api::{
 };
 use self::{
     admission::Admission,
-    leadership::Leadership,
+    leadership::{Leadership, Taken},
     reads::{Ask, AskBody, Reads, Renewer},
 };
 use crate::{
     clock::Clock,
     consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
     ids::{Index, NodeId, RequestNumber, SessionId, Term},
+    limits,
     log::{Batch, EntryKind, Facts, LogEntry, Recovered},
     machine::{Machine, Outcome, Place},
     state::{Applied, Resolved, State},
@@ -71,12 +77,16 @@ pub struct Replica<M: Machine> {
     now: Now,
     clock: Clock,
     next_tick_us: u64,
+    /// In this turn; deadlines are looked at as often.
+    has_ticked: bool,
     next_publish_us: u64,
 
     /// While this directory is new.
     admission: Option<Admission>,
     /// While this node leads.
     leadership: Option<Leadership>,
+    /// What it took from others while it leads, or when it led last.
+    taken: Taken,
     /// The leader and term at the end of the last turn.
     served_under: Option<(NodeId, Term)>,
 
@@ -89,8 +99,14 @@ pub struct Replica<M: Machine> {
     reads: Reads<M>,
     /// Renewals of this node's clients on their way to the leader.
     renewals: BTreeMap<RequestNumber, PendingRenewal>,
+    /// Those of which the leader said that the session ended; why is in this
+    /// node's state once it has applied the entry.
+    renewals_ended: BTreeSet<(Index, RequestNumber)>,
 
     outbox: Vec<(NodeId, PeerMessage)>,
+    /// Answers to other members by node and boot: one message a turn for all.
+    refusals: BTreeMap<(NodeId, u64), Vec<RequestNumber>>,
+    renewal_replies: BTreeMap<(NodeId, u64), Vec<RenewalReply>>,
     /// Must not leave before the batch of this turn is durable.
     outbox_durable: Vec<(NodeId, PeerMessage)>,
     facts_changed: bool,
@@ -120,9 +136,6 @@ struct PendingRenewal {
     session: SessionId,
     under: (NodeId, Term),
     deadline_us: u64,
-    /// The leader said that the session ended; why is in this node's state once
-    /// it has applied this entry.
-    ended_by: Option<Index>,
 }
 
 impl<M: Machine> Replica<M> {
@@ -135,6 +148,8 @@ impl<M: Machine> Replica<M> {
             facts,
             entries,
         } = recovered;
+        #[cfg(conclave_plant)]
+        let entries = crate::plant::forget_a_lock(entries);
         let consensus_config = ConsensusConfig {
             node: config.node,
             voters: facts.voters.clone(),
@@ -153,16 +168,21 @@ impl<M: Machine> Replica<M> {
             config,
             now,
             next_tick_us: now.boot_us,
+            has_ticked: false,
             next_publish_us: now.boot_us,
             admission,
             leadership: None,
+            taken: Taken::default(),
             served_under: None,
             arrived: Arrived::default(),
             pending: BTreeMap::new(),
             waiting: BTreeMap::new(),
             reads: Reads::default(),
             renewals: BTreeMap::new(),
+            renewals_ended: BTreeSet::new(),
             outbox: Vec::new(),
+            refusals: BTreeMap::new(),
+            renewal_replies: BTreeMap::new(),
             outbox_durable: Vec::new(),
             facts_changed: false,
             output: Finished::default(),
@@ -195,7 +215,7 @@ impl<M: Machine> Replica<M> {
             let due_us = self.state.machine().next_due()?.saturating_mul(1_000);
             let wait_us = due_us.saturating_sub(self.clock.micros());
             let under_way = leadership.timers_entry > self.state.applied();
-            (!under_way).then(|| self.now.boot_us + wait_us.max(TIMER_RETRY_US))
+            (!under_way).then(|| self.now.boot_us.saturating_add(wait_us.max(TIMER_RETRY_US)))
         });
         [tell_us, timer_us]
             .into_iter()
@@ -223,7 +243,7 @@ impl<M: Machine> Replica<M> {
         for (sequence, index) in prepared.reads {
             self.reads.confirm(sequence, index, self.leader_and_term());
         }
-        let mut messages = mem::take(&mut self.outbox);
+        let mut messages = self.take_outbox();
         messages.extend(prepared.messages.into_iter().map(raft_message));
         Ok(Begun {
             messages,
@@ -245,8 +265,12 @@ impl<M: Machine> Replica<M> {
         self.plan_to_tell_commit();
         self.fail_what_lost_its_leader();
         self.answer_reads();
-        self.give_up_late();
-        self.output.messages.append(&mut self.outbox);
+        self.answer_ended_renewals();
+        if mem::take(&mut self.has_ticked) {
+            self.give_up_late();
+        }
+        let messages = self.take_outbox();
+        self.output.messages.extend(messages);
         self.update_status();
         Ok(mem::take(&mut self.output))
     }
@@ -351,6 +375,7 @@ impl<M: Machine> Replica<M> {
         // One tick a turn, however late: a node that stood still must first hear
         // what happened meanwhile.
         self.next_tick_us = self.now.boot_us + self.tick_us();
+        self.has_ticked = true;
         let Some(admission) = &self.admission else {
             self.consensus.tick(self.facts.voters.len() == 1);
             return;
@@ -383,7 +408,8 @@ impl<M: Machine> Replica<M> {
             return;
         }
         if let Some(leadership) = self.leadership.take() {
-            let given_up = leadership.early.into_iter().chain(leadership.parked);
+            let parked = leadership.parked.into_values().flatten();
+            let given_up = leadership.early.into_iter().chain(parked);
             for renewal in given_up.chain(self.reads.take_renewals()) {
                 self.refuse_renewal(renewal.from);
             }
@@ -391,14 +417,14 @@ impl<M: Machine> Replica<M> {
         if leads {
             self.clock.raise(self.state.system().log_time());
             self.leadership = Some(Leadership::new(term));
+            self.taken = Taken::new(term);
         }
     }
 
+    /// Before its first commit a leader drops the question without a word. A
+    /// follower that knows of a commit in this term knows that the leader does.
     fn can_confirm(&self) -> bool {
-        match &self.leadership {
-            Some(_) => self.consensus.has_committed_in_term(),
-            None => self.consensus.leader().is_some(),
-        }
+        self.consensus.leader().is_some() && self.consensus.has_committed_in_term()
     }
 
     /// Tells followers of a commit when it is time and no append has.
@@ -494,6 +520,9 @@ impl<M: Machine> Replica<M> {
             });
         }
         let applied = self.state.apply(entry.index, entry.term, &entry.data)?;
+        if self.leadership.is_none() && !entry.data.is_empty() {
+            self.clock.follow(self.state.system().log_time());
+        }
         let Applied {
             outcomes,
             resolved,
@@ -511,7 +540,7 @@ impl<M: Machine> Replica<M> {
                 match outcome {
                     Outcome::Done(answer) => self.output.answers.push((origin.number, Ok(answer))),
                     Outcome::Waiting(place) => {
-                        self.waiting.entry(place).or_default().push(origin.number);
+                        self.wait_at(place, origin.number);
                     }
                 }
             }
@@ -522,6 +551,15 @@ impl<M: Machine> Replica<M> {
         self.output.events.extend(events);
         self.follow_lives(entry.term, &lives);
         Ok(())
+    }
+
+    fn wait_at(&mut self, place: Place, number: RequestNumber) {
+        let waiting = self.waiting.entry(place).or_default();
+        waiting.push(number);
+        if waiting.len() > limits::REQUESTS_PER_PLACE_MAX {
+            let oldest = waiting.remove(0);
+            self.fail(oldest, Failure::OutcomeUnknown);
+        }
     }
 
     fn resolve(&mut self, resolved: Resolved<M>, term: Term) {
@@ -595,7 +633,12 @@ impl<M: Machine> Replica<M> {
             self.pending.remove(&number);
             self.fail(number, Failure::OutcomeUnknown);
         }
-        self.answer_forwarded_renewals(now_us);
+        while let Some((&number, renewal)) = self.renewals.first_key_value()
+            && renewal.deadline_us <= now_us
+        {
+            self.renewals.remove(&number);
+            self.fail(number, Failure::OutcomeUnknown);
+        }
     }
 
     fn answer(&mut self, number: RequestNumber, body: AnswerBody<M>) {
@@ -652,6 +695,19 @@ impl<M: Machine> Replica<M> {
         self.status.revision = self.state.keyspace().revision();
         self.status.sessions = self.state.sessions().len();
         self.status.keys = self.state.keyspace().len();
+    }
+
+    fn take_outbox(&mut self) -> Vec<(NodeId, PeerMessage)> {
+        let mut messages = mem::take(&mut self.outbox);
+        for ((node, boot), numbers) in mem::take(&mut self.refusals) {
+            let refused = ForwardRefused { boot, numbers };
+            messages.push(to(node, peer_message::Message::ForwardRefused(refused)));
+        }
+        for ((node, boot), replies) in mem::take(&mut self.renewal_replies) {
+            let replies = RenewalReplies { boot, replies };
+            messages.push(to(node, peer_message::Message::RenewalReplies(replies)));
+        }
+        messages
     }
 
     fn leader_and_term(&self) -> Option<(NodeId, Term)> {

@@ -1,6 +1,6 @@
 //! The replicated side of sessions: which are alive, and which of their
 //! requests must not run any more. Who is alive is decided by the leader (see
-//! [`crate::liveness`]); here is only what its decisions led to.
+//! `liveness`); here is only what its decisions led to.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -10,10 +10,11 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use conclave_core::{
-    ids::{LogTime, NodeId, RequestNumber, SessionId},
+    ids::{LogTime, NodeId, RequestNumber, SessionId, Term},
     keyspace::{Change, Keyspace},
+    limits,
     log::{Facts, HardState, Identity, LogEntry, Recovered},
-    machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
+    machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
     replica::{
         Answer, AnswerBody, Config, EventBody, Failure, Fatal, Finished, Input, Now, Query,
         Replica, Role,
@@ -21,12 +22,19 @@ use conclave_core::{
     session::EndReason,
 };
 use conclave_proto::internal::{
-    CloseSession, Hello, OpenSession, PeerMessage, command, peer_message,
+    CloseSession, Command, Forward, Hello, OpenSession, Operation, Origin, PeerMessage, Put, Txn,
+    command, operation, peer_message,
 };
+use prost::Message as _;
+use protobuf::Message as _;
+use raft::eraftpb::{Entry, MessageType};
 
-/// Appends letters to the key `register`.
+/// Appends letters to the key `register`. Who appends `?` waits, all at one
+/// place, until somebody appends `.`; and `~` sets a timer for the end of time.
 #[derive(Debug, PartialEq)]
-struct Register;
+struct Register {
+    is_timed: bool,
+}
 
 impl Machine for Register {
     type Command = Bytes;
@@ -38,7 +46,7 @@ impl Machine for Register {
     type Answer = Bytes;
 
     fn rebuild(_: &Keyspace) -> Self {
-        Self
+        Self { is_timed: false }
     }
 
     fn decode(bytes: Bytes) -> Option<Bytes> {
@@ -61,20 +69,30 @@ impl Machine for Register {
         context
             .overlay
             .put(Bytes::from_static(b"register"), new.clone(), None);
-        Ok(Executed {
-            outcome: Outcome::Done(new),
-            note: (),
-        })
+        let outcome = if letter == "?" {
+            Outcome::Waiting(PLACE)
+        } else {
+            Outcome::Done(new)
+        };
+        Ok(Executed { outcome, note: () })
     }
 
     fn next_due(&self) -> Option<LogTime> {
-        None
+        self.is_timed.then_some(LogTime::MAX)
     }
 
     fn fire(&self, _: &mut Context<'_>) {}
 
-    fn settle(&mut self, _: &[Change], _: Cause<'_, ()>) -> Settled<Self> {
-        Settled::default()
+    fn settle(&mut self, changes: &[Change], _: Cause<'_, ()>) -> Settled<Self> {
+        let mut settled = Settled::default();
+        for value in changes.iter().filter_map(|change| change.after.as_ref()) {
+            let value = value.value.clone();
+            self.is_timed |= value.ends_with(b"~");
+            if value.ends_with(b".") {
+                settled.resolved.push((PLACE, Ok(value)));
+            }
+        }
+        settled
     }
 
     fn query(&self, state: View<'_>, (): ()) -> Bytes {
@@ -84,6 +102,8 @@ impl Machine for Register {
             .map_or(Bytes::new(), |r| r.value.clone())
     }
 }
+
+const PLACE: Place = 7;
 
 type Outcomes = BTreeMap<RequestNumber, Result<AnswerBody<Register>, Failure>>;
 
@@ -103,6 +123,11 @@ struct Cluster {
     boot_us: u64,
     /// Nobody hears these, and they hear nobody.
     cut: Vec<NodeId>,
+    /// What the first says does not reach the second.
+    mute: Vec<(NodeId, NodeId)>,
+    /// What was said, by sender and receiver: how many messages, and the bytes
+    /// of the longest.
+    traffic: BTreeMap<(NodeId, NodeId), (usize, usize)>,
     last_number: RequestNumber,
 }
 
@@ -155,6 +180,8 @@ impl Cluster {
             nodes: nodes.collect(),
             boot_us: 0,
             cut: Vec::new(),
+            mute: Vec::new(),
+            traffic: BTreeMap::new(),
             last_number: 0,
         }
     }
@@ -223,7 +250,11 @@ impl Cluster {
 
     fn deliver(&mut self, from: NodeId, messages: Vec<(NodeId, PeerMessage)>) {
         for (to, message) in messages {
-            if !self.cut.contains(&from) && !self.cut.contains(&to) {
+            let (count, longest) = self.traffic.entry((from, to)).or_default();
+            *count += 1;
+            *longest = message.encoded_len().max(*longest);
+            let is_cut = self.cut.contains(&from) || self.cut.contains(&to);
+            if !is_cut && !self.mute.contains(&(from, to)) {
                 self.input(to, Input::Peer { from, message });
             }
         }
@@ -252,6 +283,66 @@ impl Cluster {
         )
     }
 
+    /// Puts a value of this size.
+    fn put(&mut self, node: NodeId, bytes: usize) -> RequestNumber {
+        let put = Operation {
+            operation: Some(operation::Operation::Put(Put {
+                key: Bytes::from_static(b"key"),
+                value: vec![0; bytes].into(),
+                lease: 0,
+            })),
+        };
+        let txn = Txn {
+            success: vec![put],
+            ..Txn::default()
+        };
+        self.send(node, command::Body::Txn(txn))
+    }
+
+    fn say(&mut self, from: NodeId, to: NodeId, message: peer_message::Message) {
+        let message = Some(message);
+        let message = PeerMessage { message };
+        self.input(to, Input::Peer { from, message });
+    }
+
+    /// A Raft message of the present term, to be changed.
+    fn raft(&self, from: NodeId, to: NodeId, msg_type: MessageType) -> raft::eraftpb::Message {
+        raft::eraftpb::Message {
+            msg_type,
+            from: from.0,
+            to: to.0,
+            term: self.term(),
+            ..Default::default()
+        }
+    }
+
+    fn say_raft(&mut self, message: &raft::eraftpb::Message) {
+        let (from, to) = (NodeId(message.from), NodeId(message.to));
+        let bytes = message.write_to_bytes().unwrap();
+        self.say(from, to, peer_message::Message::Raft(bytes.into()));
+    }
+
+    fn term(&self) -> Term {
+        self.nodes[&self.leader()].replica.status().term
+    }
+
+    /// The commands that wait in the inbox of a node.
+    fn forwards(&self, node: NodeId) -> Vec<PeerMessage> {
+        let forward = |input: &Input<Register>| match input {
+            Input::Peer { message, .. } => match message.message {
+                Some(peer_message::Message::Forward(_)) => Some(message.clone()),
+                _ => None,
+            },
+            _ => None,
+        };
+        self.nodes[&node].inbox.iter().filter_map(forward).collect()
+    }
+
+    fn register(&self, node: NodeId) -> Bytes {
+        let state = self.nodes[&node].replica.state();
+        state.machine().query(state.view(), ())
+    }
+
     fn read(&mut self, node: NodeId) -> RequestNumber {
         self.last_number += 1;
         self.input(
@@ -278,7 +369,7 @@ impl Cluster {
 
     fn outcome(&mut self, node: NodeId, number: RequestNumber) -> String {
         let outcome = self.nodes.get_mut(&node).unwrap().outcomes.remove(&number);
-        outcome.map_or("none".to_owned(), |outcome| format!("{outcome:?}"))
+        outcome.map_or_else(|| "none".to_owned(), |outcome| format!("{outcome:?}"))
     }
 
     fn open(&mut self, node: NodeId, ttl_ms: u64) -> SessionId {
@@ -640,9 +731,7 @@ fn malformed_messages_of_peers_change_nothing() {
         Some(raft(&[0x08, 0x02])),
         Some(peer_message::Message::Hello(Hello { incarnation: 0 })),
         Some(peer_message::Message::Hello(Hello { incarnation: 5 })),
-        Some(peer_message::Message::Forward(forward_of_unknown_command(
-            follower,
-        ))),
+        Some(forward(follower, 1, 1_000, 1, "two letters")),
     ];
     for message in messages {
         let message = PeerMessage { message };
@@ -667,21 +756,26 @@ fn malformed_messages_of_peers_change_nothing() {
     assert_eq!(cluster.outcome(leader, number), r#"Ok(Machine(Ok(b"a")))"#);
 }
 
-fn forward_of_unknown_command(from: NodeId) -> conclave_proto::internal::Forward {
-    let origin = conclave_proto::internal::Origin {
+fn forward(
+    from: NodeId,
+    boot: u64,
+    number: RequestNumber,
+    term: Term,
+    letter: &'static str,
+) -> peer_message::Message {
+    let origin = Some(Origin {
         node: from.0,
-        boot: 1,
-        number: 1_000,
-    };
-    let body = Some(command::Body::Machine(Bytes::from_static(b"two letters")));
-    conclave_proto::internal::Forward {
-        boot: 1,
-        term: 1,
-        commands: vec![conclave_proto::internal::Command {
-            origin: Some(origin),
-            body,
-        }],
-    }
+        boot,
+        number,
+    });
+    let body = Some(command::Body::Machine(Bytes::from_static(
+        letter.as_bytes(),
+    )));
+    peer_message::Message::Forward(Forward {
+        boot,
+        term,
+        commands: vec![Command { origin, body }],
+    })
 }
 
 #[test]
@@ -710,4 +804,269 @@ fn an_entry_of_a_newer_version_stops_the_node() {
         .as_ref()
         .map(ToString::to_string);
     assert!(fatal.expect("it stops").contains("newer version"));
+}
+
+#[test]
+fn a_command_that_was_taken_is_never_refused_when_a_copy_comes_late() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let number = cluster.append(follower, "a");
+    cluster.turn(follower);
+    let copies = cluster.forwards(leader);
+    assert_eq!(copies.len(), 1);
+    cluster.turn(leader);
+    // It is proposed. Then the leader hears of a higher term, and then again of
+    // the command.
+    let mut news = cluster.raft(follower, leader, MessageType::MsgHeartbeatResponse);
+    news.term += 1;
+    cluster.say_raft(&news);
+    for message in copies {
+        cluster.input(
+            leader,
+            Input::Peer {
+                from: follower,
+                message,
+            },
+        );
+    }
+    cluster.turn(leader);
+    cluster.run_ms(3_000);
+    assert_eq!(cluster.register(follower), "a");
+    assert_eq!(cluster.outcome(follower, number), "Err(OutcomeUnknown)");
+}
+
+#[test]
+fn a_command_that_comes_after_leadership_was_lost_is_refused_as_not_applied() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let number = cluster.append(follower, "a");
+    let mut news = cluster.raft(follower, leader, MessageType::MsgHeartbeatResponse);
+    news.term += 1;
+    cluster.say_raft(&news);
+    cluster.turn(leader);
+    cluster.turn(follower);
+    cluster.turn(leader);
+    cluster.turn(follower);
+    assert!(
+        cluster
+            .outcome(follower, number)
+            .starts_with("Err(NotLeader")
+    );
+    cluster.run_ms(3_000);
+    assert_eq!(cluster.register(follower), "");
+}
+
+#[test]
+fn a_copy_from_before_a_restart_of_its_sender_is_not_run_again() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower, term) = (cluster.leader(), cluster.follower(), cluster.term());
+    let first = forward(follower, 8, 1, term, "a");
+    let second = forward(follower, 9, 1, term, "b");
+    for message in [&first, &second, &first, &second] {
+        cluster.say(follower, leader, message.clone());
+        cluster.settle();
+    }
+    assert_eq!(cluster.register(leader), "ab");
+}
+
+#[test]
+fn log_time_does_not_jump_to_the_clock_of_a_new_leader() {
+    let mut cluster = Cluster::ready(3);
+    // The last member, to whom leadership goes, runs on while the others start
+    // again and lose the time between.
+    let third = NodeId(3);
+    cluster.cut.push(third);
+    cluster.run_ms(60_000);
+    cluster.restart(NodeId(1), 2);
+    cluster.restart(NodeId(2), 2);
+    cluster.run_ms(3_000);
+    let old = cluster.leader();
+    cluster.cut.clear();
+    cluster.append(old, "a");
+    cluster.run_ms(1_000);
+    let before_ms = cluster.nodes[&old].replica.state().system().log_time();
+    cluster.input(old, Input::Resign);
+    cluster.run_ms(1_000);
+    assert_eq!(cluster.leader(), third);
+    cluster.append(third, "b");
+    cluster.settle();
+    let after_ms = cluster.nodes[&third].replica.state().system().log_time();
+    assert!(
+        (before_ms..=before_ms + 3_000).contains(&after_ms),
+        "from {before_ms} to {after_ms}"
+    );
+}
+
+#[test]
+fn log_time_goes_on_while_nothing_is_proposed() {
+    let mut cluster = Cluster::ready(3);
+    let old = cluster.leader();
+    cluster.append(old, "a");
+    cluster.settle();
+    let before_ms = cluster.nodes[&old].replica.state().system().log_time();
+    cluster.run_ms(60_000);
+    cluster.input(old, Input::Resign);
+    cluster.run_ms(1_000);
+    let new = cluster.leader();
+    assert_ne!(new, old);
+    cluster.append(new, "b");
+    cluster.settle();
+    let after_ms = cluster.nodes[&new].replica.state().system().log_time();
+    assert!(
+        (before_ms + 60_000..=before_ms + 61_000).contains(&after_ms),
+        "from {before_ms} to {after_ms}"
+    );
+}
+
+#[test]
+fn no_message_outgrows_a_frame() {
+    const MIB: usize = 1 << 20;
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let away = NodeId(6 - leader.0 - follower.0);
+    cluster.cut.push(away);
+    for node in [leader, follower] {
+        for _ in 0..20 {
+            cluster.put(node, MIB - 1_000);
+        }
+        cluster.run_ms(100);
+    }
+    cluster.cut.clear();
+    cluster.run_ms(1_000);
+    cluster.assert_equal_states();
+    for ((from, to), (_, longest)) in &cluster.traffic {
+        assert!(*longest < 4 * MIB, "{from} sent {longest} bytes to {to}");
+    }
+}
+
+#[test]
+fn a_read_whose_question_does_not_reach_the_leader_is_answered() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    cluster.mute.push((follower, leader));
+    let number = cluster.read(follower);
+    cluster.run_ms(2_000);
+    assert_eq!(cluster.leader(), leader, "the follower hears it");
+    let refused = format!("Err(NotLeader {{ leader: Some({leader:?}) }})");
+    assert_eq!(cluster.outcome(follower, number), refused);
+}
+
+#[test]
+fn messages_that_raft_would_panic_on_are_dropped() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let mut messages = Vec::new();
+    for index in [50, u64::MAX] {
+        let mut append = cluster.raft(leader, follower, MessageType::MsgAppend);
+        append.index = index;
+        append.commit = index;
+        messages.push(append.clone());
+        append.entries.push(Entry {
+            index: index.wrapping_add(1),
+            term: append.term,
+            ..Entry::default()
+        });
+        messages.push(append);
+        let mut heartbeat = cluster.raft(leader, follower, MessageType::MsgHeartbeat);
+        heartbeat.commit = index;
+        messages.push(heartbeat);
+        let mut rejection = cluster.raft(follower, leader, MessageType::MsgAppendResponse);
+        rejection.reject = true;
+        rejection.reject_hint = index;
+        messages.push(rejection);
+    }
+    let mut read = cluster.raft(leader, follower, MessageType::MsgReadIndex);
+    read.entries.push(Entry::default());
+    messages.push(read);
+    for message in messages {
+        cluster.say_raft(&message);
+        cluster.settle();
+    }
+    let number = cluster.append(leader, "a");
+    cluster.settle();
+    assert_eq!(cluster.outcome(leader, number), r#"Ok(Machine(Ok(b"a")))"#);
+}
+
+#[test]
+fn renewals_of_a_turn_are_answered_in_one_message() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let session = cluster.open(follower, 60_000);
+    cluster.traffic.clear();
+    let numbers: Vec<_> = (0..100).map(|_| cluster.renew(follower, session)).collect();
+    cluster.settle();
+    for number in numbers {
+        assert_eq!(
+            cluster.outcome(follower, number),
+            "Ok(Renewed { ttl_ms: 60000 })"
+        );
+    }
+    let (count, _) = cluster.traffic[&(leader, follower)];
+    assert!(count < 10, "{count} messages");
+}
+
+#[test]
+fn a_leader_that_hands_over_says_that_it_leads_no_more() {
+    let mut cluster = Cluster::ready(3);
+    let old = cluster.leader();
+    cluster.input(old, Input::Resign);
+    let number = cluster.append(old, "a");
+    cluster.turn(old);
+    assert_eq!(
+        cluster.outcome(old, number),
+        "Err(NotLeader { leader: None })"
+    );
+}
+
+#[test]
+fn a_timer_at_the_end_of_time_wakes_nobody() {
+    let mut cluster = Cluster::ready(1);
+    cluster.restart(NodeId(1), 2);
+    cluster.run_ms(200);
+    cluster.append(NodeId(1), "~");
+    cluster.run_ms(200);
+    assert!(cluster.nodes[&NodeId(1)].replica.next_turn_us() > cluster.boot_us);
+}
+
+#[test]
+fn of_requests_at_one_place_the_newest_wait() {
+    let mut cluster = Cluster::ready(1);
+    let node = NodeId(1);
+    let first = cluster.append(node, "?");
+    let others: Vec<_> = (0..limits::REQUESTS_PER_PLACE_MAX)
+        .map(|_| cluster.append(node, "?"))
+        .collect();
+    cluster.settle();
+    assert_eq!(cluster.outcome(node, first), "Err(OutcomeUnknown)");
+    cluster.append(node, ".");
+    cluster.settle();
+    for number in others {
+        assert!(cluster.outcome(node, number).starts_with("Ok(Machine(Ok("));
+    }
+}
+
+#[test]
+fn clusters_of_any_size_come_together_although_members_restart() {
+    for size in [1, 2, 3, 4, 5] {
+        let mut cluster = Cluster::new(size);
+        for (boot, id) in (2..).zip((1..=size).cycle().take(20)) {
+            // One turn of each member at a time, in the middle of admission.
+            cluster.boot_us += 10_000;
+            for node in (1..=size).map(NodeId) {
+                cluster.turn(node);
+            }
+            cluster.restart(NodeId(id), boot);
+        }
+        cluster.run_ms(3_000);
+        let (leader, last) = (cluster.leader(), NodeId(size));
+        let number = cluster.append(last, "a");
+        cluster.settle();
+        assert_eq!(cluster.outcome(last, number), r#"Ok(Machine(Ok(b"a")))"#);
+        cluster.run_ms(300);
+        cluster.assert_equal_states();
+        assert_eq!(
+            cluster.nodes[&leader].replica.status().members.len() as u64,
+            size
+        );
+    }
 }

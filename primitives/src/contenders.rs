@@ -147,6 +147,11 @@ impl Contenders {
                 continue;
             };
             self.stop_timer(&holder);
+            #[cfg(conclave_plant)]
+            let holder = match self.queue(&lock).nth(1) {
+                Some(second) if conclave_core::plant::is("grant-second") => second.clone(),
+                _ => holder,
+            };
             if before.as_ref() != Some(&holder) {
                 shift.granted.push(holder);
             }

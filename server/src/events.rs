@@ -408,14 +408,15 @@ impl Follower {
         query: Query<primitives::Primitives>,
         body: fn(Result<Answer, Failure>) -> NoteBody,
     ) {
-        let inbox = Arc::clone(&self.inbox);
-        let respond = move |outcome| {
-            inbox.put(Note {
-                session,
-                body: body(outcome),
-            })
+        let note = move |outcome| Note {
+            session,
+            body: body(outcome),
         };
-        self.gateway.handle.read(query, Box::new(respond));
+        let inbox = Arc::clone(&self.inbox);
+        let respond = Box::new(move |outcome| inbox.put(note(outcome)));
+        if let Err(failure) = self.gateway.handle.read(query, respond) {
+            self.inbox.put(note(Err(failure)));
+        }
     }
 }
 

@@ -20,6 +20,7 @@ use tonic::{Code, Response};
 
 use crate::{
     events::Hub,
+    mailbox::Mailbox,
     metrics::{Method, Metrics},
     options::Settings,
     peers::Peers,
@@ -33,35 +34,61 @@ pub(crate) type Answer = replica::Answer<Primitives>;
 /// their clients gave none.
 pub(crate) const CLIENT_REQUEST_MAX: u64 = u64::MAX >> 1;
 
-/// See the module.
+/// The gateway of one thread. See the module.
 #[derive(Debug)]
 pub(crate) struct Gateway {
     pub(crate) handle: Handle<Primitives>,
-    pub(crate) settings: Settings,
+    pub(crate) settings: Arc<Settings>,
     pub(crate) hub: Arc<Hub>,
     pub(crate) peers: Arc<Peers>,
-    pub(crate) metrics: Metrics,
-    next_request: AtomicU64,
+    pub(crate) metrics: Arc<Metrics>,
+    /// Where answers for this thread arrive; somebody must deliver them.
+    pub(crate) mailbox: Arc<Mailbox>,
+    /// Those of all threads, that of the control thread first.
+    mailboxes: Arc<[Arc<Mailbox>]>,
+    next_request: Arc<AtomicU64>,
 }
 
 impl Gateway {
+    /// The gateway of the control thread, which has the first of the mailboxes.
     /// `random` keeps the numbers that this process gives to requests apart from
     /// those of others.
     pub(crate) fn new(
         handle: Handle<Primitives>,
-        settings: Settings,
+        settings: Arc<Settings>,
         hub: Arc<Hub>,
         peers: Arc<Peers>,
+        mailboxes: Vec<Arc<Mailbox>>,
         random: u64,
     ) -> Self {
-        let next_request = AtomicU64::new(random);
         Self {
             handle,
             settings,
             hub,
             peers,
-            metrics: Metrics::new(),
-            next_request,
+            metrics: Arc::new(Metrics::new()),
+            mailbox: Arc::clone(&mailboxes[0]),
+            mailboxes: mailboxes.into(),
+            next_request: Arc::new(AtomicU64::new(random)),
+        }
+    }
+
+    /// The mailboxes of the threads that serve clients.
+    pub(crate) fn client_mailboxes(&self) -> impl Iterator<Item = &Arc<Mailbox>> {
+        self.mailboxes.iter().skip(1)
+    }
+
+    /// The gateway of another thread.
+    pub(crate) fn with_mailbox(&self, mailbox: Arc<Mailbox>) -> Self {
+        Self {
+            handle: self.handle.clone(),
+            settings: Arc::clone(&self.settings),
+            hub: Arc::clone(&self.hub),
+            peers: Arc::clone(&self.peers),
+            metrics: Arc::clone(&self.metrics),
+            mailbox,
+            mailboxes: Arc::clone(&self.mailboxes),
+            next_request: Arc::clone(&self.next_request),
         }
     }
 
@@ -72,17 +99,43 @@ impl Gateway {
 
     /// Has a command replicated.
     pub(crate) async fn command(&self, body: command::Body) -> Result<Answer, Refusal> {
-        answered(|respond| self.handle.command(body, respond)).await
+        self.answered(|respond| self.handle.command(body, respond))
+            .await
     }
 
     /// Asks a linearizable question.
     pub(crate) async fn read(&self, query: Query<Primitives>) -> Result<Answer, Refusal> {
-        answered(|respond| self.handle.read(query, respond)).await
+        self.answered(|respond| self.handle.read(query, respond))
+            .await
     }
 
     /// Renews a session.
     pub(crate) async fn renew(&self, session: SessionId) -> Result<Answer, Refusal> {
-        answered(|respond| self.handle.renew(session, respond)).await
+        self.answered(|respond| self.handle.renew(session, respond))
+            .await
+    }
+
+    /// Waits for the outcome of a request. If the loop thread ends without having
+    /// given one, the request may have been applied.
+    async fn answered(
+        &self,
+        submit: impl FnOnce(Responder<Primitives>) -> Result<(), Failure>,
+    ) -> Result<Answer, Refusal> {
+        let (sender, receiver) = oneshot::channel();
+        let mailbox = Arc::clone(&self.mailbox);
+        submit(Box::new(move |outcome| mailbox.put(sender, outcome)))?;
+        let outcome = receiver.await.unwrap_or(Err(Failure::OutcomeUnknown));
+        match outcome? {
+            Answer {
+                body: AnswerBody::SessionEnded(end),
+                ..
+            } => Err(Refusal::SessionEnded(end)),
+            Answer {
+                body: AnswerBody::Machine(Err(rejection)),
+                ..
+            } => Err(Refusal::Rejected(rejection)),
+            answer => Ok(answer),
+        }
     }
 
     /// The header of an answer made at this revision and term.
@@ -132,28 +185,6 @@ fn leader_address(status: &Status) -> Option<String> {
     let leader = status.leader?;
     let (_, _, urls) = status.members.iter().find(|(id, _, _)| *id == leader)?;
     urls.first().cloned()
-}
-
-/// Waits for the outcome of a request. If the loop thread ends without having
-/// given one, the request may have been applied.
-async fn answered(submit: impl FnOnce(Responder<Primitives>)) -> Result<Answer, Refusal> {
-    let (sender, receiver) = oneshot::channel();
-    submit(Box::new(move |outcome| {
-        // Nobody waits for it any more.
-        sender.send(outcome).ok();
-    }));
-    let outcome = receiver.await.unwrap_or(Err(Failure::OutcomeUnknown));
-    match outcome? {
-        Answer {
-            body: AnswerBody::SessionEnded(end),
-            ..
-        } => Err(Refusal::SessionEnded(end)),
-        Answer {
-            body: AnswerBody::Machine(Err(rejection)),
-            ..
-        } => Err(Refusal::Rejected(rejection)),
-        answer => Ok(answer),
-    }
 }
 
 #[cfg(test)]

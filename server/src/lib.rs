@@ -7,11 +7,12 @@
 //! - [`storage`], [`net`], [`shutdown`]: the data directory, sockets, signals;
 //! - `routes`: everything that is served on the client addresses, which is
 //!   `session`, `lock` and `cluster` (the native API) and `http` (health, metrics);
-//! - `gateway`: the way from all of these to the replica and back;
+//! - `gateway`: the way from all of these to the replica, and `mailbox`: the way
+//!   back;
 //! - `validate`, `convert`, `status`: requests are checked, answers converted,
 //!   and errors mapped to the wire, each in one place;
 //! - `events`: streams that follow sessions;
-//! - `peers`: the links between members;
+//! - `turns`: the thread of the node, with `peers`, the links between members;
 //! - `metrics`: what is counted.
 //!
 //! Nothing here decides who holds what, and nothing here keeps state that
@@ -26,6 +27,7 @@ mod events;
 mod gateway;
 mod http;
 mod lock;
+mod mailbox;
 mod metrics;
 pub mod net;
 pub mod options;
@@ -36,6 +38,7 @@ mod session;
 pub mod shutdown;
 mod status;
 pub mod storage;
+mod turns;
 mod validate;
 
 pub use options::{ClusterState, Options};

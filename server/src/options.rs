@@ -58,7 +58,9 @@ pub struct Options {
     pub listen_metrics_urls: Vec<String>,
     /// The largest request of a client, in bytes.
     pub max_request_bytes: usize,
-    /// Threads that serve clients; by default half the processors, 1 to 4.
+    /// Threads that serve clients; with 0 the thread of the node serves them, too.
+    /// By default none with one or two processors, where a change of threads costs
+    /// more than it gains, else half as many as processors, up to 4.
     pub io_threads: Option<usize>,
 }
 
@@ -146,7 +148,7 @@ impl Options {
             return Err(OptionsError::RequestBytes { bytes });
         }
         if let Some(threads) = self.io_threads
-            && !(1..=IO_THREADS_MAX).contains(&threads)
+            && threads > IO_THREADS_MAX
         {
             return Err(OptionsError::IoThreads { threads });
         }
@@ -469,8 +471,10 @@ fn check_distinct(lists: &[&[Url]]) -> Result<(), OptionsError> {
 }
 
 fn default_io_threads() -> usize {
-    let processors = thread::available_parallelism().map_or(1, usize::from);
-    (processors / 2).clamp(1, 4)
+    match thread::available_parallelism().map_or(1, usize::from) {
+        0..=2 => 0,
+        processors => (processors / 2).min(4),
+    }
 }
 
 /// Why options do not hold together.
@@ -530,7 +534,7 @@ pub enum OptionsError {
         limits::COMMAND_BYTES_MAX
     )]
     RequestBytes { bytes: usize },
-    #[error("{threads} I/O threads were asked for; it must be 1 to {IO_THREADS_MAX}")]
+    #[error("{threads} I/O threads were asked for; it must be at most {IO_THREADS_MAX}")]
     IoThreads { threads: usize },
 }
 
@@ -560,7 +564,7 @@ mod tests {
             "http://localhost:2380"
         );
         assert_eq!(settings.advertise_client, settings.listen_client);
-        assert!((1..=4).contains(&settings.io_threads));
+        assert!(settings.io_threads <= 4);
     }
 
     #[test]
@@ -682,7 +686,6 @@ mod tests {
         );
         assert_eq!(refused(|o| o.max_request_bytes = 1), "RequestBytes");
         assert_eq!(refused(|o| o.max_request_bytes = 1 << 30), "RequestBytes");
-        assert_eq!(refused(|o| o.io_threads = Some(0)), "IoThreads");
         assert_eq!(refused(|o| o.io_threads = Some(65)), "IoThreads");
     }
 

@@ -17,7 +17,6 @@ use std::{collections::BTreeMap, net::TcpListener as StdListener, sync::Arc};
 use conclave_core::{ids::NodeId, node::Handle};
 use conclave_primitives::Primitives;
 use conclave_proto::internal::{PeerGreeting, PeerMessage};
-use tokio::sync::Notify;
 
 use crate::{
     metrics::LinkCounters,
@@ -37,8 +36,6 @@ const FRAME_BYTES_MAX: usize = 16 << 20;
 pub(crate) struct Peers {
     greeting: PeerGreeting,
     links: BTreeMap<NodeId, Link>,
-    /// Something was queued.
-    queued: Notify,
 }
 
 /// The link to one other member.
@@ -70,7 +67,6 @@ impl Peers {
         Self {
             greeting,
             links: topology.others().map(link).collect(),
-            queued: Notify::new(),
         }
     }
 
@@ -82,16 +78,7 @@ impl Peers {
                 link.outbox.push(message);
             }
         }
-        self.queued.notify_one();
-    }
-
-    /// Wakes the streams of those for whom something is queued. Waking them from
-    /// the loop thread would cost it a system call for each.
-    async fn wake_streams(self: Arc<Self>) {
-        loop {
-            self.queued.notified().await;
-            self.links.values().for_each(|link| link.outbox.wake());
-        }
+        self.links.values().for_each(|link| link.outbox.wake());
     }
 
     /// Name of each other member, whether the link to it stands, its counters.
@@ -118,7 +105,6 @@ impl Peers {
         for &peer in self.links.keys() {
             tokio::spawn(dial::keep_link(Arc::clone(&self), peer, handle.clone()));
         }
-        tokio::spawn(Arc::clone(&self).wake_streams());
         let (sender, connections) = net::connections();
         for listener in listeners {
             tokio::spawn(net::accept(listener, vec![sender.clone()], || ()));

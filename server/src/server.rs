@@ -1,8 +1,8 @@
 //! Puts a server together, runs it, and takes it apart in the right order.
 //!
-//! Threads: `conclave-loop` owns the replica and its log; `conclave-peers`
-//! carries messages between members; `conclave-io-N` serve clients; the thread
-//! that calls [`Server::wait`] accepts connections and watches over the others.
+//! Threads: `conclave-loop` runs the node and carries messages between members;
+//! `conclave-io-N` serve clients, or `conclave-loop` where a machine has too few
+//! cores for more; the thread that calls [`Server::wait`] accepts connections and watches over the others.
 
 use std::{
     future::{Future, pending},
@@ -15,12 +15,12 @@ use std::{
 
 use conclave_core::{
     limits,
-    node::{self, LoopThread, Outlets},
+    node::{self, Outlets},
     replica::{Config, Fatal, Role, Status},
 };
 use tokio::{
     runtime::{Builder, Runtime},
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
     time,
 };
 use tonic::{service::Routes, transport};
@@ -34,12 +34,14 @@ use crate::{
     events::Hub,
     gateway::Gateway,
     http,
+    mailbox::Mailbox,
     net::{self, BindError, Bound, ConnectionSender},
     options::{Options, OptionsError, Settings, Url},
     peers::Peers,
     routes,
     shutdown::{Requests, Shutdown},
     storage::{self, Storage, StorageError},
+    turns,
 };
 
 /// How often the threads and the state of the cluster are looked at.
@@ -85,8 +87,10 @@ pub struct Server {
     phase: watch::Sender<Phase>,
     replica: LoopThread,
     io: Vec<JoinHandle<()>>,
-    peers: JoinHandle<()>,
 }
+
+/// Joins to why the node ended.
+type LoopThread = JoinHandle<Result<(), Fatal>>;
 
 /// Where a server listens, with the ports that the system chose.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,12 +133,24 @@ impl Server {
             metrics: local_addresses(&metrics),
         };
         log_start(&settings, &addresses);
-        let (gateway, replica) = start_replica(settings, storage)?;
         let (phase, phases) = watch::channel(Phase::Serving);
         let (health, health_server) = health_reporter();
-        let peers = spawn_peers(&gateway, peer_listeners, phases.clone())?;
-        let (client_threads, io) = (0..gateway.settings.io_threads)
-            .map(|number| spawn_io(number, &gateway, &health_server, phases.clone()))
+        let (gateway, turns) = open_node(settings, storage);
+        let gateway = Arc::new(gateway);
+        let links = Arc::clone(&gateway.peers).run(gateway.handle.clone(), peer_listeners);
+        let (client_threads, mut services): (Vec<_>, Vec<_>) = gateway
+            .client_mailboxes()
+            .map(|mailbox| serve_clients(&gateway, mailbox, &health_server, phases.clone()))
+            .unzip();
+        let here = match gateway.settings.io_threads {
+            0 => services.pop(),
+            _ => None,
+        };
+        let replica = spawn("conclave-loop".to_owned(), run_node(turns, links, here))?;
+        let io = services
+            .into_iter()
+            .enumerate()
+            .map(|(number, service)| spawn(format!("conclave-io-{number}"), service))
             .collect::<Result<_, _>>()?;
         drop(inside);
         Ok(Self {
@@ -148,7 +164,6 @@ impl Server {
             phase,
             replica,
             io,
-            peers,
         })
     }
 
@@ -165,7 +180,7 @@ impl Server {
         self.phase.send_replace(Phase::Stopped);
         if patient {
             // Whether they all end in time is seen below.
-            control.block_on(async { time::timeout(END_WITHIN, self.all_ended()).await.ok() });
+            control.block_on(async { time::timeout(END_WITHIN, self.drained()).await.ok() });
         }
         if !self.replica.is_finished() {
             tracing::warn!("stopped without waiting for the log any longer");
@@ -182,6 +197,8 @@ impl Server {
         let mut shutdown = shutdown.listen().map_err(ServerError::Signals)?;
         self.accept();
         let gateway = Arc::clone(&self.gateway);
+        let mailbox = Arc::clone(&gateway.mailbox);
+        tokio::spawn(async move { mailbox.deliver().await });
         tokio::spawn(report_health(
             gateway,
             self.health.clone(),
@@ -248,13 +265,6 @@ impl Server {
             time::sleep(END_EVERY).await;
         }
     }
-
-    async fn all_ended(&self) {
-        self.drained().await;
-        while !self.peers.is_finished() {
-            time::sleep(END_EVERY).await;
-        }
-    }
 }
 
 /// A runtime on the thread that blocks on it.
@@ -281,11 +291,11 @@ fn local_addresses(listeners: &[StdListener]) -> Vec<SocketAddr> {
         .collect()
 }
 
-/// Starts the loop thread over an open log.
-fn start_replica(
+/// Opens the node, for a thread that will run its turns.
+fn open_node(
     settings: Settings,
     storage: Storage,
-) -> Result<(Arc<Gateway>, LoopThread), ServerError> {
+) -> (Gateway, impl Future<Output = Result<(), Fatal>> + Send) {
     let Storage { log, recovered } = storage;
     let config = Config {
         node: settings.topology.own().id,
@@ -303,7 +313,19 @@ fn start_replica(
     let incarnation = recovered.identity.incarnation;
     let peers = Arc::new(Peers::new(&settings.topology, incarnation, config.boot));
     let hub = Arc::new(Hub::default());
+    let mailboxes: Vec<Arc<Mailbox>> = (0..=settings.io_threads.max(1))
+        .map(|_| Arc::default())
+        .collect();
+    let arrived = Arc::new(Notify::new());
     let outlets = Outlets {
+        wake: Box::new({
+            let arrived = Arc::clone(&arrived);
+            move || arrived.notify_one()
+        }),
+        answered: Box::new({
+            let mailboxes = mailboxes.clone();
+            move || mailboxes.iter().for_each(|mailbox| mailbox.post())
+        }),
         send: Box::new({
             let peers = Arc::clone(&peers);
             move |messages| peers.send(messages)
@@ -313,47 +335,61 @@ fn start_replica(
             move |events| hub.publish(events)
         }),
     };
-    let (handle, replica) =
-        node::start(config, log, recovered, outlets).map_err(ServerError::Thread)?;
-    let gateway = Gateway::new(handle, settings, hub, peers, storage::random());
-    Ok((Arc::new(gateway), replica))
+    let (handle, node) = node::open(config, log, recovered, outlets);
+    let settings = Arc::new(settings);
+    let gateway = Gateway::new(handle, settings, hub, peers, mailboxes, storage::random());
+    (gateway, turns::run(node, arrived))
 }
 
-fn spawn_peers(
+/// What the loop thread does: the turns of the node, the links to other members,
+/// and, if there are no threads for them, clients.
+async fn run_node(
+    turns: impl Future<Output = Result<(), Fatal>>,
+    links: impl Future<Output = ()> + Send + 'static,
+    clients: Option<impl Future<Output = ()> + Send + 'static>,
+) -> Result<(), Fatal> {
+    // Ends with the runtime.
+    tokio::spawn(links);
+    let clients = clients.map(tokio::spawn);
+    turns.await?;
+    if let Some(clients) = clients {
+        // They still get their answers. A panic ends the process in a release.
+        clients.await.ok();
+    }
+    Ok(())
+}
+
+/// The service for one thread's share of the clients, and the way to hand it
+/// connections.
+fn serve_clients(
     gateway: &Gateway,
-    listeners: Vec<StdListener>,
-    phases: watch::Receiver<Phase>,
-) -> Result<JoinHandle<()>, ServerError> {
-    let peers = Arc::clone(&gateway.peers);
-    let handle = gateway.handle.clone();
-    spawn("conclave-peers".to_owned(), async move {
-        // Leadership is handed over while requests finish, so links stand until the end.
-        until(phases, Phase::Stopped, peers.run(handle, listeners)).await;
-    })
-}
-
-fn spawn_io(
-    number: usize,
-    gateway: &Arc<Gateway>,
+    mailbox: &Arc<Mailbox>,
     health: &HealthServer<impl Health>,
     phases: watch::Receiver<Phase>,
-) -> Result<(ConnectionSender, JoinHandle<()>), ServerError> {
+) -> (ConnectionSender, impl Future<Output = ()> + Send + 'static) {
+    let gateway = Arc::new(gateway.with_mailbox(Arc::clone(mailbox)));
     let (sender, connections) = net::connections();
-    let routes = routes::routes(gateway, health.clone());
-    let serve = serve_connections(routes, connections, phases);
-    Ok((sender, spawn(format!("conclave-io-{number}"), serve)?))
+    let routes = routes::routes(&gateway, health.clone());
+    let serve = async move {
+        tokio::select! {
+            () = gateway.mailbox.deliver() => {}
+            () = serve_connections(routes, connections, phases) => {}
+        }
+    };
+    (sender, serve)
 }
 
 /// A thread with a runtime of its own, for as long as the future runs.
-fn spawn(
+fn spawn<T: Send + 'static>(
     name: String,
-    work: impl Future<Output = ()> + Send + 'static,
-) -> Result<JoinHandle<()>, ServerError> {
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<JoinHandle<T>, ServerError> {
     let runtime = runtime()?;
     let run = move || {
-        runtime.block_on(work);
+        let result = runtime.block_on(work);
         // A look-up of a name may still run, and nobody waits for it.
         runtime.shutdown_background();
+        result
     };
     thread::Builder::new()
         .name(name)

@@ -56,7 +56,9 @@ impl<M: Machine> Replica<M> {
         for (from, session) in arrived.renewals {
             self.take_renewal(from, session);
         }
-        self.propose_all(commands);
+        for commands in packed(commands) {
+            self.propose(commands);
+        }
         self.expire();
         self.publish_self();
         self.propose_due_timers();
@@ -68,50 +70,19 @@ impl<M: Machine> Replica<M> {
             term,
             commands,
         } = forward;
-        if term != self.consensus.term() {
-            self.refuse_forwarded(vec![(
-                from,
-                Forward {
-                    boot,
-                    term,
-                    commands,
-                },
-            )]);
+        if term != self.taken.term() {
+            // Of another term: its sender has heard of this one, or will.
             return;
         }
-        let leadership = self
-            .leadership
-            .as_mut()
-            .expect("only a leader takes commands");
         for command in commands {
             if !may_be_forwarded::<M>(from, boot, &command) {
                 tracing::warn!(peer = %from, "dropped a malformed command");
                 continue;
             }
             let number = command.origin.as_ref().map(|origin| origin.number);
-            if number.is_none_or(|number| leadership.take(from, boot, number)) {
+            if number.is_none_or(|number| self.taken.take(from, boot, number)) {
                 accepted.push(command);
             }
-        }
-    }
-
-    /// Packs commands into entries and proposes them.
-    fn propose_all(&mut self, commands: Vec<Command>) {
-        let mut entry = Vec::new();
-        let mut bytes = 0;
-        for command in commands {
-            let size = command.encoded_len();
-            let full =
-                entry.len() == limits::ENTRY_COMMANDS_MAX || bytes + size > limits::ENTRY_BYTES_MAX;
-            if full && !entry.is_empty() {
-                self.propose(mem::take(&mut entry));
-                bytes = 0;
-            }
-            bytes += size;
-            entry.push(command);
-        }
-        if !entry.is_empty() {
-            self.propose(entry);
         }
     }
 
@@ -226,7 +197,7 @@ impl<M: Machine> Replica<M> {
                 });
             }
         }
-        if !commands.is_empty() {
+        for commands in packed(commands) {
             self.send_forward(leader, commands);
         }
         self.publish_self();
@@ -257,31 +228,39 @@ impl<M: Machine> Replica<M> {
         }
     }
 
+    /// This node does not lead. Only a leader of the term can have taken what is
+    /// forwarded, so if that was this node in this start of its process, it knows
+    /// what it did not take and never will. Of the rest it says nothing.
     fn refuse_forwarded(&mut self, forwarded: Vec<(NodeId, Forward)>) {
-        for (from, Forward { boot, commands, .. }) in forwarded {
-            let origins = commands.into_iter().filter_map(|command| command.origin);
-            let numbers: Vec<_> = origins.map(|origin| origin.number).collect();
-            if !numbers.is_empty() {
-                let refused = ForwardRefused { boot, numbers };
-                self.outbox
-                    .push(to(from, peer_message::Message::ForwardRefused(refused)));
+        for (from, forward) in forwarded {
+            let Forward {
+                boot,
+                term,
+                commands,
+            } = forward;
+            for origin in commands.into_iter().filter_map(|command| command.origin) {
+                let number = origin.number;
+                if term == self.taken.term() && self.taken.is_new(from, boot, number) {
+                    self.refusals.entry((from, boot)).or_default().push(number);
+                }
             }
         }
     }
 
     /// A command that was taken and could not be proposed.
     fn refuse_command(&mut self, origin: &Origin) {
-        if self.is_mine(origin) {
-            self.pending.remove(&origin.number);
-            self.fail(origin.number, Failure::Overloaded);
-        } else {
-            let refused = ForwardRefused {
-                boot: origin.boot,
-                numbers: vec![origin.number],
-            };
-            let message = peer_message::Message::ForwardRefused(refused);
-            self.outbox.push(to(NodeId(origin.node), message));
+        if !self.is_mine(origin) {
+            let sender = (NodeId(origin.node), origin.boot);
+            self.refusals.entry(sender).or_default().push(origin.number);
+            return;
         }
+        self.pending.remove(&origin.number);
+        let failure = if self.consensus.is_handing_over() {
+            Failure::NotLeader { leader: None }
+        } else {
+            Failure::Overloaded
+        };
+        self.fail(origin.number, failure);
     }
 
     pub(super) fn receive_refusal(&mut self, refused: &ForwardRefused) {
@@ -307,6 +286,28 @@ impl<M: Machine> Replica<M> {
         self.pending.insert(number, Pending { under, deadline_us });
         true
     }
+}
+
+/// Commands in order, in as few lots as the limits of an entry allow.
+fn packed(commands: Vec<Command>) -> Vec<Vec<Command>> {
+    let mut lots: Vec<Vec<Command>> = Vec::new();
+    let mut bytes = 0;
+    for command in commands {
+        let size = command.encoded_len();
+        bytes += size;
+        match lots.last_mut() {
+            Some(lot)
+                if lot.len() < limits::ENTRY_COMMANDS_MAX && bytes <= limits::ENTRY_BYTES_MAX =>
+            {
+                lot.push(command);
+            }
+            _ => {
+                bytes = size;
+                lots.push(vec![command]);
+            }
+        }
+    }
+    lots
 }
 
 /// What only a leader may propose, or what this version does not know, is not

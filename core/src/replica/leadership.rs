@@ -19,13 +19,11 @@ pub(super) struct Leadership {
     /// Renewals that arrived before that.
     pub(super) early: Vec<RenewalAsk>,
     /// Renewals whose session's expiry is under way; its outcome answers them.
-    pub(super) parked: Vec<RenewalAsk>,
+    pub(super) parked: BTreeMap<SessionId, Vec<RenewalAsk>>,
     /// The entry that fires the timers which are due, if one is on its way.
     pub(super) timers_entry: Index,
     /// When followers must be told of a commit, if no append has by then.
     pub(super) tell_commit_us: Option<u64>,
-    /// The newest request taken from each node, with the boot it belongs to.
-    taken: BTreeMap<NodeId, (u64, RequestNumber)>,
 }
 
 impl Leadership {
@@ -34,28 +32,10 @@ impl Leadership {
             term,
             liveness: None,
             early: Vec::new(),
-            parked: Vec::new(),
+            parked: BTreeMap::new(),
             timers_entry: 0,
             tell_commit_us: None,
-            taken: BTreeMap::new(),
         }
-    }
-
-    /// Whether a forwarded request may be taken: requests of a node come in
-    /// growing order, so that one with a lower number is a repetition made by
-    /// the network, or was overtaken; either way it must not run.
-    pub(super) fn take(&mut self, node: NodeId, boot: u64, number: RequestNumber) -> bool {
-        let taken = self.taken.entry(node).or_insert((boot, 0));
-        if taken.0 != boot {
-            // A later start of the same node counts from the beginning. One that
-            // comes after it is of the past, but its numbers may not be told from
-            // new ones: only the newest boot seen is kept, and an old one that
-            // returns has nobody who waits for its answer.
-            *taken = (boot, 0);
-        }
-        let newer = number > taken.1;
-        taken.1 = taken.1.max(number);
-        newer
     }
 
     /// A session ended: who waited to renew it hears so.
@@ -63,8 +43,46 @@ impl Leadership {
         if let Some(liveness) = &mut self.liveness {
             liveness.ended(session);
         }
-        self.parked
-            .extract_if(.., |ask| ask.session == session)
-            .collect()
+        self.parked.remove(&session).unwrap_or_default()
+    }
+}
+
+/// Which requests of other members a leader has taken: the newest of each start
+/// of each of them. It outlives the leadership, until the next one of this
+/// process, so that no request is called untouched that was taken.
+#[derive(Debug, Default)]
+pub(super) struct Taken {
+    term: Term,
+    newest: BTreeMap<(NodeId, u64), RequestNumber>,
+}
+
+impl Taken {
+    pub(super) fn new(term: Term) -> Self {
+        Self {
+            term,
+            newest: BTreeMap::new(),
+        }
+    }
+
+    /// The term of the leadership, which may be over.
+    pub(super) fn term(&self) -> Term {
+        self.term
+    }
+
+    /// Whether a request is seen for the first time. Requests of one start come
+    /// in growing order, so that one with a lower number is a copy made by the
+    /// network, or was overtaken; either way it must not run.
+    pub(super) fn is_new(&self, node: NodeId, boot: u64, number: RequestNumber) -> bool {
+        let newest = self.newest.get(&(node, boot));
+        newest.is_none_or(|newest| number > *newest)
+    }
+
+    /// Takes a request if it is new.
+    pub(super) fn take(&mut self, node: NodeId, boot: u64, number: RequestNumber) -> bool {
+        let is_new = self.is_new(node, boot, number);
+        if is_new {
+            self.newest.insert((node, boot), number);
+        }
+        is_new
     }
 }

@@ -102,6 +102,10 @@ impl<M: Machine> Reads<M> {
     /// Begins a confirmation for all that is fresh; gives its number.
     pub(super) fn ask(&mut self, of: (NodeId, Term), retry_us: u64) -> u64 {
         self.sequence += 1;
+        #[cfg(conclave_plant)]
+        if crate::plant::is("reuse-read-context") {
+            self.sequence = 1;
+        }
         let asks = std::mem::take(&mut self.fresh);
         self.asked.push_back(Asked {
             sequence: self.sequence,
@@ -157,25 +161,25 @@ impl<M: Machine> Reads<M> {
         ready
     }
 
-    /// What is given up: its deadline has passed without a confirmation.
+    /// What is given up: its deadline has passed.
     pub(super) fn take_late(&mut self, now_us: u64) -> Vec<Ask<M>> {
-        self.take_fresh(|ask| ask.deadline_us <= now_us)
+        self.take(|ask| ask.deadline_us <= now_us)
     }
 
     /// All renewals that are not answered yet; they are of no use to a node that
     /// does not lead any more.
     pub(super) fn take_renewals(&mut self) -> Vec<RenewalAsk> {
-        let is_renewal = |ask: &Ask<M>| matches!(ask.body, AskBody::Renewal(_));
-        let mut renewals = self.take_fresh(is_renewal);
-        let asked = self.asked.iter_mut().map(|asked| &mut asked.asks);
-        let confirmed = self.confirmed.iter_mut().map(|(_, asks)| asks);
-        for asks in asked.chain(confirmed) {
-            renewals.extend(asks.extract_if(.., |ask| is_renewal(ask)));
-        }
+        let renewals = self.take(|ask| matches!(ask.body, AskBody::Renewal(_)));
         renewals.into_iter().filter_map(Ask::into_renewal).collect()
     }
 
-    fn take_fresh(&mut self, mut which: impl FnMut(&Ask<M>) -> bool) -> Vec<Ask<M>> {
-        self.fresh.extract_if(.., |ask| which(ask)).collect()
+    fn take(&mut self, which: impl Fn(&Ask<M>) -> bool) -> Vec<Ask<M>> {
+        let asked = self.asked.iter_mut().map(|asked| &mut asked.asks);
+        let confirmed = self.confirmed.iter_mut().map(|(_, asks)| asks);
+        let mut taken = Vec::new();
+        for asks in asked.chain(confirmed).chain([&mut self.fresh]) {
+            taken.extend(asks.extract_if(.., |ask| which(ask)));
+        }
+        taken
     }
 }

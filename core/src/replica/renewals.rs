@@ -13,7 +13,7 @@ use super::{
     to,
 };
 use crate::{
-    ids::{NodeId, RequestNumber, SessionId, Term},
+    ids::{NodeId, SessionId, Term},
     liveness::Liveness,
     machine::Machine,
     state::Life,
@@ -40,13 +40,11 @@ impl<M: Machine> Replica<M> {
                     let leader = self.consensus.leader();
                     self.fail(number, Failure::NotLeader { leader });
                 }
-                Ok(Outcome::Ended) => {
-                    if let Some(renewal) = self.renewals.get_mut(&number) {
-                        renewal.ended_by = Some(applied);
-                    }
+                Ok(Outcome::Ended) if self.renewals.contains_key(&number) => {
+                    self.renewals_ended.insert((applied, number));
                 }
                 // Not waited for any more, or of a newer version.
-                Ok(Outcome::Renewed | Outcome::Refused) | Err(_) => {}
+                _ => {}
             }
         }
     }
@@ -67,6 +65,10 @@ impl<M: Machine> Replica<M> {
         match &mut leadership.liveness {
             Some(liveness) => {
                 liveness.renewal_arrived(session);
+                #[cfg(conclave_plant)]
+                if crate::plant::is("renew-without-confirmation") {
+                    return self.renew(renewal);
+                }
                 self.reads.add(Ask {
                     deadline_us,
                     body: AskBody::Renewal(renewal),
@@ -87,7 +89,6 @@ impl<M: Machine> Replica<M> {
                         session,
                         under,
                         deadline_us,
-                        ended_by: None,
                     };
                     self.renewals.insert(number, renewal);
                     renewals.push(Renewal {
@@ -115,7 +116,8 @@ impl<M: Machine> Replica<M> {
         };
         let liveness = leadership.liveness.as_mut().expect("renewals wait for it");
         if liveness.is_expiring(renewal.session) {
-            leadership.parked.push(renewal);
+            let parked = leadership.parked.entry(renewal.session).or_default();
+            parked.push(renewal);
             return;
         }
         match self.state.sessions().get(renewal.session) {
@@ -167,10 +169,8 @@ impl<M: Machine> Replica<M> {
                 self.fail(number, Failure::NotLeader { leader });
             }
             Renewer::There { node, boot, number } => {
-                let replies = vec![RenewalReply { number, ..reply }];
-                let replies = RenewalReplies { boot, replies };
-                self.outbox
-                    .push(to(node, peer_message::Message::RenewalReplies(replies)));
+                let replies = self.renewal_replies.entry((node, boot)).or_default();
+                replies.push(RenewalReply { number, ..reply });
             }
         }
     }
@@ -216,18 +216,17 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    pub(super) fn answer_forwarded_renewals(&mut self, now_us: u64) {
+    /// Says why sessions ended, once this node's state does.
+    pub(super) fn answer_ended_renewals(&mut self) {
         let applied = self.state.applied();
-        let is_over = |_: &RequestNumber, renewal: &mut PendingRenewal| {
-            renewal.deadline_us <= now_us || renewal.ended_by.is_some_and(|by| by <= applied)
-        };
-        let over: Vec<_> = self.renewals.extract_if(.., is_over).collect();
-        for (number, renewal) in over {
-            if renewal.ended_by.is_some_and(|by| by <= applied) {
+        while let Some(&(by, number)) = self.renewals_ended.first()
+            && by <= applied
+        {
+            self.renewals_ended.pop_first();
+            // Else it is answered already.
+            if let Some(renewal) = self.renewals.remove(&number) {
                 let reason = self.state.system().end_reason(renewal.session);
                 self.answer(number, AnswerBody::SessionEnded(reason));
-            } else {
-                self.fail(number, Failure::OutcomeUnknown);
             }
         }
     }

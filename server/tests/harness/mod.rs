@@ -129,6 +129,7 @@ pub(crate) fn alone(directory: &Directory) -> Options {
         initial_advertise_peer_urls: vec!["http://127.0.0.1:1".to_owned()],
         heartbeat_interval_ms: 20,
         election_timeout_ms: 100,
+        io_threads: Some(2),
         ..Options::default()
     }
 }
@@ -150,6 +151,8 @@ pub(crate) fn three(directory: &Directory) -> Vec<Options> {
         initial_cluster: initial_cluster.clone(),
         heartbeat_interval_ms: 50,
         election_timeout_ms: 250,
+        // Each way of serving clients: on the thread of the node, and beside it.
+        io_threads: Some(usize::from(name == 'b')),
         ..Options::default()
     };
     ports.iter().zip("abc".chars()).map(member).collect()

@@ -1,0 +1,25 @@
+//! The simulated world, in reading order: [`world`] is where things happen,
+//! [`node`] is a server, [`client`], [`register`] and [`operator`] are who calls
+//! it, [`faults`] is what goes wrong, [`ground`] is what all of them stand on,
+//! and [`checks`] tells the checkers what happened.
+
+mod alarm;
+mod checks;
+mod client;
+mod clock;
+mod faults;
+mod ground;
+mod link;
+mod network;
+mod node;
+mod operator;
+mod queue;
+mod register;
+mod settings;
+mod tally;
+mod world;
+
+pub(crate) use self::{
+    tally::Tally,
+    world::{Outcome, World},
+};

@@ -1,0 +1,335 @@
+//! All checkers of a run, and how what nodes and clients do is told to them.
+
+use bytes::Bytes;
+use conclave_core::{
+    ids::NodeId,
+    keyspace::{KeyRange, Keyspace},
+    machine::Machine as _,
+    replica::{Answer, AnswerBody, Event, EventBody, Replica},
+    session::EndReason,
+};
+use conclave_primitives::{Event as LockEvent, LossReason, Primitives, Reply as LockReply};
+use conclave_proto::internal::LockContender;
+use prost::Message as _;
+
+use super::ground::{About, Call};
+use crate::checkers::{
+    STAYS_UP, Verdict, Violation,
+    acknowledged::{Acknowledged, Known},
+    broken,
+    early_expiry::{EarlyExpiry, Moment, NODES_MAX},
+    equal_state::{self, EqualState},
+    fifo,
+    linearizable::{ABSENT, Action, Linearizable, Operation},
+    liveness::Liveness,
+    one_holder::OneHolder,
+    tokens_grow::TokensGrow,
+    wakeups::Wakeups,
+};
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Checks {
+    pub(crate) one_holder: OneHolder,
+    pub(crate) tokens_grow: TokensGrow,
+    pub(crate) wakeups: Wakeups,
+    pub(crate) early_expiry: EarlyExpiry,
+    pub(crate) equal_state: EqualState,
+    pub(crate) linearizable: Linearizable,
+    pub(crate) acknowledged: Acknowledged,
+    pub(crate) liveness: Liveness,
+    /// The first.
+    violation: Option<Violation>,
+}
+
+impl Checks {
+    /// Takes a verdict; the first one against ends the run.
+    pub(crate) fn note(&mut self, verdict: Verdict) {
+        if let Err(violation) = verdict {
+            self.violation.get_or_insert(violation);
+        }
+    }
+
+    pub(crate) fn violation(&self) -> Option<&Violation> {
+        self.violation.as_ref()
+    }
+
+    /// A node stopped although its disk did nothing wrong.
+    pub(crate) fn node_failed(&mut self, node: usize, why: &dyn std::fmt::Display) {
+        self.note(broken(STAYS_UP, format!("node {node} stopped: {why}")));
+    }
+
+    /// A node takes a call in under a number.
+    pub(crate) fn arrived(&mut self, node: usize, number: u64, call: &Call) {
+        match call.about {
+            About::Acquire {
+                lock,
+                session,
+                request,
+                first: true,
+            } => {
+                self.wakeups.arrived(node, lock, number, session, request);
+            }
+            About::Acquire {
+                lock,
+                session,
+                request,
+                first: false,
+            } => {
+                self.wakeups.repeated(lock, session, request);
+            }
+            _ => {}
+        }
+    }
+
+    /// A node will not answer a call it took in.
+    pub(crate) fn dropped(&mut self, node: usize, number: u64, about: About) {
+        if let About::Acquire { lock, .. } = about {
+            self.wakeups.answered(node, lock, number);
+        }
+    }
+
+    /// A node tells sessions.
+    pub(crate) fn published(
+        &mut self,
+        event: &Event<LockEvent>,
+        at: Moment,
+        led_since: impl Fn(u64) -> [bool; NODES_MAX],
+    ) {
+        match &event.body {
+            EventBody::SessionEnded(EndReason::Expired) => {
+                let session = event.session.0;
+                let since = self.early_expiry.renewed_at(session).unwrap_or(0);
+                let verdict = self.early_expiry.expired(session, at, led_since(since));
+                self.note(verdict);
+            }
+            EventBody::SessionEnded(_) => {}
+            EventBody::Machine(LockEvent::GrantLost { grant, reason }) => {
+                if matches!(reason, LossReason::Forced(_)) {
+                    self.forced(grant.token);
+                }
+            }
+        }
+    }
+
+    fn forced(&mut self, token: u64) {
+        self.one_holder.forced(token);
+        self.tokens_grow.forced(token);
+        self.acknowledged.forced(token);
+    }
+
+    /// A node answers a call.
+    pub(crate) fn answered(
+        &mut self,
+        about: About,
+        sent: Moment,
+        answer: &Answer<Primitives>,
+        keyspace: &Keyspace,
+    ) {
+        let verdict = match (about, &answer.body) {
+            (About::Open, AnswerBody::SessionOpened { session, ttl_ms }) => {
+                self.acknowledged.opened(session.0);
+                self.early_expiry.renewed(session.0, sent, *ttl_ms)
+            }
+            (About::Renew { session }, AnswerBody::Renewed { ttl_ms }) => {
+                self.early_expiry.renewed(session, sent, *ttl_ms)
+            }
+            (About::Close { session }, AnswerBody::Done) => {
+                self.acknowledged.closed(session);
+                Ok(())
+            }
+            (
+                About::Acquire { lock, session, .. },
+                AnswerBody::Machine(Ok(LockReply::Granted { token, .. })),
+            ) => self.granted(lock, session, *token, answer.revision, keyspace),
+            (About::Release { token }, AnswerBody::Machine(Ok(LockReply::Released))) => {
+                self.acknowledged.released(token, answer.revision)
+            }
+            _ => Ok(()),
+        };
+        self.note(verdict);
+    }
+
+    fn granted(
+        &mut self,
+        lock: usize,
+        session: i64,
+        token: u64,
+        revision: u64,
+        keyspace: &Keyspace,
+    ) -> Verdict {
+        let alive: Vec<u64> = keyspace
+            .range(&keys_of(lock), Some(revision))
+            .map(|record| record.create_revision)
+            .collect();
+        self.acknowledged.granted(token, revision)?;
+        self.tokens_grow.answered(lock, session, token)?;
+        self.one_holder.answered(lock, token, revision, &alive)?;
+        fifo::answered(lock, token, &alive)
+    }
+
+    /// A turn of a node is over, and has applied something.
+    pub(crate) fn applied(&mut self, node: usize, locks: usize, replica: &Replica<Primitives>) {
+        let state = replica.state();
+        let verdict = self
+            .equal_state
+            .applied(node, state.applied(), state.digest());
+        self.note(verdict);
+        for lock in 0..locks {
+            if self.wakeups.watches(node, lock)
+                && let Some((session, request)) = first_in_line(state.keyspace(), lock)
+            {
+                let verdict = self.wakeups.after_turn(node, lock, session, request);
+                self.note(verdict);
+            }
+        }
+    }
+
+    /// The index of a node against the same made anew.
+    pub(crate) fn rebuilt(&mut self, replica: &Replica<Primitives>) {
+        let state = replica.state();
+        let anew = Primitives::rebuild(state.keyspace());
+        self.note(equal_state::same(
+            "the index and the index made anew",
+            state.machine(),
+            &anew,
+        ));
+    }
+
+    /// The end of a run in which all nodes have applied the same: what is left.
+    pub(crate) fn in_the_end(
+        &mut self,
+        now_us: u64,
+        locks: usize,
+        replicas: &[(NodeId, Option<&Replica<Primitives>>)],
+    ) {
+        let applied: Vec<Option<u64>> = replicas
+            .iter()
+            .map(|(_, replica)| Some((*replica)?.state().applied()))
+            .collect();
+        let contenders: Vec<String> = replicas
+            .iter()
+            .filter_map(|(_, replica)| *replica)
+            .take(1)
+            .flat_map(|replica| contenders(replica.state().keyspace(), locks))
+            .collect();
+        let verdict = self.liveness.drained(&contenders, &applied);
+        self.note(verdict);
+        let running: Vec<&Replica<Primitives>> = replicas
+            .iter()
+            .filter_map(|(_, replica)| *replica)
+            .collect();
+        for pair in running.windows(2) {
+            let (left, right) = (pair[0].state(), pair[1].state());
+            if left.applied() == right.applied() {
+                let digests = (left.digest(), right.digest());
+                self.note(equal_state::same("final digests", &digests.0, &digests.1));
+                self.note(equal_state::same(
+                    "final keys",
+                    left.keyspace(),
+                    right.keyspace(),
+                ));
+                self.note(equal_state::same(
+                    "final indexes",
+                    left.machine(),
+                    right.machine(),
+                ));
+                self.note(equal_state::same(
+                    "final sessions",
+                    left.sessions(),
+                    right.sessions(),
+                ));
+                self.note(equal_state::same(
+                    "final system",
+                    left.system(),
+                    right.system(),
+                ));
+            }
+        }
+        if let Some(replica) = running.first() {
+            self.rebuilt(replica);
+            self.nothing_is_forgotten(now_us, locks, replica);
+        }
+    }
+
+    fn nothing_is_forgotten(&mut self, now_us: u64, locks: usize, replica: &Replica<Primitives>) {
+        let state = replica.state();
+        let known = |session| {
+            let session = conclave_core::ids::SessionId(session);
+            if state.sessions().get(session).is_some() {
+                Known::Alive
+            } else if state.system().end_reason(session) == EndReason::Unknown {
+                Known::Nothing
+            } else {
+                Known::Ended
+            }
+        };
+        let alive = (0..locks).flat_map(|lock| {
+            let keys: Vec<u64> = state
+                .keyspace()
+                .range(&keys_of(lock), None)
+                .map(|record| record.create_revision)
+                .collect();
+            keys
+        });
+        let verdict = self.acknowledged.in_the_end(known, alive);
+        self.note(verdict);
+        let keys: Vec<u64> = self.linearizable.keys().collect();
+        for key in keys {
+            let record = state.keyspace().get(&register_key(key));
+            let value = record.map_or(ABSENT, |record| register_value(&record.value));
+            let operation = Operation {
+                called_us: now_us,
+                returned_us: Some(now_us),
+                action: Action::Read(value),
+            };
+            self.linearizable.record(key, operation);
+        }
+        let verdict = self.linearizable.verdict();
+        self.note(verdict);
+    }
+}
+
+/// The name of a lock.
+pub(crate) fn lock_name(lock: usize) -> String {
+    format!("lock-{lock}")
+}
+
+/// The key of a register.
+pub(crate) fn register_key(key: u64) -> Bytes {
+    format!("register/{key}").into()
+}
+
+/// The value in a register, as its client wrote it.
+pub(crate) fn register_value(bytes: &[u8]) -> u64 {
+    std::str::from_utf8(bytes)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .expect("only register clients write here")
+}
+
+fn keys_of(lock: usize) -> KeyRange {
+    KeyRange::prefix(format!("lock-{lock}/").as_bytes())
+}
+
+/// The session and request with the lowest create revision.
+fn first_in_line(keyspace: &Keyspace, lock: usize) -> Option<(i64, u64)> {
+    let first = keyspace
+        .range(&keys_of(lock), None)
+        .min_by_key(|record| record.create_revision)?;
+    let contender = LockContender::decode(first.value.clone()).ok()?;
+    Some((first.lease?.0, contender.request))
+}
+
+fn contenders(keyspace: &Keyspace, locks: usize) -> Vec<String> {
+    (0..locks)
+        .flat_map(|lock| {
+            let range = keys_of(lock);
+            let keys: Vec<String> = keyspace
+                .range(&range, None)
+                .map(|record| String::from_utf8_lossy(&record.key).into_owned())
+                .collect();
+            keys
+        })
+        .collect()
+}

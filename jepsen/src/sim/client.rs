@@ -1,0 +1,765 @@
+//! A client that uses locks: it opens a session, then acquires, holds and
+//! releases, with the session and request logic of the client library. It may
+//! give up, ask twice, send what is stale, close its session, or vanish.
+
+use conclave_client::{
+    requests::{Acquire, Granted, Message, Next, Outcome, Release, Requests},
+    session_state::{Attempt, LossReason, SessionState},
+};
+use conclave_core::{
+    ids::SessionId,
+    replica::{Answer, AnswerBody, EventBody, Query},
+    session::EndReason,
+};
+use conclave_primitives::{
+    Answer as LockAnswer, Event as LockEvent, Query as LockQuery, Rejection, Reply as LockReply,
+};
+use conclave_proto::internal::{
+    CloseSession, LockAcquire, LockCancel, LockRelease, OpenSession, command, primitive_command,
+};
+
+use super::{
+    alarm::{Alarm, Owner},
+    checks::lock_name,
+    clock::Clock,
+    ground::{About, CallBody, Ground, Reply},
+    link::{CallOutcome, Link, Pending, outcome},
+    tally::{Fault, Operation},
+};
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct LockClient {
+    link: Link,
+    alarm: Alarm,
+    clock: Clock,
+    owner: String,
+    ttl_ms: u64,
+    session: Option<Session>,
+    step: Step,
+    /// The call of this step.
+    pending: Option<Pending>,
+    /// The step does nothing before this.
+    retry_us: u64,
+    /// Renewals without an answer.
+    renewals: Vec<(u64, Attempt)>,
+    /// A call beside the step.
+    aside: Option<(u64, Aside)>,
+    /// What it released last.
+    released: Option<(usize, u64)>,
+}
+
+#[derive(Debug)]
+struct Session {
+    id: i64,
+    state: SessionState,
+    requests: Requests,
+    /// When its state wants to be asked again, by the client's clock.
+    wake_at: Option<u64>,
+}
+
+#[derive(Debug)]
+enum Step {
+    Open,
+    Idle {
+        until_us: u64,
+    },
+    Acquire(Acquiring),
+    Hold {
+        lock: usize,
+        token: u64,
+        until_us: u64,
+    },
+    Release {
+        lock: usize,
+        token: u64,
+        release: Release,
+    },
+    Close,
+    /// It vanished without a word; another takes its place later.
+    Gone {
+        until_us: u64,
+    },
+    /// Nothing more to do.
+    Rest,
+}
+
+#[derive(Debug)]
+struct Acquiring {
+    lock: usize,
+    acquire: Acquire,
+    wait_ms: Option<u64>,
+    attempts: u32,
+    withdraw_us: u64,
+}
+
+/// What a call beside the step is for.
+#[derive(Clone, Copy, Debug)]
+enum Aside {
+    Check { token: u64 },
+    StaleRelease,
+}
+
+impl LockClient {
+    pub(crate) fn new(actor: usize, ground: &mut Ground) -> Self {
+        let rate = 1_000_000 - super::clock::RATE_ERROR_PPM
+            + ground.rng.below(2 * super::clock::RATE_ERROR_PPM + 1);
+        let owners = ["", "", "worker", "a b/é:%"];
+        let mut client = Self {
+            link: Link::new(actor, ground),
+            alarm: Alarm::new(Owner::Actor(actor)),
+            clock: Clock::new(0, ground.rng.below(1 << 40), rate),
+            owner: owners[ground.rng.index(owners.len())].to_owned(),
+            ttl_ms: [500, 700, 1_000, 2_000, 4_000][ground.rng.index(5)],
+            session: None,
+            step: Step::Open,
+            pending: None,
+            retry_us: 0,
+            renewals: Vec::new(),
+            aside: None,
+            released: None,
+        };
+        client.alarm.set(ground.rng.below(200_000), ground);
+        client
+    }
+
+    pub(crate) fn is_gone(&self) -> bool {
+        matches!(self.step, Step::Gone { .. })
+    }
+
+    fn actor(&self) -> usize {
+        self.link.actor
+    }
+
+    /// Its alarm may ring.
+    pub(crate) fn wake(&mut self, ground: &mut Ground) {
+        if !self.alarm.rings(ground) {
+            return;
+        }
+        if let Some(pending) = self.pending
+            && pending.until_us <= ground.now_us
+        {
+            self.link.abandon(pending, ground);
+            self.step_ended(Reply::Broken, ground);
+        }
+        self.go_on(ground);
+    }
+
+    /// Something arrives from a server.
+    pub(crate) fn hear(&mut self, id: u64, reply: Reply, ground: &mut Ground) {
+        if self.is_gone() {
+            return;
+        }
+        if let Reply::Event { session, body } = reply {
+            self.told(session, body, ground);
+        } else if self.pending.is_some_and(|pending| pending.id == id) {
+            self.step_ended(reply, ground);
+        } else if let Some(place) = self.renewals.iter().position(|(call, _)| *call == id) {
+            let (_, attempt) = self.renewals.swap_remove(place);
+            self.renewal_ended(attempt, reply, ground);
+        } else if let Some((call, aside)) = self.aside
+            && call == id
+        {
+            self.aside = None;
+            self.aside_ended(aside, reply, ground);
+        }
+        self.go_on(ground);
+    }
+
+    fn go_on(&mut self, ground: &mut Ground) {
+        self.renew(ground);
+        self.act(ground);
+        let step_us = match (&self.step, self.pending) {
+            (Step::Rest, _) => u64::MAX,
+            (
+                Step::Gone { until_us } | Step::Idle { until_us } | Step::Hold { until_us, .. },
+                _,
+            ) => *until_us,
+            (Step::Acquire(acquiring), Some(pending)) if !acquiring.is_withdrawn() => {
+                pending.until_us.min(acquiring.withdraw_us)
+            }
+            (_, Some(pending)) => pending.until_us,
+            (_, None) => self.retry_us,
+        };
+        let wake_at = self.session.as_ref().and_then(|session| session.wake_at);
+        let renew_us = wake_at.map_or(u64::MAX, |local_us| self.clock.true_at(local_us));
+        self.alarm.set(step_us.min(renew_us), ground);
+    }
+
+    // --- the session ------------------------------------------------------
+
+    /// Keeps the session alive, or notices that it is not.
+    fn renew(&mut self, ground: &mut Ground) {
+        let now = self.clock.local(ground.now_us);
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        let poll = session.state.poll(now);
+        session.wake_at = poll.wake_at;
+        let id = session.id;
+        if let Some(attempt) = poll.renew {
+            if !self.renewals.is_empty() && ground.rng.chance(500_000) {
+                // The one before has no answer yet.
+                self.link.move_on(None, ground);
+                ground.attach(id, self.link.actor, self.link.node);
+            }
+            let body = CallBody::Renew(SessionId(id));
+            let call = self.link.send(body, About::Renew { session: id }, ground);
+            self.renewals.push((call, attempt));
+            if self.renewals.len() > 8 {
+                self.renewals.remove(0);
+            }
+        }
+        if poll.wake_at.is_none() {
+            self.lose_session(ground);
+        }
+    }
+
+    fn renewal_ended(&mut self, attempt: Attempt, reply: Reply, ground: &mut Ground) {
+        let now = self.clock.local(ground.now_us);
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        match outcome(reply) {
+            (Outcome::Answered(_), _) => {
+                session.state.renewed(now, attempt);
+                if session.state.lost_at(now).is_none() {
+                    let until_us = self.clock.true_at(session.state.deadline());
+                    ground.checks.one_holder.renewed(self.link.actor, until_us);
+                    ground.did(Operation::Renewed);
+                }
+            }
+            (Outcome::Refused(Rejection::SessionEnded(reason)), _) => {
+                session.state.ended(now, loss(reason));
+            }
+            (_, hint) => {
+                session.state.renewal_failed(now, attempt);
+                self.link.move_on(hint, ground);
+            }
+        }
+    }
+
+    /// The servers tell the session something.
+    fn told(&mut self, of: i64, body: EventBody<LockEvent>, ground: &mut Ground) {
+        let now = self.clock.local(ground.now_us);
+        match body {
+            EventBody::SessionEnded(reason) => {
+                if let Some(session) = self.session.as_mut().filter(|session| session.id == of) {
+                    session.state.ended(now, loss(reason));
+                }
+            }
+            EventBody::Machine(LockEvent::GrantLost { grant, .. }) => {
+                if let Step::Hold { lock, token, .. } = self.step
+                    && token == grant.token
+                {
+                    ground.checks.one_holder.gives_up(lock, token);
+                    self.rest_a_little(ground);
+                }
+            }
+        }
+    }
+
+    /// The session is over. What it held and what it asked for is over too.
+    fn lose_session(&mut self, ground: &mut Ground) {
+        self.session = None;
+        self.renewals.clear();
+        self.aside = None;
+        self.released = None;
+        ground.checks.one_holder.gone(self.actor());
+        ground
+            .checks
+            .liveness
+            .completes(self.actor(), ground.now_us);
+        if let Some(pending) = self.pending.take() {
+            self.link.abandon(pending, ground);
+        }
+        self.step = if ground.draining {
+            Step::Rest
+        } else {
+            Step::Open
+        };
+        self.retry_us = ground.now_us;
+    }
+
+    /// The process dies; its session must expire.
+    fn die(&mut self, ground: &mut Ground) {
+        ground.tally.fault(Fault::ClientDeath);
+        ground.tell(format_args!("client {} dies", self.actor()));
+        self.lose_session(ground);
+        ground.checks.liveness.gone(self.actor());
+        let until_us = ground.now_us + ground.rng.between(100_000, 3_000_000);
+        self.step = Step::Gone { until_us };
+    }
+
+    // --- the steps --------------------------------------------------------
+
+    /// Does what is due, if anything is.
+    fn act(&mut self, ground: &mut Ground) {
+        match &mut self.step {
+            Step::Gone { until_us } if *until_us <= ground.now_us => {
+                self.step = if ground.draining {
+                    Step::Rest
+                } else {
+                    Step::Open
+                };
+            }
+            Step::Acquire(acquiring)
+                if !acquiring.is_withdrawn() && acquiring.withdraw_us <= ground.now_us =>
+            {
+                if ground.troubled() && ground.rng.chance(200_000) {
+                    return self.die(ground);
+                }
+                acquiring.acquire.withdraw();
+                acquiring.attempts = 0;
+                if let Some(pending) = self.pending.take() {
+                    self.link.abandon(pending, ground);
+                }
+                self.retry_us = ground.now_us;
+            }
+            _ => {}
+        }
+        if self.pending.is_some() || self.retry_us > ground.now_us {
+            return;
+        }
+        match &self.step {
+            Step::Open => self.open(ground),
+            Step::Idle { until_us } if *until_us <= ground.now_us => self.choose(ground),
+            Step::Acquire(_) => self.acquire(ground),
+            Step::Hold { until_us, .. } if *until_us <= ground.now_us => self.let_go(ground),
+            Step::Release { .. } => self.release(ground),
+            Step::Close => self.close(ground),
+            Step::Idle { .. } | Step::Hold { .. } | Step::Gone { .. } | Step::Rest => {}
+        }
+    }
+
+    /// The call of this step has ended.
+    fn step_ended(&mut self, reply: Reply, ground: &mut Ground) {
+        let Some(pending) = self.pending.take() else {
+            return;
+        };
+        let (outcome, hint) = outcome(reply);
+        if let Outcome::Refused(Rejection::SessionEnded(reason)) = &outcome
+            && let Some(session) = &mut self.session
+        {
+            session
+                .state
+                .ended(self.clock.local(ground.now_us), loss(*reason));
+        }
+        if matches!(outcome, Outcome::NotApplied | Outcome::Unknown) {
+            ground.did(Operation::Unknown);
+            self.retry_us = ground.now_us + ground.rng.between(5_000, 60_000);
+            self.link.move_on(hint, ground);
+            if let Some(session) = &self.session {
+                ground.attach(session.id, self.link.actor, self.link.node);
+            }
+        }
+        match &self.step {
+            Step::Open => self.opened(pending, &outcome, ground),
+            Step::Acquire(acquiring) if acquiring.is_withdrawn() => {
+                self.cancel_ended(outcome, ground);
+            }
+            Step::Acquire(_) => self.acquire_ended(outcome, ground),
+            Step::Release { .. } => self.release_ended(outcome, ground),
+            Step::Close => self.closed(&outcome, ground),
+            Step::Idle { .. } | Step::Hold { .. } | Step::Gone { .. } | Step::Rest => {}
+        }
+    }
+
+    fn rest_a_little(&mut self, ground: &mut Ground) {
+        // A long rest leaves room to what is still under way from before.
+        let rest_us = match ground.rng.chance(20_000) {
+            true => ground.rng.between(100_000, 2_000_000),
+            false => ground.rng.skewed(10_000),
+        };
+        self.step = Step::Idle {
+            until_us: ground.now_us + rest_us,
+        };
+        self.retry_us = ground.now_us;
+    }
+
+    fn open(&mut self, ground: &mut Ground) {
+        ground.checks.liveness.begins(self.actor(), ground.now_us);
+        let body = command::Body::OpenSession(OpenSession {
+            ttl_ms: self.ttl_ms,
+            name: format!("client-{}", self.actor()),
+            metadata: [("seed".to_owned(), "simulated".to_owned())].into(),
+        });
+        let patience_us = ground.rng.between(200_000, 1_000_000);
+        let call = CallBody::Command(body);
+        self.pending = Some(self.link.call(call, About::Open, patience_us, ground));
+    }
+
+    fn opened(&mut self, pending: Pending, outcome: &CallOutcome, ground: &mut Ground) {
+        let Outcome::Answered(Answer {
+            body: AnswerBody::SessionOpened { session, ttl_ms },
+            ..
+        }) = outcome
+        else {
+            return;
+        };
+        let sent = self.clock.local(pending.sent_us);
+        self.session = Some(Session {
+            id: session.0,
+            state: SessionState::opened(sent, ttl_ms * 1_000),
+            requests: Requests::default(),
+            wake_at: None,
+        });
+        ground.did(Operation::SessionOpened);
+        ground.attach(session.0, self.link.actor, self.link.node);
+        ground
+            .checks
+            .liveness
+            .completes(self.actor(), ground.now_us);
+        self.rest_a_little(ground);
+    }
+
+    /// Begins the next thing.
+    fn choose(&mut self, ground: &mut Ground) {
+        if ground.draining {
+            self.step = Step::Rest;
+            return;
+        }
+        ground.checks.liveness.begins(self.actor(), ground.now_us);
+        if ground.rng.chance(10_000) {
+            self.step = Step::Close;
+            return self.close(ground);
+        }
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        let wait_ms = match ground.rng.below(100) {
+            0..25 => Some(0),
+            25..60 => Some(ground.rng.between(20, 1_500)),
+            _ => None,
+        };
+        let withdraw_us = match ground.rng.chance(80_000) {
+            true => ground.now_us + ground.rng.between(1_000, 300_000),
+            false => u64::MAX,
+        };
+        self.step = Step::Acquire(Acquiring {
+            lock: ground.rng.index(ground.settings.locks),
+            acquire: Acquire::new(session.requests.begin()),
+            wait_ms,
+            attempts: 0,
+            withdraw_us,
+        });
+        self.acquire(ground);
+    }
+
+    /// Sends an acquire or its cancel.
+    fn acquire(&mut self, ground: &mut Ground) {
+        let (Step::Acquire(acquiring), Some(session)) = (&mut self.step, &self.session) else {
+            return;
+        };
+        acquiring.attempts += 1;
+        let (name, owner) = (lock_name(acquiring.lock), self.owner.clone());
+        let (session_id, request) = (session.id, acquiring.acquire.request());
+        let (command, about, patience_us) = match acquiring.acquire.message() {
+            Message::Acquire => (
+                primitive_command::Command::LockAcquire(LockAcquire {
+                    name,
+                    session_id,
+                    owner,
+                    request,
+                    acknowledged: session.requests.acknowledged(),
+                    wait_ms: acquiring.wait_ms,
+                }),
+                About::Acquire {
+                    lock: acquiring.lock,
+                    session: session_id,
+                    request,
+                    first: acquiring.attempts == 1,
+                },
+                // A call that waits may break at any time; one that does not
+                // should be answered soon.
+                ground.rng.between(300_000, 3_000_000),
+            ),
+            Message::Cancel => (
+                primitive_command::Command::LockCancel(LockCancel {
+                    name,
+                    session_id,
+                    owner,
+                    request,
+                    place: 0,
+                }),
+                About::Other,
+                ground.rng.between(200_000, 1_000_000),
+            ),
+        };
+        let call = CallBody::Command(conclave_primitives::command(command));
+        self.pending = Some(self.link.call(call, about, patience_us, ground));
+    }
+
+    fn cancel_ended(&mut self, outcome: CallOutcome, ground: &mut Ground) {
+        let Step::Acquire(acquiring) = &self.step else {
+            return;
+        };
+        let outcome = without_answer(outcome);
+        if let Next::Done(_) = acquiring.acquire.cancel_ended(outcome) {
+            ground.did(Operation::Cancelled);
+            self.request_over(ground);
+        }
+    }
+
+    fn acquire_ended(&mut self, outcome: CallOutcome, ground: &mut Ground) {
+        let Step::Acquire(acquiring) = &self.step else {
+            return;
+        };
+        let outcome = match outcome {
+            Outcome::Answered(Answer {
+                body: AnswerBody::Machine(Ok(LockReply::Granted { key, token })),
+                revision,
+                ..
+            }) => Outcome::Answered(Granted {
+                key,
+                token,
+                revision,
+            }),
+            Outcome::Refused(rejection) => Outcome::Refused(rejection),
+            Outcome::NotApplied => Outcome::NotApplied,
+            Outcome::Answered(_) | Outcome::Unknown => Outcome::Unknown,
+        };
+        let (lock, wait_ms) = (acquiring.lock, acquiring.wait_ms);
+        match acquiring.acquire.acquire_ended(outcome) {
+            Next::Repeat => {}
+            Next::Done(Ok(granted)) => self.granted(lock, granted.token, wait_ms, ground),
+            Next::Done(Err(rejection)) => {
+                match rejection {
+                    Rejection::Held => ground.did(Operation::Held),
+                    Rejection::WaitTimedOut => ground.did(Operation::WaitTimedOut),
+                    Rejection::AlreadyContending { token } => {
+                        let verdict = ground.checks.acknowledged.stumbled(token);
+                        ground.checks.note(verdict);
+                    }
+                    _ => {}
+                }
+                self.request_over(ground);
+            }
+        }
+    }
+
+    fn request_over(&mut self, ground: &mut Ground) {
+        if let (Step::Acquire(acquiring), Some(session)) = (&self.step, &mut self.session) {
+            session.requests.end(acquiring.acquire.request());
+        }
+        ground
+            .checks
+            .liveness
+            .completes(self.actor(), ground.now_us);
+        self.rest_a_little(ground);
+    }
+
+    fn granted(&mut self, lock: usize, token: u64, wait_ms: Option<u64>, ground: &mut Ground) {
+        self.request_over(ground);
+        let now = self.clock.local(ground.now_us);
+        let Some(session) = &self.session else { return };
+        if session.state.lost_at(now).is_some() {
+            return;
+        }
+        ground.did(match wait_ms {
+            Some(0) => Operation::GrantedByTry,
+            Some(_) => Operation::GrantedInTime,
+            None => Operation::GrantedWithoutLimit,
+        });
+        let until_us = self.clock.true_at(session.state.deadline());
+        let (now_us, actor) = (ground.now_us, self.actor());
+        let verdict = ground
+            .checks
+            .one_holder
+            .believes(now_us, lock, actor, token, until_us);
+        ground.checks.note(verdict);
+        let verdict = ground.checks.tokens_grow.believes(lock, token);
+        ground.checks.note(verdict);
+        let hold_us = match ground.rng.chance(50_000) {
+            true => ground.rng.between(50_000, 600_000),
+            false => ground.rng.skewed(6_000),
+        };
+        self.step = Step::Hold {
+            lock,
+            token,
+            until_us: now_us + hold_us,
+        };
+        self.ask_aside(lock, token, ground);
+    }
+
+    /// Sometimes, while it holds: is the token good, and is a stale release
+    /// refused?
+    fn ask_aside(&mut self, lock: usize, token: u64, ground: &mut Ground) {
+        if self.aside.is_some() {
+            return;
+        }
+        if ground.rng.chance(50_000) {
+            let query = LockQuery::Check {
+                name: lock_name(lock),
+                token,
+            };
+            let body = CallBody::Read(Query::Machine(query));
+            let call = self.link.send(body, About::Other, ground);
+            self.aside = Some((call, Aside::Check { token }));
+        } else if let Some((before, stale)) = self.released
+            && before == lock
+            && ground.rng.chance(50_000)
+        {
+            let body = self.release_of(lock, stale);
+            let call = self
+                .link
+                .send(body, About::Release { token: stale }, ground);
+            self.aside = Some((call, Aside::StaleRelease));
+        }
+    }
+
+    fn aside_ended(&mut self, aside: Aside, reply: Reply, ground: &mut Ground) {
+        match (aside, outcome(reply).0) {
+            (
+                Aside::Check { token },
+                Outcome::Answered(Answer {
+                    body: AnswerBody::Query(LockAnswer::Checked(held)),
+                    ..
+                }),
+            ) => {
+                ground.did(Operation::Checked);
+                let holds = matches!(self.step, Step::Hold { token: now, .. } if now == token);
+                if !held && holds && self.trusts_session(ground) {
+                    let verdict = ground.checks.acknowledged.denied(token, "a check says no");
+                    ground.checks.note(verdict);
+                }
+            }
+            (Aside::StaleRelease, Outcome::Refused(Rejection::NotHolder { .. })) => {
+                ground.did(Operation::StaleReleaseRefused);
+            }
+            _ => {}
+        }
+    }
+
+    fn trusts_session(&self, ground: &Ground) -> bool {
+        let now = self.clock.local(ground.now_us);
+        self.session
+            .as_ref()
+            .is_some_and(|session| session.state.lost_at(now).is_none())
+    }
+
+    /// It has held long enough.
+    fn let_go(&mut self, ground: &mut Ground) {
+        let Step::Hold { lock, token, .. } = self.step else {
+            return;
+        };
+        if ground.troubled() && ground.rng.chance(10_000) {
+            return self.die(ground);
+        }
+        ground.checks.one_holder.gives_up(lock, token);
+        ground.checks.liveness.begins(self.actor(), ground.now_us);
+        self.step = Step::Release {
+            lock,
+            token,
+            release: Release::new(),
+        };
+        self.release(ground);
+    }
+
+    fn release_of(&self, lock: usize, token: u64) -> CallBody {
+        let command = LockRelease {
+            name: lock_name(lock),
+            session_id: self.session.as_ref().map_or(0, |session| session.id),
+            owner: self.owner.clone(),
+            token,
+        };
+        let command = primitive_command::Command::LockRelease(command);
+        CallBody::Command(conclave_primitives::command(command))
+    }
+
+    fn release(&mut self, ground: &mut Ground) {
+        let Step::Release { lock, token, .. } = self.step else {
+            return;
+        };
+        let body = self.release_of(lock, token);
+        let patience_us = ground.rng.between(200_000, 1_000_000);
+        self.pending = Some(
+            self.link
+                .call(body, About::Release { token }, patience_us, ground),
+        );
+    }
+
+    fn release_ended(&mut self, outcome: CallOutcome, ground: &mut Ground) {
+        let trusts_session = self.trusts_session(ground);
+        let Step::Release {
+            lock,
+            token,
+            release,
+            ..
+        } = &mut self.step
+        else {
+            return;
+        };
+        let (lock, token) = (*lock, *token);
+        let is_not_holder =
+            |rejection: &Rejection| matches!(rejection, Rejection::NotHolder { .. });
+        match release.ended(without_answer(outcome), is_not_holder) {
+            Next::Repeat => return,
+            Next::Done(Ok(())) => {
+                ground.did(Operation::Released);
+                self.released = Some((lock, token));
+            }
+            Next::Done(Err(rejection)) => {
+                if is_not_holder(&rejection) && trusts_session {
+                    let verdict = ground
+                        .checks
+                        .acknowledged
+                        .denied(token, "its release is refused");
+                    ground.checks.note(verdict);
+                }
+            }
+        }
+        ground
+            .checks
+            .liveness
+            .completes(self.actor(), ground.now_us);
+        self.rest_a_little(ground);
+    }
+
+    fn close(&mut self, ground: &mut Ground) {
+        let Some(session) = self.session.as_ref().map(|session| session.id) else {
+            return;
+        };
+        let body = command::Body::CloseSession(CloseSession {
+            session_id: session,
+        });
+        let patience_us = ground.rng.between(200_000, 1_000_000);
+        let call = CallBody::Command(body);
+        self.pending = Some(
+            self.link
+                .call(call, About::Close { session }, patience_us, ground),
+        );
+    }
+
+    fn closed(&mut self, outcome: &CallOutcome, ground: &mut Ground) {
+        if let Outcome::Answered(_) = outcome {
+            ground.did(Operation::SessionClosed);
+            self.lose_session(ground);
+        }
+    }
+}
+
+impl Acquiring {
+    fn is_withdrawn(&self) -> bool {
+        self.acquire.message() == Message::Cancel
+    }
+}
+
+fn without_answer(outcome: CallOutcome) -> Outcome<(), Rejection> {
+    match outcome {
+        Outcome::Answered(_) => Outcome::Answered(()),
+        Outcome::Refused(rejection) => Outcome::Refused(rejection),
+        Outcome::NotApplied => Outcome::NotApplied,
+        Outcome::Unknown => Outcome::Unknown,
+    }
+}
+
+/// The client library's word for the end of a session.
+fn loss(reason: EndReason) -> LossReason {
+    match reason {
+        // No record of it: it ended long ago.
+        EndReason::Expired | EndReason::Unknown => LossReason::SessionExpired,
+        EndReason::Closed => LossReason::SessionClosed,
+        EndReason::Revoked => LossReason::Revoked,
+    }
+}

@@ -1,0 +1,360 @@
+//! What everything in a simulated world stands on: time, chance, the queue of
+//! what happens next, the network, and the checkers that watch.
+
+use std::{collections::BTreeMap, fmt};
+
+use conclave_core::{
+    ids::SessionId,
+    replica::{Answer, EventBody, Failure, Query},
+};
+use conclave_primitives::{Event as LockEvent, Primitives};
+use conclave_proto::internal::{PeerMessage, command};
+
+use super::{
+    alarm::Owner,
+    checks::Checks,
+    clock::Clock,
+    network::Network,
+    queue::Queue,
+    settings::{ELECTION_MS, Settings},
+    tally::{Fault, Operation, Tally},
+};
+use crate::{
+    checkers::early_expiry::{Moment, NODES_MAX},
+    rng::Rng,
+};
+
+/// Something that happens at a time.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A message between nodes arrives.
+    Peer {
+        from: usize,
+        to: usize,
+        message: PeerMessage,
+    },
+    /// A node notices that its connection to a peer broke.
+    PeerLost { node: usize, peer: usize },
+    /// Someone may have something to do.
+    Alarm { owner: Owner },
+    /// A sync has taken its time.
+    Synced { node: usize, boot: u64 },
+    /// A node that was down starts.
+    Start { node: usize },
+    /// A node goes on after a pause.
+    Resume { node: usize, pause: u64 },
+    /// A node's disk is fast again.
+    DiskRecovers { node: usize },
+    /// A call of a client arrives.
+    Call { node: usize, call: Box<Call> },
+    /// A node learns that a client waits no longer.
+    Abandoned { node: usize, actor: usize, id: u64 },
+    /// An answer arrives at a client.
+    Reply { actor: usize, id: u64, reply: Reply },
+    /// The next fault.
+    Trouble,
+    /// A partition, or a storm, ends unless another has begun since.
+    NetworkHeals { since: u64 },
+    /// All faults stop.
+    Heal,
+    /// Everything must have been served again.
+    Drain,
+}
+
+/// A call of a client.
+#[derive(Debug)]
+pub(crate) struct Call {
+    pub(crate) actor: usize,
+    /// Unique among the calls of the client.
+    pub(crate) id: u64,
+    /// When it was sent.
+    pub(crate) sent: Moment,
+    pub(crate) body: CallBody,
+    /// For the checkers.
+    pub(crate) about: About,
+}
+
+/// What a call asks.
+#[derive(Debug)]
+pub(crate) enum CallBody {
+    Command(command::Body),
+    Renew(SessionId),
+    Read(Query<Primitives>),
+}
+
+/// What a call means to the checkers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum About {
+    Open,
+    Close {
+        session: i64,
+    },
+    Renew {
+        session: i64,
+    },
+    Acquire {
+        lock: usize,
+        session: i64,
+        request: u64,
+        first: bool,
+    },
+    Release {
+        token: u64,
+    },
+    Other,
+}
+
+/// What a client hears.
+#[derive(Debug)]
+pub(crate) enum Reply {
+    /// The outcome.
+    Answer(Box<Answer<Primitives>>),
+    /// The node could not.
+    Failure(Failure),
+    /// There was no connection; the call did not arrive.
+    Refused,
+    /// The connection broke.
+    Broken,
+    /// Pushed, not asked for: a session event.
+    Event {
+        session: i64,
+        body: EventBody<LockEvent>,
+    },
+}
+
+/// A node's time without its own stalls, as its session clock may count it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StallFree {
+    pub(crate) clock: Clock,
+    counted_us: u64,
+    turn_us: u64,
+}
+
+impl StallFree {
+    pub(crate) fn new(clock: Clock, true_us: u64) -> Self {
+        Self {
+            clock,
+            counted_us: 0,
+            turn_us: clock.local(true_us),
+        }
+    }
+
+    fn at(&self, true_us: u64) -> u64 {
+        let passed = self.clock.local(true_us).saturating_sub(self.turn_us);
+        self.counted_us + passed.min(ELECTION_MS * 1_000)
+    }
+
+    /// The node begins a turn.
+    pub(crate) fn turn(&mut self, true_us: u64) {
+        self.counted_us = self.at(true_us);
+        self.turn_us = self.clock.local(true_us);
+    }
+
+    /// The node starts again.
+    pub(crate) fn restart(&mut self, clock: Clock, true_us: u64) {
+        self.clock = clock;
+        self.turn_us = clock.local(true_us);
+    }
+}
+
+/// Lines that tell what happened, if someone wants to read them.
+#[derive(Debug, Default)]
+pub(crate) struct Trace {
+    lines: Option<String>,
+}
+
+impl Trace {
+    pub(crate) fn new(on: bool) -> Self {
+        Self {
+            lines: on.then(String::new),
+        }
+    }
+
+    pub(crate) fn take(&mut self) -> String {
+        self.lines.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    pub(crate) fn line(&mut self, at_us: u64, what: fmt::Arguments<'_>) {
+        use std::fmt::Write as _;
+        if let Some(lines) = &mut self.lines {
+            writeln!(
+                lines,
+                "{:>3}.{:06} {what}",
+                at_us / 1_000_000,
+                at_us % 1_000_000
+            )
+            .expect("a string takes everything");
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Ground {
+    pub(crate) now_us: u64,
+    pub(crate) rng: Rng,
+    pub(crate) settings: Settings,
+    pub(crate) network: Network,
+    pub(crate) checks: Checks,
+    pub(crate) tally: Tally,
+    pub(crate) trace: Trace,
+    pub(crate) stall_free: Vec<StallFree>,
+    /// For each node: when a turn last ended with it leading.
+    pub(crate) led_us: [Option<u64>; NODES_MAX],
+    /// Clients begin nothing new.
+    pub(crate) draining: bool,
+    /// Which client listens for a session's events, and at which node.
+    attached: BTreeMap<i64, (usize, usize)>,
+    queue: Queue<Event>,
+}
+
+impl Ground {
+    pub(crate) fn new(rng: Rng, settings: Settings, trace: bool) -> Self {
+        Self {
+            now_us: 0,
+            network: Network::new(&settings),
+            checks: Checks::default(),
+            tally: Tally::default(),
+            trace: Trace::new(trace),
+            stall_free: Vec::new(),
+            led_us: [None; NODES_MAX],
+            draining: false,
+            attached: BTreeMap::new(),
+            queue: Queue::default(),
+            rng,
+            settings,
+        }
+    }
+
+    pub(crate) fn schedule(&mut self, at_us: u64, event: Event) {
+        self.queue.push(at_us.max(self.now_us), event);
+    }
+
+    /// Moves time on to what happens next.
+    pub(crate) fn advance(&mut self) -> Option<Event> {
+        let (at_us, event) = self.queue.pop()?;
+        self.now_us = at_us;
+        Some(event)
+    }
+
+    pub(crate) fn tell(&mut self, what: fmt::Arguments<'_>) {
+        self.trace.line(self.now_us, what);
+    }
+
+    /// This moment, as `early_expiry` counts it.
+    pub(crate) fn moment(&self) -> Moment {
+        let mut stall_free_us = [0; NODES_MAX];
+        for (slot, node) in stall_free_us.iter_mut().zip(&self.stall_free) {
+            *slot = node.at(self.now_us);
+        }
+        Moment {
+            true_us: self.now_us,
+            stall_free_us,
+        }
+    }
+
+    /// Sends a message from node to node, through whatever the network does.
+    pub(crate) fn send_peer(&mut self, from: usize, to: usize, message: PeerMessage) {
+        if self.network.is_cut(from, to) {
+            return;
+        }
+        let weather = self.network.weather();
+        if self.rng.chance(weather.lost) {
+            self.tally.fault(Fault::MessageLost);
+            return;
+        }
+        if self.rng.chance(weather.doubled) {
+            self.tally.fault(Fault::MessageDoubled);
+            let at_us = self.arrival();
+            self.schedule(
+                at_us,
+                Event::Peer {
+                    from,
+                    to,
+                    message: message.clone(),
+                },
+            );
+        }
+        let at_us = self.arrival();
+        if self.network.overtakes(from, to, at_us) {
+            self.tally.fault(Fault::MessageReordered);
+        }
+        self.schedule(at_us, Event::Peer { from, to, message });
+    }
+
+    fn arrival(&mut self) -> u64 {
+        let weather = self.network.weather();
+        let usual = 20 + self.rng.skewed(weather.delay_us);
+        if self.rng.chance(weather.late) {
+            self.tally.fault(Fault::MessageDelayed);
+            return self.now_us + usual + self.rng.below(weather.late_us + 1);
+        }
+        self.now_us + usual
+    }
+
+    /// Sends a call to a node.
+    pub(crate) fn send_call(&mut self, node: usize, call: Call) {
+        if self.network.is_client_cut(call.actor, node) {
+            return;
+        }
+        let weather = self.network.weather();
+        if self.rng.chance(weather.lost) {
+            self.tally.fault(Fault::CallLost);
+            return;
+        }
+        let at_us = self.arrival();
+        self.schedule(
+            at_us,
+            Event::Call {
+                node,
+                call: Box::new(call),
+            },
+        );
+    }
+
+    /// Tells a node that its client hung up.
+    pub(crate) fn send_abandon(&mut self, node: usize, actor: usize, id: u64) {
+        if !self.network.is_client_cut(actor, node) {
+            let at_us = self.arrival();
+            self.schedule(at_us, Event::Abandoned { node, actor, id });
+        }
+    }
+
+    /// Sends something to a client.
+    pub(crate) fn send_reply(&mut self, node: usize, actor: usize, id: u64, reply: Reply) {
+        if self.network.is_client_cut(actor, node) {
+            return;
+        }
+        let weather = self.network.weather();
+        if self.rng.chance(weather.lost) {
+            self.tally.fault(Fault::ReplyLost);
+            return;
+        }
+        let at_us = self.arrival();
+        self.schedule(at_us, Event::Reply { actor, id, reply });
+    }
+
+    /// A client listens for the events of its session at this node from now on.
+    pub(crate) fn attach(&mut self, session: i64, actor: usize, node: usize) {
+        self.attached.insert(session, (actor, node));
+    }
+
+    /// A node tells a session something, if its client listens there.
+    pub(crate) fn publish(&mut self, node: usize, session: i64, body: EventBody<LockEvent>) {
+        if let Some((actor, at)) = self.attached.get(&session)
+            && *at == node
+        {
+            let actor = *actor;
+            self.send_reply(node, actor, 0, Reply::Event { session, body });
+        }
+    }
+
+    /// Whether faults still happen.
+    pub(crate) fn troubled(&self) -> bool {
+        self.now_us < self.settings.heal_us
+    }
+
+    pub(crate) fn did(&mut self, operation: Operation) {
+        self.tally.operation(operation);
+    }
+}

@@ -1,0 +1,113 @@
+//! What all clients share: a server they talk to, and numbered calls.
+
+use super::ground::{About, Call, CallBody, Ground, Reply};
+use conclave_client::requests::Outcome;
+use conclave_core::replica::{Answer, AnswerBody, Failure};
+use conclave_primitives::{Primitives, Rejection};
+
+/// A client's way to the servers.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) actor: usize,
+    /// The server in use.
+    pub(crate) node: usize,
+    calls: u64,
+}
+
+/// A call that has no answer yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pending {
+    pub(crate) id: u64,
+    pub(crate) node: usize,
+    /// When it was sent, in true time.
+    pub(crate) sent_us: u64,
+    /// When the client gives it up.
+    pub(crate) until_us: u64,
+}
+
+impl Link {
+    pub(crate) fn new(actor: usize, ground: &mut Ground) -> Self {
+        let node = ground.rng.index(ground.settings.nodes);
+        Self {
+            actor,
+            node,
+            calls: 0,
+        }
+    }
+
+    /// Sends a call to the server in use and says under which number.
+    pub(crate) fn send(&mut self, body: CallBody, about: About, ground: &mut Ground) -> u64 {
+        self.calls += 1;
+        let call = Call {
+            actor: self.actor,
+            id: self.calls,
+            sent: ground.moment(),
+            body,
+            about,
+        };
+        ground.tell(format_args!(
+            "client {}.{} calls node {}: {:?}",
+            self.actor, self.calls, self.node, call.body
+        ));
+        ground.send_call(self.node, call);
+        self.calls
+    }
+
+    /// The same, with the time for which to wait.
+    pub(crate) fn call(
+        &mut self,
+        body: CallBody,
+        about: About,
+        patience_us: u64,
+        ground: &mut Ground,
+    ) -> Pending {
+        let id = self.send(body, about, ground);
+        let sent_us = ground.now_us;
+        Pending {
+            id,
+            node: self.node,
+            sent_us,
+            until_us: sent_us + patience_us,
+        }
+    }
+
+    /// Hangs up on a call.
+    pub(crate) fn abandon(&self, pending: Pending, ground: &mut Ground) {
+        ground.send_abandon(pending.node, self.actor, pending.id);
+    }
+
+    /// Goes to another server: mostly where the leader is said to be.
+    pub(crate) fn move_on(&mut self, hint: Option<usize>, ground: &mut Ground) {
+        let nodes = ground.settings.nodes;
+        self.node = match hint {
+            Some(leader) if ground.rng.chance(700_000) => leader,
+            _ => (self.node + 1 + ground.rng.index(nodes - 1)) % nodes,
+        };
+    }
+}
+
+/// What became of a call: an answer, a refusal that stands, or whether it may
+/// have had its effect.
+pub(crate) type CallOutcome = Outcome<Answer<Primitives>, Rejection>;
+
+/// What a reply means, and where the leader is, as far as the reply says.
+pub(crate) fn outcome(reply: Reply) -> (CallOutcome, Option<usize>) {
+    let answer = match reply {
+        Reply::Answer(answer) => *answer,
+        Reply::Failure(Failure::NotLeader { leader }) => {
+            return (Outcome::NotApplied, leader.map(super::node::index));
+        }
+        Reply::Failure(failure) if failure.may_have_applied() => return (Outcome::Unknown, None),
+        Reply::Failure(_) | Reply::Refused => return (Outcome::NotApplied, None),
+        Reply::Broken | Reply::Event { .. } => return (Outcome::Unknown, None),
+    };
+    let outcome = match answer.body {
+        // Others must be acknowledged first; the client tries again, as it does
+        // when servers are overloaded.
+        AnswerBody::Machine(Err(Rejection::TooManyCancelled)) => Outcome::NotApplied,
+        AnswerBody::Machine(Err(rejection)) => Outcome::Refused(rejection),
+        AnswerBody::SessionEnded(reason) => Outcome::Refused(Rejection::SessionEnded(reason)),
+        _ => Outcome::Answered(answer),
+    };
+    (outcome, None)
+}

@@ -1,0 +1,525 @@
+//! One server: the real replica over the real log on a disk that can crash,
+//! driven as its loop thread drives it, with time taken by syncs, pauses and
+//! restarts.
+
+use std::collections::BTreeMap;
+
+use conclave_core::{
+    disk::SimDisk,
+    ids::NodeId,
+    log::{Facts, Identity, Log},
+    replica::{Config, EventBody, Finished, Input, Now, Replica, Role},
+    session::EndReason,
+};
+use conclave_primitives::Primitives;
+use conclave_proto::internal::PeerMessage;
+
+use super::{
+    alarm::{Alarm, Owner},
+    clock::Clock,
+    ground::{About, Call, CallBody, Event, Ground, Reply, StallFree},
+    settings::{ELECTION_MS, HEARTBEAT_MS},
+    tally::{Fault, Operation},
+};
+use crate::checkers::early_expiry::Moment;
+
+/// How often an index is made anew and compared, in a million turns.
+const REBUILDS: u64 = 200;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Node {
+    index: usize,
+    disk: SimDisk,
+    clock: Clock,
+    running: Option<Running>,
+    /// Counts starts.
+    boot: u64,
+    /// Counts pauses; `paused` while one lasts.
+    pauses: u64,
+    paused: bool,
+    /// Syncs take so many times their usual time.
+    slowness: u64,
+    fails_next_sync: bool,
+    /// When a turn is due.
+    alarm: Alarm,
+}
+
+#[derive(Debug)]
+struct Running {
+    replica: Replica<Primitives>,
+    log: Log<SimDisk>,
+    inbox: Vec<Input<Primitives>>,
+    /// Between the halves of a turn.
+    sync: Sync,
+    callers: BTreeMap<u64, Caller>,
+    calls: u64,
+    applied: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sync {
+    None,
+    UnderWay,
+    /// Done while the node was paused.
+    Unnoticed,
+}
+
+/// Who waits for an answer.
+#[derive(Clone, Copy, Debug)]
+struct Caller {
+    actor: usize,
+    id: u64,
+    sent: Moment,
+    about: About,
+}
+
+impl Node {
+    /// A node with a new data directory, that will start soon.
+    pub(crate) fn new(index: usize, ground: &mut Ground) -> Self {
+        let rate = 1_000_000 - super::clock::RATE_ERROR_PPM
+            + ground.rng.below(2 * super::clock::RATE_ERROR_PPM + 1);
+        let clock = Clock::new(0, ground.rng.below(1 << 40), rate);
+        ground.stall_free.push(StallFree::new(clock, 0));
+        let disk = SimDisk::new();
+        let identity = Identity {
+            cluster: 0xC0_9C1A,
+            node: id(index),
+            incarnation: ground.rng.next(),
+        };
+        let facts = Facts {
+            voters: (0..ground.settings.nodes).map(id).collect(),
+            ..Facts::default()
+        };
+        if let Err(error) = Log::create(disk.clone(), identity, facts) {
+            ground.checks.node_failed(index, &error);
+        }
+        let soon = ground.now_us + ground.rng.below(50_000);
+        ground.schedule(soon, Event::Start { node: index });
+        Self {
+            index,
+            disk,
+            clock,
+            running: None,
+            boot: 0,
+            pauses: 0,
+            paused: false,
+            slowness: 1,
+            fails_next_sync: false,
+            alarm: Alarm::new(Owner::Node(index)),
+        }
+    }
+
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
+    /// The calls of a client that wait for an answer here.
+    pub(crate) fn calls_of(&self, actor: usize) -> Vec<u64> {
+        let callers = self
+            .running
+            .iter()
+            .flat_map(|running| running.callers.values());
+        callers
+            .filter(|caller| caller.actor == actor)
+            .map(|caller| caller.id)
+            .collect()
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    pub(crate) fn is_leader(&self) -> bool {
+        self.replica()
+            .is_some_and(|replica| replica.status().role == Role::Leader)
+    }
+
+    pub(crate) fn replica(&self) -> Option<&Replica<Primitives>> {
+        self.running.as_ref().map(|running| &running.replica)
+    }
+
+    /// Starts from what the disk holds.
+    pub(crate) fn start(&mut self, ground: &mut Ground) {
+        if self.running.is_some() {
+            return;
+        }
+        if self.boot > 0 && ground.rng.chance(300_000) {
+            // The machine, not only the process, was started again.
+            ground.tally.fault(Fault::Reboot);
+            self.clock = self
+                .clock
+                .restarted(ground.now_us, ground.rng.below(10_000_000));
+        }
+        ground.stall_free[self.index].restart(self.clock, ground.now_us);
+        let (log, recovered) = match Log::open(self.disk.clone()) {
+            Ok(Some(opened)) => opened,
+            Ok(None) => return ground.checks.node_failed(self.index, &"its log is gone"),
+            Err(error) => return ground.checks.node_failed(self.index, &error),
+        };
+        self.boot += 1;
+        ground.tell(format_args!(
+            "node {} starts with {} entries",
+            self.index,
+            recovered.entries.len()
+        ));
+        let config = Config {
+            node: id(self.index),
+            boot: ground.rng.next(),
+            seed: ground.rng.next(),
+            heartbeat_ms: HEARTBEAT_MS,
+            election_ms: ELECTION_MS,
+            name: format!("n{}", self.index),
+            client_urls: vec![format!("http://n{}:2379", self.index)],
+        };
+        let replica = Replica::new(config, recovered, self.clocks(ground));
+        self.running = Some(Running {
+            replica,
+            log,
+            inbox: Vec::new(),
+            sync: Sync::None,
+            callers: BTreeMap::new(),
+            calls: 0,
+            applied: 0,
+        });
+        self.paused = false;
+        self.alarm.stop();
+        self.alarm.set(ground.now_us, ground);
+    }
+
+    /// Loses power: of what was not synced, any part is lost.
+    pub(crate) fn crash(&mut self, ground: &mut Ground) {
+        let Some(running) = self.running.take() else {
+            return;
+        };
+        ground.tell(format_args!("node {} crashes", self.index));
+        if running.sync == Sync::UnderWay {
+            ground.tally.fault(Fault::CrashDuringSync);
+        }
+        let kept_of_million = [0, 500_000, 900_000, 1_000_000][ground.rng.index(4)];
+        let rng = &mut ground.rng;
+        self.disk.crash(&mut || rng.chance(kept_of_million));
+        ground.checks.wakeups.stopped(self.index);
+        for caller in running.callers.values() {
+            // Some clients are told at once; others find out by waiting.
+            if ground.rng.chance(800_000) {
+                ground.send_reply(self.index, caller.actor, caller.id, Reply::Broken);
+            }
+        }
+        self.paused = false;
+        self.fails_next_sync = false;
+        let (index, nodes) = (self.index, ground.settings.nodes);
+        for peer in (0..nodes).filter(|peer| *peer != index) {
+            if ground.rng.chance(800_000) {
+                let at_us = ground.now_us + ground.rng.below(5_000);
+                ground.schedule(
+                    at_us,
+                    Event::PeerLost {
+                        node: peer,
+                        peer: index,
+                    },
+                );
+            }
+        }
+    }
+
+    /// Stands still for a while; what arrives waits.
+    pub(crate) fn pause(&mut self, until_us: u64, ground: &mut Ground) {
+        self.pauses += 1;
+        self.paused = true;
+        ground.tell(format_args!("node {} pauses until {until_us}", self.index));
+        ground.schedule(
+            until_us,
+            Event::Resume {
+                node: self.index,
+                pause: self.pauses,
+            },
+        );
+    }
+
+    pub(crate) fn resume(&mut self, pause: Option<u64>, ground: &mut Ground) {
+        if !self.paused || pause.is_some_and(|pause| pause != self.pauses) {
+            return;
+        }
+        self.paused = false;
+        ground.tell(format_args!("node {} goes on", self.index));
+        match self.running.as_ref().map(|running| running.sync) {
+            Some(Sync::Unnoticed) => self.synced(self.boot, ground),
+            Some(_) => self.alarm.set(ground.now_us, ground),
+            None => {}
+        }
+    }
+
+    pub(crate) fn slow_down(&mut self, slowness: u64) {
+        self.slowness = slowness;
+    }
+
+    pub(crate) fn fail_next_sync(&mut self) {
+        self.fails_next_sync = true;
+    }
+
+    /// All that is wrong with this node ends.
+    pub(crate) fn heal(&mut self, ground: &mut Ground) {
+        self.slowness = 1;
+        self.fails_next_sync = false;
+        self.resume(None, ground);
+        if self.running.is_none() {
+            let soon = ground.now_us + ground.rng.below(100_000);
+            ground.schedule(soon, Event::Start { node: self.index });
+        }
+    }
+
+    pub(crate) fn peer(&mut self, from: usize, message: PeerMessage, ground: &mut Ground) {
+        self.take_in(
+            Input::Peer {
+                from: id(from),
+                message,
+            },
+            ground,
+        );
+    }
+
+    pub(crate) fn peer_lost(&mut self, peer: usize, ground: &mut Ground) {
+        self.take_in(Input::PeerLost { peer: id(peer) }, ground);
+    }
+
+    fn take_in(&mut self, input: Input<Primitives>, ground: &mut Ground) {
+        if let Some(running) = &mut self.running {
+            running.inbox.push(input);
+            let soon = ground.now_us + ground.rng.between(5, 50);
+            self.alarm.set(soon, ground);
+        }
+    }
+
+    pub(crate) fn call(&mut self, call: Call, ground: &mut Ground) {
+        let Some(running) = &mut self.running else {
+            return ground.send_reply(self.index, call.actor, call.id, Reply::Refused);
+        };
+        running.calls += 1;
+        let number = running.calls;
+        ground.checks.arrived(self.index, number, &call);
+        let caller = Caller {
+            actor: call.actor,
+            id: call.id,
+            sent: call.sent,
+            about: call.about,
+        };
+        running.callers.insert(number, caller);
+        let input = match call.body {
+            CallBody::Command(body) => Input::Command { number, body },
+            CallBody::Renew(session) => Input::Renew { number, session },
+            CallBody::Read(query) => Input::Read { number, query },
+        };
+        self.take_in(input, ground);
+    }
+
+    /// A client hung up. If the loop has not taken its call yet, the server may
+    /// notice in time and drop it.
+    pub(crate) fn abandoned(&mut self, actor: usize, id: u64, ground: &mut Ground) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        if !self.paused || ground.rng.chance(300_000) {
+            return;
+        }
+        let found = running
+            .callers
+            .iter()
+            .find(|(_, caller)| caller.actor == actor && caller.id == id)
+            .map(|(number, caller)| (*number, caller.about));
+        let Some((number, about)) = found else { return };
+        let before = running.inbox.len();
+        running.inbox.retain(|input| match input {
+            Input::Command { number: other, .. }
+            | Input::Read { number: other, .. }
+            | Input::Renew { number: other, .. } => *other != number,
+            Input::Peer { .. } | Input::PeerLost { .. } | Input::Resign => true,
+        });
+        if running.inbox.len() < before {
+            running.callers.remove(&number);
+            ground.checks.dropped(self.index, number, about);
+        }
+    }
+
+    /// The first half of a turn, if one is due.
+    pub(crate) fn turn(&mut self, ground: &mut Ground) {
+        if !self.alarm.rings(ground) {
+            return;
+        }
+        let now = self.clocks(ground);
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        if self.paused || running.sync != Sync::None {
+            return;
+        }
+        ground.stall_free[self.index].turn(ground.now_us);
+        let inputs = std::mem::take(&mut running.inbox);
+        let is_idle = inputs.is_empty();
+        let begun = match running.replica.begin(now, inputs) {
+            Ok(begun) => begun,
+            Err(fatal) => return ground.checks.node_failed(self.index, &fatal),
+        };
+        send(self.index, begun.messages, ground);
+        if let Some(batch) = begun.batch {
+            if let Err(error) = running.log.append(&batch) {
+                return self.disk_failed(&error, ground);
+            }
+            running.sync = Sync::UnderWay;
+            let takes = (10 + ground.rng.skewed(ground.settings.sync_us)) * self.slowness;
+            let at_us = ground.now_us + takes;
+            ground.schedule(
+                at_us,
+                Event::Synced {
+                    node: self.index,
+                    boot: self.boot,
+                },
+            );
+            return;
+        }
+        if is_idle
+            && running.log.wants_mark()
+            && let Err(error) = running.log.mark()
+        {
+            return self.disk_failed(&error, ground);
+        }
+        self.finish(ground);
+    }
+
+    /// A sync has taken its time.
+    pub(crate) fn synced(&mut self, boot: u64, ground: &mut Ground) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        if boot != self.boot {
+            return;
+        }
+        if self.paused {
+            running.sync = Sync::Unnoticed;
+            return;
+        }
+        if self.fails_next_sync {
+            self.disk.fail_syncs(1);
+        }
+        if let Err(error) = running.log.sync() {
+            return self.disk_failed(&error, ground);
+        }
+        running.sync = Sync::None;
+        self.finish(ground);
+    }
+
+    /// The loop thread ends, as after any failure of the disk.
+    fn disk_failed(&mut self, error: &dyn std::fmt::Display, ground: &mut Ground) {
+        if !self.fails_next_sync {
+            return ground.checks.node_failed(self.index, error);
+        }
+        ground.tally.fault(Fault::FailedSync);
+        self.crash(ground);
+        let later = ground.now_us + ground.rng.between(50_000, 1_000_000);
+        ground.schedule(later, Event::Start { node: self.index });
+    }
+
+    /// The second half of a turn.
+    fn finish(&mut self, ground: &mut Ground) {
+        let index = self.index;
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        let finished = match running.replica.finish() {
+            Ok(finished) => finished,
+            Err(fatal) => return ground.checks.node_failed(index, &fatal),
+        };
+        if running.replica.status().role == Role::Leader {
+            ground.led_us[index] = Some(ground.now_us);
+        }
+        running.deliver(index, finished, ground);
+        let next_us = self.clock.true_at(running.replica.next_turn_us());
+        let next_us = if running.inbox.is_empty() {
+            next_us
+        } else {
+            ground.now_us
+        };
+        self.alarm.set(next_us.max(ground.now_us + 1), ground);
+    }
+
+    fn clocks(&self, ground: &Ground) -> Now {
+        Now {
+            boot_us: self.clock.local(ground.now_us),
+            date_ms: 1_800_000_000_000 + ground.now_us / 1_000,
+        }
+    }
+}
+
+impl Running {
+    /// Events before answers, for the checkers: who was forced out is known
+    /// before the next holder is told.
+    fn deliver(&mut self, node: usize, finished: Finished<Primitives>, ground: &mut Ground) {
+        send(node, finished.messages, ground);
+        if !finished.events.is_empty() {
+            let at = ground.moment();
+            let led = ground.led_us;
+            let led_since = |since| led.map(|led| led.is_some_and(|at: u64| at >= since));
+            for event in &finished.events {
+                ground.checks.published(event, at, led_since);
+            }
+        }
+        for (number, result) in finished.answers {
+            let Some(caller) = self.callers.remove(&number) else {
+                ground
+                    .checks
+                    .node_failed(node, &format_args!("call {number} answered twice"));
+                continue;
+            };
+            ground.checks.dropped(node, number, caller.about);
+            let reply = match result {
+                Ok(answer) => {
+                    let keyspace = self.replica.state().keyspace();
+                    ground
+                        .checks
+                        .answered(caller.about, caller.sent, &answer, keyspace);
+                    Reply::Answer(Box::new(answer))
+                }
+                Err(failure) => Reply::Failure(failure),
+            };
+            ground.tell(format_args!(
+                "node {node} answers {}.{}: {reply:?}",
+                caller.actor, caller.id
+            ));
+            ground.send_reply(node, caller.actor, caller.id, reply);
+        }
+        for event in finished.events {
+            if matches!(event.body, EventBody::SessionEnded(EndReason::Expired))
+                && self.replica.status().role == Role::Leader
+            {
+                ground.did(Operation::SessionExpired);
+            }
+            ground.publish(node, event.session.0, event.body);
+        }
+        let applied = self.replica.state().applied();
+        if applied != self.applied {
+            self.applied = applied;
+            ground
+                .checks
+                .applied(node, ground.settings.locks, &self.replica);
+            if ground.rng.chance(REBUILDS) {
+                ground.checks.rebuilt(&self.replica);
+            }
+        }
+    }
+}
+
+/// The member with this index.
+pub(crate) fn id(index: usize) -> NodeId {
+    NodeId(index as u64 + 1)
+}
+
+/// The index of a member.
+pub(crate) fn index(id: NodeId) -> usize {
+    usize::try_from(id.0 - 1).expect("members are few")
+}
+
+fn send(from: usize, messages: Vec<(NodeId, PeerMessage)>, ground: &mut Ground) {
+    for (to, message) in messages {
+        ground.send_peer(from, index(to), message);
+    }
+}

@@ -1,0 +1,273 @@
+//! A client that reads and writes plain keys, for the check of linearizability.
+//!
+//! A key is in use for a few seconds only, so that what has an unknown outcome
+//! is a handful for each key.
+
+use conclave_client::requests::Outcome;
+use conclave_core::{
+    keyspace::{
+        KeyRange,
+        txn::{OperationReply, TxnReply},
+    },
+    replica::{Answer, AnswerBody, Query},
+};
+use conclave_proto::internal::{
+    Compare, Operation as TxnOperation, Put, Range, Txn, command,
+    compare::{Result as Relation, Target},
+    operation::Operation as Kind,
+};
+
+use super::{
+    alarm::{Alarm, Owner},
+    checks::{register_key, register_value},
+    ground::{About, CallBody, Ground, Reply},
+    link::{Link, Pending, outcome},
+    tally::Operation as Counted,
+};
+use crate::checkers::linearizable::{ABSENT, Action, Operation};
+
+/// How long a key is in use.
+const KEY_US: u64 = 4_000_000;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct RegisterClient {
+    link: Link,
+    alarm: Alarm,
+    /// The register, of which there are a few.
+    register: u64,
+    /// Values written so far; each is written once.
+    values: u64,
+    /// The key and value last seen.
+    seen: (u64, u64),
+    under_way: Option<(Pending, u64, Action)>,
+    next_us: u64,
+}
+
+impl RegisterClient {
+    pub(crate) fn new(actor: usize, ground: &mut Ground) -> Self {
+        let mut client = Self {
+            link: Link::new(actor, ground),
+            alarm: Alarm::new(Owner::Actor(actor)),
+            register: actor as u64 % ground.settings.registers,
+            values: 0,
+            seen: (0, ABSENT),
+            under_way: None,
+            next_us: ground.rng.below(500_000),
+        };
+        client.alarm.set(client.next_us, ground);
+        client
+    }
+
+    pub(crate) fn wake(&mut self, ground: &mut Ground) {
+        if !self.alarm.rings(ground) {
+            return;
+        }
+        match self.under_way {
+            Some((pending, _, _)) if pending.until_us <= ground.now_us => {
+                self.link.abandon(pending, ground);
+                self.ended(Reply::Broken, ground);
+            }
+            None if self.next_us <= ground.now_us && !ground.draining => self.begin(ground),
+            _ => {}
+        }
+        self.rearm(ground);
+    }
+
+    pub(crate) fn hear(&mut self, id: u64, reply: Reply, ground: &mut Ground) {
+        if self
+            .under_way
+            .is_some_and(|(pending, _, _)| pending.id == id)
+        {
+            self.ended(reply, ground);
+            self.rearm(ground);
+        }
+    }
+
+    fn rearm(&mut self, ground: &mut Ground) {
+        let at_us = match self.under_way {
+            Some((pending, _, _)) => pending.until_us,
+            None if ground.draining => return,
+            None => self.next_us,
+        };
+        self.alarm.set(at_us, ground);
+    }
+
+    fn begin(&mut self, ground: &mut Ground) {
+        ground
+            .checks
+            .liveness
+            .begins(self.link.actor, ground.now_us);
+        if ground.rng.chance(50_000) {
+            self.link.move_on(None, ground);
+        }
+        let key = self.register * 1_000_000 + ground.now_us / KEY_US;
+        if self.seen.0 != key {
+            self.seen = (key, ABSENT);
+        }
+        let (body, action) = match ground.rng.below(100) {
+            0..45 => (read(key), Action::Read(ABSENT)),
+            45..75 => {
+                let new = self.fresh_value();
+                (write(key, new), Action::Write(new))
+            }
+            _ => {
+                let (old, new) = (self.seen.1, self.fresh_value());
+                (swap(key, old, new), Action::Swap { old, new })
+            }
+        };
+        let patience_us = ground.rng.between(200_000, 1_500_000);
+        let pending = self.link.call(body, About::Other, patience_us, ground);
+        self.under_way = Some((pending, key, action));
+    }
+
+    fn fresh_value(&mut self) -> u64 {
+        self.values += 1;
+        (self.link.actor as u64 + 1) << 32 | self.values
+    }
+
+    fn ended(&mut self, reply: Reply, ground: &mut Ground) {
+        let Some((pending, key, action)) = self.under_way.take() else {
+            return;
+        };
+        let (outcome, hint) = outcome(reply);
+        let returned = |action| {
+            Some(Operation {
+                called_us: pending.sent_us,
+                returned_us: Some(ground.now_us),
+                action,
+            })
+        };
+        let operation = match (action, outcome) {
+            (
+                Action::Read(_),
+                Outcome::Answered(Answer {
+                    body: AnswerBody::Range(records),
+                    ..
+                }),
+            ) => {
+                let value = records
+                    .first()
+                    .map_or(ABSENT, |record| register_value(&record.value));
+                returned(Action::Read(value))
+            }
+            (
+                Action::Write(_),
+                Outcome::Answered(Answer {
+                    body: AnswerBody::Txn(Ok(_)),
+                    ..
+                }),
+            ) => returned(action),
+            (
+                Action::Swap { .. },
+                Outcome::Answered(Answer {
+                    body: AnswerBody::Txn(Ok(reply)),
+                    ..
+                }),
+            ) => returned(found_instead(&reply).map_or(action, Action::Read)),
+            (Action::Write(_) | Action::Swap { .. }, Outcome::Unknown) => Some(Operation {
+                called_us: pending.sent_us,
+                returned_us: None,
+                action,
+            }),
+            _ => None,
+        };
+        let Some(operation) = operation else {
+            return self.failed(hint, ground);
+        };
+        ground.checks.linearizable.record(key, operation);
+        if operation.returned_us.is_none() {
+            return self.failed(hint, ground);
+        }
+        self.seen = match operation.action {
+            Action::Read(value) | Action::Write(value) => (key, value),
+            Action::Swap { new, .. } => (key, new),
+        };
+        ground.did(match (action, operation.action) {
+            (Action::Swap { .. }, Action::Read(_)) => Counted::SwapMissed,
+            (_, Action::Read(_)) => Counted::Get,
+            (_, Action::Write(_)) => Counted::Put,
+            (_, Action::Swap { .. }) => Counted::Swapped,
+        });
+        ground
+            .checks
+            .liveness
+            .completes(self.link.actor, ground.now_us);
+        self.next_us = ground.now_us + ground.rng.skewed(14_000);
+    }
+
+    fn failed(&mut self, hint: Option<usize>, ground: &mut Ground) {
+        ground.did(Counted::Unknown);
+        // Given up, not served: the next one counts as another.
+        ground.checks.liveness.gone(self.link.actor);
+        self.link.move_on(hint, ground);
+        self.next_us = ground.now_us + ground.rng.between(10_000, 100_000);
+    }
+}
+
+fn read(key: u64) -> CallBody {
+    let range = KeyRange::single(register_key(key));
+    CallBody::Read(Query::Range {
+        range,
+        revision: None,
+        limit: 1,
+    })
+}
+
+fn write(key: u64, value: u64) -> CallBody {
+    let success = vec![put(key, value)];
+    CallBody::Command(command::Body::Txn(Txn {
+        success,
+        ..Txn::default()
+    }))
+}
+
+/// Puts `new` if the value is `old`; else says what it is.
+fn swap(key: u64, old: u64, new: u64) -> CallBody {
+    let target = match old {
+        ABSENT => Target::Version(0),
+        old => Target::Value(old.to_string().into()),
+    };
+    let compare = Compare {
+        key: register_key(key),
+        result: Relation::Equal.into(),
+        target: Some(target),
+    };
+    let range = Range {
+        key: register_key(key),
+        ..Range::default()
+    };
+    CallBody::Command(command::Body::Txn(Txn {
+        compares: vec![compare],
+        success: vec![put(key, new)],
+        failure: vec![TxnOperation {
+            operation: Some(Kind::Range(range)),
+        }],
+    }))
+}
+
+fn put(key: u64, value: u64) -> TxnOperation {
+    let put = Put {
+        key: register_key(key),
+        value: value.to_string().into(),
+        lease: 0,
+    };
+    TxnOperation {
+        operation: Some(Kind::Put(put)),
+    }
+}
+
+/// What a swap found that did not fit.
+fn found_instead(reply: &TxnReply) -> Option<u64> {
+    if reply.succeeded {
+        return None;
+    }
+    match reply.results.first() {
+        Some(OperationReply::Range(records)) => Some(
+            records
+                .first()
+                .map_or(ABSENT, |record| register_value(&record.value)),
+        ),
+        _ => Some(ABSENT),
+    }
+}

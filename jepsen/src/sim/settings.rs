@@ -1,0 +1,98 @@
+//! What a seed chooses before it begins. Not every seed has every fault: some
+//! bugs need calm in one place and trouble in another.
+
+use crate::{
+    checkers::liveness::{DRAIN_US, RECOVERY_US},
+    rng::Rng,
+};
+
+/// Heartbeats and election timeouts of the nodes, as `conclave serve` has them.
+pub(crate) const HEARTBEAT_MS: u64 = 100;
+/// See [`HEARTBEAT_MS`].
+pub(crate) const ELECTION_MS: u64 = 500;
+
+/// The weather: what befalls messages at all times while faults last.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Weather {
+    /// In a million.
+    pub(crate) lost: u64,
+    /// In a million.
+    pub(crate) doubled: u64,
+    /// In a million: late by much more than the usual.
+    pub(crate) late: u64,
+    /// The usual time a message takes.
+    pub(crate) delay_us: u64,
+    /// How late a late message is at most.
+    pub(crate) late_us: u64,
+}
+
+impl Weather {
+    pub(crate) const CALM: Self = Self {
+        lost: 0,
+        doubled: 0,
+        late: 0,
+        delay_us: 300,
+        late_us: 0,
+    };
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) nodes: usize,
+    pub(crate) lock_clients: usize,
+    pub(crate) register_clients: usize,
+    pub(crate) locks: usize,
+    pub(crate) registers: u64,
+    pub(crate) weather: Weather,
+    /// The usual time a sync takes.
+    pub(crate) sync_us: u64,
+    /// The usual time between two faults.
+    pub(crate) fault_gap_us: u64,
+    /// Faults a seed leaves out, as a set of bits by kind.
+    pub(crate) left_out: u64,
+    /// When faults stop.
+    pub(crate) heal_us: u64,
+    /// When clients begin nothing new.
+    pub(crate) drain_us: u64,
+    /// The end.
+    pub(crate) end_us: u64,
+}
+
+impl Settings {
+    /// The settings of a seed.
+    pub(crate) fn draw(rng: &mut Rng, sim_seconds: u64) -> Self {
+        let end_us = sim_seconds * 1_000_000;
+        // Recovery and draining get the times that `liveness` allows.
+        let drain_us = end_us.saturating_sub(DRAIN_US);
+        let heal_us = drain_us.saturating_sub(RECOVERY_US);
+        Self {
+            nodes: if rng.chance(700_000) { 3 } else { 5 },
+            lock_clients: rng.between(4, 10) as usize,
+            register_clients: rng.between(4, 6) as usize,
+            locks: rng.between(1, 4) as usize,
+            registers: rng.between(1, 3),
+            weather: Weather {
+                lost: *pick(rng, &[0, 2_000, 10_000, 30_000]),
+                doubled: *pick(rng, &[0, 2_000, 20_000]),
+                late: *pick(rng, &[0, 1_000, 10_000]),
+                delay_us: *pick(rng, &[100, 300, 1_000, 2_000]),
+                late_us: *pick(rng, &[100_000, 1_000_000, 3_000_000]),
+            },
+            sync_us: *pick(rng, &[100, 300, 1_000]),
+            fault_gap_us: *pick(rng, &[500_000, 1_000_000, 2_000_000]),
+            left_out: if rng.chance(500_000) {
+                0
+            } else {
+                rng.next() & rng.next()
+            },
+            heal_us,
+            drain_us,
+            end_us,
+        }
+    }
+}
+
+fn pick<'a, T>(rng: &mut Rng, choices: &'a [T]) -> &'a T {
+    &choices[rng.index(choices.len())]
+}
