@@ -1,6 +1,6 @@
 //! What the server counts, and how it tells: the Prometheus text format.
 //!
-//! Names are a contract with dashboards, so all of them are in [`CATALOGUE`].
+//! Names are a contract with dashboards, so all of them are in one list.
 
 use std::{
     fmt::Write as _,
