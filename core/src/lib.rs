@@ -8,7 +8,7 @@
 //!   (keys with history), [`session`] (who is alive), [`system`] (the rest), and
 //!   [`machine`] (the seam to what commands mean);
 //! - [`log`] over [`disk`]: what is durable;
-//! - [`node`]: the loop thread that drives all of this.
+//! - [`node`]: all of this with a clock and an inbox, for a thread to run.
 //!
 //! Invariants: time, randomness and messages come in as parameters, and the
 //! only clock is read by [`node`]; the same entries give the same state on every

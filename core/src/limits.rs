@@ -39,12 +39,12 @@ pub const TIMERS_PER_ENTRY_MAX: usize = 1_024;
 /// Sessions ended by one expiry command.
 pub const EXPIRIES_PER_COMMAND_MAX: usize = 256;
 
-/// Commands and reads waiting for the loop thread.
+/// Commands and reads waiting for the node.
 pub const QUEUED_REQUESTS_MAX: usize = 65_536;
-/// Renewals waiting for the loop thread: more than other requests, so that
+/// Renewals waiting for the node: more than other requests, so that
 /// overload does not expire sessions.
 pub const QUEUED_RENEWALS_MAX: usize = 262_144;
-/// Messages of peers waiting for the loop thread.
+/// Messages of peers waiting for the node.
 pub const QUEUED_PEER_MESSAGES_MAX: usize = 65_536;
 /// Commands given to Raft and not yet applied.
 pub const PENDING_COMMANDS_MAX: usize = 131_072;

@@ -5,7 +5,7 @@
 //! anything is durable leaves with it, and so does the batch that must be made
 //! durable. [`Replica::finish`], called when that is done, applies what is
 //! committed and gives out the answers. No clock, no disk, no network and no
-//! randomness in here: the loop thread ([`crate::node`]) and the simulator drive
+//! randomness in here: [`crate::node`] and the simulator drive
 //! the same code.
 //!
 //! What becomes of a request:

@@ -4,9 +4,9 @@
 //! on a stream that others opened goes to the replica. A stream begins with a
 //! greeting on both sides, and a mismatch ends it with a reason.
 //!
-//! All of this runs on one thread of its own. The loop thread only puts messages
-//! into a queue, so that its fsync never waits for a network, nor a message for
-//! an fsync.
+//! All of this runs on the node's thread, between its turns: a message costs no
+//! change of threads. The node only puts messages into a queue, so that its sync
+//! never waits for a network.
 
 mod accept;
 mod dial;
