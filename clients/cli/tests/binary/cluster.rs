@@ -79,21 +79,80 @@ fn tokens(file: &Path) -> Vec<u64> {
         .collect()
 }
 
+/// Clients that work until they are stopped.
+struct Load {
+    workers: Arc<Workers>,
+    tasks: JoinSet<()>,
+}
+
+impl Load {
+    fn start(cluster: &Cluster) -> Self {
+        let workers = Arc::new(Workers {
+            directory: cluster.directory().to_owned(),
+            stop: AtomicBool::new(false),
+            released: Mutex::default(),
+        });
+        let mut tasks = JoinSet::new();
+        for worker in 0..CLIENTS {
+            tasks.spawn(work(worker, cluster.client(), Arc::clone(&workers)));
+        }
+        Self { workers, tasks }
+    }
+
+    fn releases(&self) -> usize {
+        self.workers.released.lock().unwrap().len()
+    }
+
+    /// Waits until this many more releases are acknowledged.
+    async fn goes_on(&self, more: usize) {
+        let before = self.releases();
+        eventually("releases", || async {
+            (self.releases() > before + more).then_some(())
+        })
+        .await;
+    }
+
+    /// Stops the clients, and shows on a cluster that serves again that tokens only
+    /// grew and no acknowledged release was lost.
+    async fn stop_and_check(mut self, cluster: &Cluster) {
+        self.workers.stop.store(true, Ordering::Relaxed);
+        while let Some(ended) = self.tasks.join_next().await {
+            ended.unwrap();
+        }
+        let client = cluster.client();
+        let session = cluster.session(&client, Duration::from_secs(5)).await;
+        let mut newest = BTreeMap::new();
+        for lock in LOCKS {
+            let tokens = tokens(&self.workers.directory.join(lock));
+            assert!(
+                tokens.is_sorted_by(|one, next| one < next),
+                "tokens of {lock} do not grow"
+            );
+            let guard = session.lock(lock).await.expect("it is served again");
+            assert!(guard.token() > *tokens.last().unwrap());
+            newest.insert(lock, guard.token());
+            guard.release().await.unwrap();
+        }
+        let released = self.workers.released.lock().unwrap().clone();
+        for (lock, token) in released {
+            assert!(token < newest[lock]);
+            assert!(
+                !client.check(lock, token).await.unwrap(),
+                "a release of {lock} was lost"
+            );
+        }
+    }
+}
+
 #[tokio::test]
 async fn tokens_only_grow_and_nothing_acknowledged_is_lost_while_servers_are_killed() {
     let mut cluster = Cluster::start("kills", 3);
-    let client = cluster.client();
-    drop(cluster.session(&client, Duration::from_secs(5)).await);
-
-    let workers = Arc::new(Workers {
-        directory: cluster.directory().to_owned(),
-        stop: AtomicBool::new(false),
-        released: Mutex::default(),
-    });
-    let mut tasks = JoinSet::new();
-    for worker in 0..CLIENTS {
-        tasks.spawn(work(worker, cluster.client(), Arc::clone(&workers)));
-    }
+    drop(
+        cluster
+            .session(&cluster.client(), Duration::from_secs(5))
+            .await,
+    );
+    let load = Load::start(&cluster);
     for kill_leader in [true, false, true, false] {
         sleep(Duration::from_millis(500)).await;
         let leader = cluster.leader().await;
@@ -102,45 +161,16 @@ async fn tokens_only_grow_and_nothing_acknowledged_is_lost_while_servers_are_kil
         } else {
             (leader + 1) % 3
         };
-        let done_before = workers.released.lock().unwrap().len();
         cluster.kill(victim);
         // Two of three go on by themselves.
-        eventually("releases while a server is dead", || async {
-            (workers.released.lock().unwrap().len() > done_before + 20).then_some(())
-        })
-        .await;
+        load.goes_on(20).await;
         cluster.spawn(victim);
     }
-    workers.stop.store(true, Ordering::Relaxed);
-    while let Some(ended) = tasks.join_next().await {
-        ended.unwrap();
-    }
-
-    let session = cluster.session(&client, Duration::from_secs(5)).await;
-    let released = workers.released.lock().unwrap().clone();
-    let mut newest = BTreeMap::new();
-    for lock in LOCKS {
-        let tokens = tokens(&cluster.directory().join(lock));
-        assert!(
-            tokens.is_sorted_by(|one, next| one < next),
-            "tokens of {lock} do not grow"
-        );
-        let guard = session.lock(lock).await.expect("it is served again");
-        assert!(guard.token() > *tokens.last().unwrap());
-        newest.insert(lock, guard.token());
-        guard.release().await.unwrap();
-    }
-    for (lock, token) in released {
-        assert!(token < newest[lock]);
-        assert!(
-            !client.check(lock, token).await.unwrap(),
-            "a release of {lock} was lost"
-        );
-    }
+    load.stop_and_check(&cluster).await;
 }
 
 #[tokio::test]
-async fn what_was_acknowledged_survives_the_death_of_all() {
+async fn what_was_acknowledged_survives_the_death_of_all_under_load() {
     let mut cluster = Cluster::start("all", 3);
     let client = cluster.client();
     let session = cluster.session(&client, Duration::from_secs(60)).await;
@@ -149,13 +179,16 @@ async fn what_was_acknowledged_survives_the_death_of_all() {
     let given_up_token = given_up.token();
     given_up.release().await.unwrap();
 
+    let load = Load::start(&cluster);
+    load.goes_on(100).await;
     for node in 0..3 {
         cluster.kill(node);
     }
     for node in 0..3 {
         cluster.spawn(node);
     }
-    cluster.leader().await;
+    load.goes_on(100).await;
+    load.stop_and_check(&cluster).await;
 
     let listed = eventually("a list", || async { client.sessions().await.ok() }).await;
     assert!(
