@@ -396,9 +396,11 @@ impl Follower {
         };
         self.attachments.ask(session);
         self.gateway.hub.register(session, &self.inbox);
+        // In this order: a session that is over must not look like one whose keys
+        // were deleted.
+        self.ask(session, Query::Session(session), NoteBody::Liveness);
         let grants = Query::Machine(primitives::Query::GrantsOf(session));
         self.ask(session, grants, NoteBody::Grants);
-        self.ask(session, Query::Session(session), NoteBody::Liveness);
         None
     }
 
