@@ -364,7 +364,7 @@ impl Follower {
             let event = tokio::select! {
                 () = out.closed() => return None,
                 reason = inbox.ended() => return Some(reason),
-                Some(note) = notes.recv() => match self.attachments.take(note) {
+                Some(note) = notes.recv() => match self.take(note) {
                     Ok(event) => event,
                     Err(refusal) => return Some(refusal),
                 },
@@ -387,6 +387,19 @@ impl Follower {
                 reason = inbox.ended() => return Some(reason),
             }
         }
+    }
+
+    /// What the stream is told. A session that is over is not followed any longer:
+    /// if it had ended before it was asked for, no event will ever remove it.
+    fn take(&mut self, note: Note) -> Result<Option<v1::SessionEvent>, Refusal> {
+        let session = note.session;
+        let event = self.attachments.take(note)?;
+        if !self.attachments.sessions.contains_key(&session) {
+            self.gateway
+                .hub
+                .unregister(std::iter::once(session), &self.inbox);
+        }
+        Ok(event)
     }
 
     /// Registers first and asks then, so that nothing falls in between.
