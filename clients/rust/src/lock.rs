@@ -54,8 +54,8 @@ pub struct LockRequest {
 }
 
 /// Which lock, for whom.
-#[derive(Clone, Debug)]
-struct Contended {
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Contended {
     name: String,
     owner: String,
 }
@@ -119,8 +119,15 @@ impl LockRequest {
             wait,
         } = self;
         let core = session.core();
-        let pending = Pending::begin(core, lock)?;
         let started = Instant::now();
+        let left = core.left(&lock);
+        match wait.filter(|wait| !wait.is_zero()) {
+            Some(wait) => timeout(wait, left)
+                .await
+                .map_err(|_| Error::WaitTimedOut)?,
+            None => left.await,
+        }
+        let pending = Pending::begin(core, lock)?;
         let mut backoff = Backoff::default();
         loop {
             let left = wait.map(|wait| wait.saturating_sub(started.elapsed()));
@@ -213,10 +220,12 @@ impl Drop for LockGuard {
         }
         let lock = self.lock.clone();
         let session = self.session.clone();
+        core.leaves(&lock);
         core.transport().runtime().spawn(async move {
             if let Err(error) = release(session.core(), &lock, token).await {
                 tracing::debug!(%error, lock = lock.name, "a dropped lock was not released");
             }
+            session.core().has_left(&lock);
         });
     }
 }
@@ -314,9 +323,11 @@ impl Drop for Pending {
         let mut acquire = self.acquire.clone();
         acquire.withdraw();
         let runtime = core.transport().runtime().clone();
+        core.leaves(&lock);
         runtime.spawn(async move {
             cancel(&core, &lock, &acquire).await;
             core.end_request(acquire.request());
+            core.has_left(&lock);
         });
     }
 }
