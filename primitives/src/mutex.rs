@@ -222,27 +222,25 @@ pub(crate) fn cancel(
     } = command;
     let id = SessionId(session_id);
     let key = contender_key(&name, id, &owner)?;
-    if request != 0 {
-        // Noted before anything is deleted: a place given up without a note could
-        // be taken again by a copy of the request that is still on its way.
-        let requests = &context
-            .session(id)
-            .map_err(Rejection::SessionEnded)?
-            .requests;
-        if !requests.is_over(request) {
-            if requests.is_full() {
-                return Err(Rejection::TooManyCancelled);
-            }
-            context.cancel(id, request);
+    let is_over = match request {
+        0 => true,
+        _ => {
+            let session = context.session(id).map_err(Rejection::SessionEnded)?;
+            session.requests.is_over(request)
         }
-    }
+    };
     let meant = |record: &Record| match request {
         0 => record.create_revision == place,
         request => asked_by(record, id, request),
     };
     let found = context.overlay.get(&key).filter(|record| meant(record));
-    if let Some(record) = found.cloned() {
-        remove(context, &record);
+    match found.cloned() {
+        // Even without room for the note: a lock held for nobody is worse than
+        // what a late copy could do.
+        Some(record) => remove(context, &record),
+        None if is_over => {}
+        None if !note(context, id, request) => return Err(Rejection::TooManyCancelled),
+        None => {}
     }
     Ok(done(Reply::Cancelled, Note::Cancelled))
 }
@@ -479,12 +477,19 @@ fn remove(context: &mut Context<'_>, record: &Record) {
     let (Some(id), Some(value)) = (record.lease, native(record)) else {
         return;
     };
-    if let Ok(session) = context.session(id)
-        && !session.requests.is_over(value.request)
-        && !session.requests.is_full()
-    {
-        context.cancel(id, value.request);
+    note(context, id, value.request);
+}
+
+/// Notes that a request is over; false if there is no room.
+fn note(context: &mut Context<'_>, id: SessionId, request: u64) -> bool {
+    let Ok(session) = context.session(id) else {
+        return false;
+    };
+    let has_room = session.requests.is_over(request) || !session.requests.is_full();
+    if has_room {
+        context.cancel(id, request);
     }
+    has_room
 }
 
 /// Whether this session's numbered request made this key.

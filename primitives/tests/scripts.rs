@@ -27,6 +27,7 @@ use std::{collections::BTreeMap, env, fmt::Write as _, fs, path::Path};
 use bytes::Bytes;
 use conclave_core::{
     ids::SessionId,
+    limits,
     machine::{Machine as _, Outcome},
     replica::{AnswerBody, EventBody},
     session::EndReason,
@@ -40,6 +41,51 @@ use conclave_proto::internal::{
     command::Body, operation, primitive_command::Command,
 };
 use harness::{Driver, Step};
+
+/// Too long for a script: the numbers of a session that never acknowledges any.
+#[test]
+fn a_place_is_given_up_even_if_no_more_requests_can_be_noted() {
+    let mut driver = Driver::new();
+    let id = driver.open("a").0;
+    let name = || "deploy".to_owned();
+    let acquire = |request| LockAcquire {
+        name: name(),
+        session_id: id,
+        request,
+        ..LockAcquire::default()
+    };
+    let cancel = |request| LockCancel {
+        name: name(),
+        session_id: id,
+        request,
+        ..LockCancel::default()
+    };
+    let last = limits::CANCELLED_REQUESTS_MAX as u64 + 1;
+    for request in 1..last {
+        driver.run(command(Command::LockCancel(cancel(request))));
+    }
+    let refused = driver.run(command(Command::LockCancel(cancel(last))));
+    assert_eq!(
+        outcome(refused),
+        Err(Rejection::TooManyCancelled),
+        "nothing is there to be given up"
+    );
+    driver.run(command(Command::LockAcquire(acquire(last))));
+    let cancelled = driver.run(command(Command::LockCancel(cancel(last))));
+    assert_eq!(outcome(cancelled), Ok(Reply::Cancelled));
+    let again = driver.run(command(Command::LockAcquire(acquire(last + 1))));
+    assert!(matches!(again.outcome, Outcome::Waiting(_)), "it is free");
+}
+
+fn outcome(step: Step) -> Result<Reply, Rejection> {
+    match step.outcome {
+        Outcome::Done(answer) => match answer.body {
+            AnswerBody::Machine(result) => result,
+            other => panic!("no answer of the mutex: {other:?}"),
+        },
+        Outcome::Waiting(place) => panic!("waits at {place}"),
+    }
+}
 
 #[test]
 fn every_script_tells_the_truth() {

@@ -364,7 +364,7 @@ impl Follower {
             let event = tokio::select! {
                 () = out.closed() => return None,
                 reason = inbox.ended() => return Some(reason),
-                Some(note) = notes.recv() => match self.attachments.take(note) {
+                Some(note) = notes.recv() => match self.take(note) {
                     Ok(event) => event,
                     Err(refusal) => return Some(refusal),
                 },
@@ -389,6 +389,19 @@ impl Follower {
         }
     }
 
+    /// What the stream is told. A session that is over is not followed any longer:
+    /// if it had ended before it was asked for, no event will ever remove it.
+    fn take(&mut self, note: Note) -> Result<Option<v1::SessionEvent>, Refusal> {
+        let session = note.session;
+        let event = self.attachments.take(note)?;
+        if !self.attachments.sessions.contains_key(&session) {
+            self.gateway
+                .hub
+                .unregister(std::iter::once(session), &self.inbox);
+        }
+        Ok(event)
+    }
+
     /// Registers first and asks then, so that nothing falls in between.
     fn attach(&mut self, id: i64) -> Option<v1::SessionEvent> {
         let Ok(session) = validate::session(id) else {
@@ -396,9 +409,11 @@ impl Follower {
         };
         self.attachments.ask(session);
         self.gateway.hub.register(session, &self.inbox);
+        // In this order: a session that is over must not look like one whose keys
+        // were deleted.
+        self.ask(session, Query::Session(session), NoteBody::Liveness);
         let grants = Query::Machine(primitives::Query::GrantsOf(session));
         self.ask(session, grants, NoteBody::Grants);
-        self.ask(session, Query::Session(session), NoteBody::Liveness);
         None
     }
 

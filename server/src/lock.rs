@@ -7,7 +7,7 @@ use conclave_core::{
     limits,
     replica::{AnswerBody, Failure, Query},
 };
-use conclave_primitives::{self as primitives, Reply};
+use conclave_primitives::{self as primitives, Rejection, Reply};
 use conclave_proto::{
     internal::{
         LockAcquire, LockCancel, LockForceRelease, LockRelease, primitive_command::Command,
@@ -173,7 +173,10 @@ async fn withdraw(gateway: Arc<Gateway>, cancel: LockCancel) {
     while Instant::now() < until {
         match run(&gateway, Command::LockCancel(cancel.clone())).await {
             Err(Refusal::Failed(Failure::ShuttingDown)) => return,
-            Err(Refusal::Failed(_)) => time::sleep(WITHDRAW_PAUSE).await,
+            // Without room to note the number, the call must have arrived first.
+            Err(Refusal::Failed(_) | Refusal::Rejected(Rejection::TooManyCancelled)) => {
+                time::sleep(WITHDRAW_PAUSE).await;
+            }
             Ok(_) | Err(_) => return,
         }
     }

@@ -293,6 +293,26 @@ async fn a_watcher_is_told_what_it_holds_what_it_loses_and_when_it_is_over() {
 }
 
 #[tokio::test]
+async fn a_session_that_was_over_before_it_was_watched_leaves_nothing_behind() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let session = client.open("").await;
+    let mut watch = Watch::open(&client).await;
+    watch.add(session).await;
+    let watched = || get(node.client(), "/metrics").1;
+    let (_, Event::Attached(_)) = watch.next().await.unwrap() else {
+        panic!("attached")
+    };
+    assert!(watched().contains("\nconclave_watched_sessions 1\n"));
+    watch.add(session + 1).await;
+    let (_, Event::Ended(_)) = watch.next().await.unwrap() else {
+        panic!("ended")
+    };
+    assert!(watched().contains("\nconclave_watched_sessions 1\n"));
+}
+
+#[tokio::test]
 async fn a_session_that_is_not_renewed_expires_and_one_that_is_does_not() {
     let directory = Directory::new();
     let node = Node::alone(&directory);

@@ -99,6 +99,8 @@ The command finds in its environment:
 
 If the lock is lost, the command gets SIGTERM, and SIGKILL in time before another
 can hold the lock. It is killed, too, when `conclave lock` itself is killed.
+It has a process group of its own, and so cannot read from a terminal: for
+questions to people, acquire the lock without a command.
 Without a command, the key and the token are printed, and the lock is held until
 SIGINT or SIGTERM.
 

@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use serde_json::json;
 use tokio::{
     process::Child,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 use crate::{
@@ -150,12 +150,16 @@ async fn supervise(
     let failure = lost(&guard, reason);
     output::complain(&format!("{}; stopping the command", failure.message));
     signal_group(watchdog.group(), Signal::TERM);
-    // If it is lost already, only haste is left.
-    let patience = match danger {
-        Some(_) => grace,
-        None => guard.remaining().saturating_sub(margin).min(grace),
+    let began = Instant::now();
+    let patience = || {
+        let grace = grace.saturating_sub(began.elapsed());
+        match danger {
+            // It is lost already; only haste is left.
+            Some(_) => grace,
+            None => guard.remaining().saturating_sub(margin).min(grace),
+        }
     };
-    let ended_in_time = timeout(patience, child.wait()).await.is_ok();
+    let ended_in_time = ends_within(&mut child, patience).await;
     // Also what the command has left behind.
     signal_group(watchdog.group(), Signal::KILL);
     if !ended_in_time {
@@ -198,6 +202,19 @@ async fn danger(guard: &LockGuard, lead: Duration) -> Option<LossReason> {
             biased;
             reason = guard.lost() => return Some(reason),
             () = sleep(pause.min(LOOK)) => {}
+        }
+    }
+}
+
+/// Whether the command ends while there is patience, looked at as in [`danger`].
+async fn ends_within(child: &mut Child, patience: impl Fn() -> Duration) -> bool {
+    loop {
+        let left = patience();
+        if timeout(left.min(LOOK), child.wait()).await.is_ok() {
+            return true;
+        }
+        if left <= LOOK {
+            return false;
         }
     }
 }

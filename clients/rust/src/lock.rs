@@ -54,8 +54,8 @@ pub struct LockRequest {
 }
 
 /// Which lock, for whom.
-#[derive(Clone, Debug)]
-struct Contended {
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Contended {
     name: String,
     owner: String,
 }
@@ -119,8 +119,13 @@ impl LockRequest {
             wait,
         } = self;
         let core = session.core();
-        let pending = Pending::begin(core, lock)?;
         let started = Instant::now();
+        let left = core.left(&lock);
+        match wait.filter(|wait| !wait.is_zero()) {
+            Some(wait) => timeout(wait, left).await.map_err(|_| Error::WaitTimedOut)?,
+            None => left.await,
+        }
+        let pending = Pending::begin(core, lock)?;
         let mut backoff = Backoff::default();
         loop {
             let left = wait.map(|wait| wait.saturating_sub(started.elapsed()));
@@ -131,10 +136,12 @@ impl LockRequest {
             };
             match pending.acquire.acquire_ended(outcome) {
                 Next::Done(Ok(granted)) => return Ok(pending.granted(session, granted)),
-                Next::Done(Err(error)) => return Err(pending.refused(error)),
+                Next::Done(Err(error)) => {
+                    return Err(explained(pending.refused(error), is_over(wait, started)));
+                }
                 Next::Repeat => {}
             }
-            if wait.is_some_and(|wait| !wait.is_zero() && started.elapsed() >= wait) {
+            if is_over(wait, started) {
                 return Err(Error::WaitTimedOut);
             }
             backoff.pause(moved).await;
@@ -213,10 +220,12 @@ impl Drop for LockGuard {
         }
         let lock = self.lock.clone();
         let session = self.session.clone();
+        core.leaves(&lock);
         core.transport().runtime().spawn(async move {
             if let Err(error) = release(session.core(), &lock, token).await {
                 tracing::debug!(%error, lock = lock.name, "a dropped lock was not released");
             }
+            session.core().has_left(&lock);
         });
     }
 }
@@ -314,9 +323,11 @@ impl Drop for Pending {
         let mut acquire = self.acquire.clone();
         acquire.withdraw();
         let runtime = core.transport().runtime().clone();
+        core.leaves(&lock);
         runtime.spawn(async move {
             cancel(&core, &lock, &acquire).await;
             core.end_request(acquire.request());
+            core.has_left(&lock);
         });
     }
 }
@@ -406,10 +417,46 @@ fn granted(answer: AcquireResponse) -> Granted {
     }
 }
 
+/// Whether a wait has ended; a try has none.
+fn is_over(wait: Option<Duration>, started: Instant) -> bool {
+    wait.is_some_and(|wait| !wait.is_zero() && started.elapsed() >= wait)
+}
+
+/// What the refusal of a repeated request means: that it is over says that the
+/// answer to an earlier attempt was lost, and what it was must be inferred.
+fn explained(error: Error, is_wait_over: bool) -> Error {
+    match error {
+        Error::Server { reason, message } if reason == "STALE_REQUEST" => {
+            if is_wait_over {
+                Error::WaitTimedOut
+            } else {
+                Error::PlaceLost { message }
+            }
+        }
+        error => error,
+    }
+}
+
 /// The rest of the client talks to another server now.
 fn left_behind() -> Failure {
     Failure::Unknown {
         message: "the server was left".to_owned(),
         is_reached: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_that_is_over_when_repeated_has_timed_out_or_lost_its_place() {
+        let stale = || Error::Server {
+            reason: "STALE_REQUEST".to_owned(),
+            message: "it is over".to_owned(),
+        };
+        assert!(matches!(explained(stale(), true), Error::WaitTimedOut));
+        assert!(matches!(explained(stale(), false), Error::PlaceLost { .. }));
+        assert!(matches!(explained(Error::LockHeld, true), Error::LockHeld));
     }
 }

@@ -24,7 +24,7 @@ use crate::{
     error::{Error, Failure},
     events::Events,
     grants::Grants,
-    lock::LockRequest,
+    lock::{Contended, LockRequest},
     requests::Requests,
     session_state::{Attempt, LossReason, SessionState, Status},
     transport::{ATTEMPT_TIMEOUT, Failed, Transport},
@@ -82,6 +82,8 @@ pub(crate) struct Core {
     status: watch::Sender<Status>,
     /// Wakes those who wait for the loss of the session or of a grant.
     losses: Notify,
+    /// Wakes those who wait until a lock is given up.
+    departures: Notify,
     /// Wakes the task that renews.
     changed: Notify,
 }
@@ -91,6 +93,8 @@ struct Life {
     state: SessionState,
     requests: Requests,
     grants: Grants,
+    /// What is given up in the background, and how often.
+    leaving: BTreeMap<Contended, usize>,
 }
 
 impl Life {
@@ -148,13 +152,16 @@ impl Session {
                 state,
                 requests: Requests::default(),
                 grants: Grants::default(),
+                leaving: BTreeMap::new(),
             }),
             status: watch::Sender::new(Status::Active),
             losses: Notify::new(),
+            departures: Notify::new(),
             changed: Notify::new(),
         });
-        core.transport.runtime().spawn(Arc::clone(&core).live());
+        // In this order: the task removes a session that is lost already.
         core.events.add(&core.transport, &core);
+        core.transport.runtime().spawn(Arc::clone(&core).live());
         Ok(Session {
             handle: Arc::new(Handle { core }),
         })
@@ -268,6 +275,37 @@ impl Core {
 
     pub(crate) fn grant_released(&self, token: u64) {
         self.life().grants.released(token);
+    }
+
+    /// A guard or request of this lock was dropped and is being given up, until
+    /// [`Core::has_left`].
+    pub(crate) fn leaves(&self, lock: &Contended) {
+        *self.life().leaving.entry(lock.clone()).or_default() += 1;
+    }
+
+    /// The cluster has answered, or the session is over.
+    pub(crate) fn has_left(&self, lock: &Contended) {
+        let mut life = self.life();
+        if let Some(times) = life.leaving.get_mut(lock) {
+            *times -= 1;
+            if *times == 0 {
+                life.leaving.remove(lock);
+            }
+        }
+        drop(life);
+        self.departures.notify_waiters();
+    }
+
+    /// Resolves when nothing of this lock is being given up: until then, a new
+    /// request would find this session and owner in its own way.
+    pub(crate) async fn left(&self, lock: &Contended) {
+        loop {
+            let notified = self.departures.notified();
+            if !self.life().leaving.contains_key(lock) {
+                return;
+            }
+            notified.await;
+        }
     }
 
     pub(crate) fn grant_lost(&self, token: u64, reason: LossReason) {
@@ -402,9 +440,11 @@ impl Core {
 
     /// Shows a changed status to those who follow it.
     fn publish(&self) {
-        let status = self.life().state.status(clock::now());
-        let is_lost = matches!(status, Status::Lost(_));
+        let mut is_lost = false;
         let is_changed = self.status.send_if_modified(|shown| {
+            // Looked up in here, or an older status could overwrite a newer one.
+            let status = self.life().state.status(clock::now());
+            is_lost = matches!(status, Status::Lost(_));
             // The time left is not a change by itself.
             let is_changed = std::mem::discriminant(shown) != std::mem::discriminant(&status);
             *shown = status;

@@ -87,6 +87,18 @@ async fn what_is_dropped_is_given_up() {
 }
 
 #[tokio::test]
+async fn a_dropped_guard_does_not_stand_in_the_way_of_its_own_session() {
+    let servers = Servers::start(1).await;
+    let session = patient_session(&servers).await;
+    for _ in 0..3 {
+        drop(session.lock("a").try_now().await.unwrap());
+    }
+    let guard = session.lock("a").wait(LONG).await.unwrap();
+    assert_eq!(guard.token(), servers.holder("a").unwrap().token);
+    assert_eq!(servers.grants(), 4);
+}
+
+#[tokio::test]
 async fn a_guard_outlives_its_session_handle() {
     let servers = Servers::start(1).await;
     let guard = {
