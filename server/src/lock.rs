@@ -274,10 +274,8 @@ async fn list(
     if let Some(name) = &name {
         validate::lock_name(name)?;
     }
-    let limit = match limit as usize {
-        0 => limits::LIST_LOCKS_MAX,
-        asked => asked.min(limits::LIST_LOCKS_MAX),
-    };
+    // The primitive bounds it, and takes 0 for as many as there may be.
+    let limit = limit as usize;
     let (header, found) = query(gateway, primitives::Query::Locks { name, after, limit }).await?;
     let primitives::Answer::Locks { locks, more } = found else {
         return Err(ANOTHER_KIND);

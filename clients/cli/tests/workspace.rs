@@ -37,10 +37,11 @@ const EDGES: [(&str, &[&str]); 7] = [
 /// deterministic.
 const NOT_BELOW_CORE: [&str; 5] = ["tokio", "tonic", "hyper", "async-trait", "futures-util"];
 
-fn metadata(arguments: &[&str]) -> Value {
+/// What cargo prints.
+fn cargo(arguments: &[&str]) -> Vec<u8> {
     let output = Command::new(env!("CARGO"))
-        .args(["metadata", "--format-version", "1", "--offline"])
         .args(arguments)
+        .arg("--offline")
         .output()
         .expect("cargo runs");
     assert!(
@@ -48,12 +49,13 @@ fn metadata(arguments: &[&str]) -> Value {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    serde_json::from_slice(&output.stdout).expect("cargo prints JSON")
+    output.stdout
 }
 
 #[test]
 fn crates_know_only_whom_they_may() {
-    let metadata = metadata(&["--no-deps"]);
+    let printed = cargo(&["metadata", "--format-version", "1", "--no-deps"]);
+    let metadata: Value = serde_json::from_slice(&printed).expect("cargo prints JSON");
     let packages = metadata["packages"].as_array().unwrap();
     let allowed: BTreeMap<_, BTreeSet<_>> = EDGES
         .iter()
@@ -84,17 +86,16 @@ fn crates_know_only_whom_they_may() {
 #[test]
 fn nothing_asynchronous_is_below_core_and_primitives() {
     for package in ["conclave-core", "conclave-primitives"] {
-        let output = Command::new(env!("CARGO"))
-            .args(["tree", "--offline", "--edges", "normal", "--prefix", "none"])
-            .args(["--package", package])
-            .output()
-            .expect("cargo runs");
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        let tree = String::from_utf8(output.stdout).unwrap();
+        let printed = cargo(&[
+            "tree",
+            "--edges",
+            "normal",
+            "--prefix",
+            "none",
+            "--package",
+            package,
+        ]);
+        let tree = String::from_utf8(printed).unwrap();
         let names: BTreeSet<_> = tree
             .lines()
             .filter_map(|line| line.split(' ').next())
