@@ -114,7 +114,10 @@ async fn a_member_without_a_majority_says_so_and_does_not_hang() {
     let mut nodes = start_all(&options);
     let left = nodes.pop().unwrap();
     let client = left.connect().await;
-    drop(nodes);
+    // Patiently: one that is dropped may go on for a moment.
+    for node in nodes {
+        node.stop().unwrap();
+    }
     let opened = timeout(
         PATIENCE,
         client.sessions().open(v1::OpenSessionRequest::default()),
