@@ -4,6 +4,7 @@
 //! - election timeouts that depend on nothing but seed, node, term and role;
 //! - a check of every message from a peer before raft-rs sees it, since it
 //!   panics on some that a correct peer never sends;
+//! - appends to followers that make no quorum faster wait a little (`deferral`);
 //! - quorum-confirmed reads only (`ReadOnlyOption::Safe`). raft-rs' lease-based
 //!   reads are stale under partitions even with perfect clocks.
 
@@ -21,6 +22,7 @@ use raft::{
 use slog::{Discard, Logger, o};
 
 use crate::{
+    deferral::Deferral,
     ids::{Index, NodeId, Term},
     limits,
     log::{EntryKind, HardState, LogEntry},
@@ -65,6 +67,7 @@ pub(crate) struct Consensus {
     saved: HardState,
     /// How far followers have been told of commits.
     told: Index,
+    deferral: Deferral,
 }
 
 /// What must be made durable.
@@ -136,6 +139,7 @@ impl Consensus {
             drawn_for: (0, Role::Joining),
             saved: hard_state,
             told: 0,
+            deferral: Deferral::default(),
         };
         consensus.draw_election_timeout();
         consensus
@@ -189,10 +193,18 @@ impl Consensus {
 
     /// Takes a message from a peer. One that no correct peer sends is dropped,
     /// with the reason.
-    pub(crate) fn step(&mut self, from: NodeId, bytes: &Bytes) -> Result<(), &'static str> {
+    pub(crate) fn step(
+        &mut self,
+        from: NodeId,
+        bytes: &Bytes,
+        now_us: u64,
+    ) -> Result<(), &'static str> {
         let message = Message::parse_from_carllerche_bytes(bytes)
             .map_err(|_| "does not decode as a Raft message")?;
         self.check(from, &message)?;
+        if message.msg_type == MessageType::MsgReadIndex {
+            self.serves(from, now_us);
+        }
         // An error here says that the message does not matter any more.
         self.raw.step(message).ok();
         self.draw_election_timeout();
@@ -271,16 +283,29 @@ impl Consensus {
         self.raw.raft.lead_transferee.is_some()
     }
 
+    /// A client of this member wants something of this leader.
+    pub(crate) fn serves(&mut self, member: NodeId, now_us: u64) {
+        self.deferral.serves(member.0, now_us);
+    }
+
+    /// When something that is held back must leave.
+    pub(crate) fn next_due_us(&self) -> Option<u64> {
+        self.deferral.next_due_us()
+    }
+
     /// Whether there is something to prepare.
     pub(crate) fn has_ready(&self) -> bool {
         self.raw.has_ready()
     }
 
     /// The first half of a step. `advance` must follow before anything else.
-    pub(crate) fn prepare(&mut self) -> Prepared {
+    pub(crate) fn prepare(&mut self, now_us: u64) -> Prepared {
         assert!(self.ready.is_none(), "prepare without advance");
         if !self.raw.has_ready() {
-            return Prepared::default();
+            return Prepared {
+                messages: encode(self.defer(Vec::new(), now_us)),
+                ..Prepared::default()
+            };
         }
         let mut ready = self.raw.ready();
         let entries = ready.take_entries();
@@ -295,7 +320,7 @@ impl Consensus {
             false => messages,
         };
         let prepared = Prepared {
-            messages: encode(messages),
+            messages: encode(self.defer(messages, now_us)),
             unsaved: ready.must_sync().then(|| self.unsaved(&entries)),
             reads: ready
                 .take_read_states()
@@ -307,22 +332,35 @@ impl Consensus {
         prepared
     }
 
+    /// What may leave now of these messages and of earlier ones.
+    fn defer(&mut self, messages: Vec<Message>, now_us: u64) -> Vec<Message> {
+        let raft = &self.raw.raft;
+        if raft.state != StateRole::Leader {
+            self.deferral.forget();
+            return messages;
+        }
+        let others = raft.prs().iter().filter(|(id, _)| **id != raft.id);
+        let matched = others.map(|(id, progress)| (*id, progress.matched));
+        self.deferral.choose(matched, now_us);
+        self.deferral.pass(messages, now_us)
+    }
+
     /// The second half, after what `prepare` gave out is durable.
-    pub(crate) fn advance(&mut self) -> Advanced {
+    pub(crate) fn advance(&mut self, now_us: u64) -> Advanced {
         let Some(mut ready) = self.ready.take() else {
             return Advanced::default();
         };
-        let mut messages = encode(ready.take_persisted_messages());
+        let mut messages = ready.take_persisted_messages();
         let mut committed = ready.take_committed_entries();
         let mut light = self.raw.advance_append(ready);
-        messages.extend(encode(light.take_messages()));
+        messages.extend(light.take_messages());
         committed.extend(light.take_committed_entries());
         if let Some(commit) = light.commit_index() {
             self.raw.mut_store().hard_state.commit = commit;
         }
         self.raw.advance_apply();
         Advanced {
-            messages,
+            messages: encode(self.defer(messages, now_us)),
             committed: committed.iter().map(log_entry).collect(),
         }
     }

@@ -217,7 +217,7 @@ impl<M: Machine> Replica<M> {
             let under_way = leadership.timers_entry > self.state.applied();
             (!under_way).then(|| self.now.boot_us.saturating_add(wait_us.max(TIMER_RETRY_US)))
         });
-        [tell_us, timer_us]
+        [tell_us, timer_us, self.consensus.next_due_us()]
             .into_iter()
             .flatten()
             .fold(self.next_tick_us, u64::min)
@@ -239,7 +239,7 @@ impl<M: Machine> Replica<M> {
         self.dispatch();
         self.tell_commit();
         self.ask_for_confirmation();
-        let prepared = self.consensus.prepare();
+        let prepared = self.consensus.prepare(self.now.boot_us);
         for (sequence, index) in prepared.reads {
             self.reads.confirm(sequence, index, self.leader_and_term());
         }
@@ -253,7 +253,7 @@ impl<M: Machine> Replica<M> {
 
     /// The second half, once `Begun::batch` is durable: applies and answers.
     pub fn finish(&mut self) -> Result<Finished<M>, Fatal> {
-        let advanced = self.consensus.advance();
+        let advanced = self.consensus.advance(self.now.boot_us);
         self.output.messages = mem::take(&mut self.outbox_durable);
         self.output
             .messages
@@ -304,13 +304,17 @@ impl<M: Machine> Replica<M> {
             Message::HelloReply(reply) => return self.receive_hello_reply(from, &reply),
             _ if self.admission.is_some() => {}
             Message::Raft(bytes) => {
-                if let Err(why) = self.consensus.step(from, &bytes) {
+                if let Err(why) = self.consensus.step(from, &bytes, self.now.boot_us) {
                     tracing::warn!(peer = %from, why, "dropped a malformed message");
                 }
             }
-            Message::Forward(forward) => self.arrived.forwarded.push((from, forward)),
+            Message::Forward(forward) => {
+                self.consensus.serves(from, self.now.boot_us);
+                self.arrived.forwarded.push((from, forward));
+            }
             Message::ForwardRefused(refused) => self.receive_refusal(&refused),
             Message::Renewals(renewals) => {
+                self.consensus.serves(from, self.now.boot_us);
                 let Renewals { boot, renewals } = renewals;
                 self.arrived
                     .renewals

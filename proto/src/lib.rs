@@ -7,6 +7,9 @@
 //! Messages only; with the feature `grpc` also clients and servers of the
 //! services. What the messages mean is written in the schemas.
 
+#[cfg(feature = "grpc")]
+pub mod codec;
+
 /// The native API.
 #[allow(warnings, clippy::all, reason = "generated; documented in the schema")]
 pub mod v1 {
