@@ -22,6 +22,7 @@
 mod admission;
 mod api;
 mod commands;
+mod compaction;
 mod leadership;
 mod reads;
 mod renewals;
@@ -42,6 +43,7 @@ pub use self::api::{
     Answer, AnswerBody, Begun, Config, Event, EventBody, Failure, Fatal, Finished, Input, Now,
     Query, Role, Status,
 };
+pub use self::compaction::Retention;
 use self::{
     admission::Admission,
     leadership::{Leadership, Taken},
@@ -212,7 +214,7 @@ impl<M: Machine> Replica<M> {
             .as_ref()
             .and_then(|leadership| leadership.tell_commit_us);
         let timer_us = self.leadership.as_ref().and_then(|leadership| {
-            let due_us = self.state.machine().next_due()?.saturating_mul(1_000);
+            let due_us = self.state.next_due()?.saturating_mul(1_000);
             let wait_us = due_us.saturating_sub(self.clock.micros());
             let under_way = leadership.timers_entry > self.state.applied();
             (!under_way).then(|| self.now.boot_us.saturating_add(wait_us.max(TIMER_RETRY_US)))
@@ -502,13 +504,13 @@ impl<M: Machine> Replica<M> {
                 range,
                 revision,
                 limit,
-            } => AnswerBody::Range(
-                keyspace
-                    .range(&range, revision)
-                    .take(limit)
-                    .cloned()
-                    .collect(),
-            ),
+            } => {
+                let at = revision.unwrap_or(keyspace.revision());
+                let records = keyspace
+                    .check_readable(at)
+                    .map(|()| keyspace.range(&range, revision).take(limit).cloned());
+                AnswerBody::Range(records.map(Iterator::collect))
+            }
             Query::Machine(query) => {
                 AnswerBody::Query(self.state.machine().query(self.state.view(), query))
             }

@@ -136,9 +136,13 @@ impl<M: Machine> State<M> {
         }
     }
 
-    /// Whether a timer is due at `now`.
-    pub fn has_due(&self, now: LogTime) -> bool {
-        self.machine.next_due().is_some_and(|due| due <= now)
+    /// When an entry is due although nobody asks for one: for the next timer, or
+    /// at once while a compaction has left something to drop.
+    pub fn next_due(&self) -> Option<LogTime> {
+        if self.keyspace.has_superseded() {
+            return Some(0);
+        }
+        self.machine.next_due()
     }
 
     /// Applies the entry at `index`, which must be the next one. An empty entry
@@ -153,6 +157,7 @@ impl<M: Machine> State<M> {
                 date_ms,
             } = entry.stamp.unwrap_or_default();
             self.system.stamp(log_time_ms, date_ms);
+            self.keyspace.sweep(limits::SWEPT_PER_ENTRY_MAX);
             self.fire_timers(&mut applied);
             for command in entry.commands {
                 self.apply_command(index, term, command, &mut applied)?;
@@ -165,7 +170,8 @@ impl<M: Machine> State<M> {
 
     fn fire_timers(&mut self, applied: &mut Applied<M>) {
         for _ in 0..limits::TIMERS_PER_ENTRY_MAX {
-            if !self.has_due(self.system.log_time()) {
+            let now = self.system.log_time();
+            if self.machine.next_due().is_none_or(|due| due > now) {
                 break;
             }
             let mut context = self.context();
@@ -202,6 +208,10 @@ impl<M: Machine> State<M> {
             }
             command::Body::Txn(txn) => Outcome::Done(self.txn(txn, applied)),
             command::Body::PublishMember(member) => Outcome::Done(self.publish_member(member)),
+            command::Body::Compact(compact) => {
+                let compacted = self.keyspace.compact(compact.revision);
+                Outcome::Done(AnswerBody::Compacted(compacted))
+            }
             command::Body::Machine(bytes) => {
                 let command =
                     M::decode(bytes).ok_or_else(|| unknown("an unknown command of the machine"))?;
@@ -403,10 +413,11 @@ impl<M: Machine> State<M> {
             term,
             self.keyspace.digest(),
             self.keyspace.revision(),
+            self.keyspace.compacted(),
             self.sessions.len() as u64,
             self.system.log_time(),
         ];
-        let mut bytes = [0; 48];
+        let mut bytes = [0; 56];
         for (chunk, part) in bytes.chunks_exact_mut(8).zip(parts) {
             chunk.copy_from_slice(&part.to_be_bytes());
         }

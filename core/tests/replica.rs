@@ -159,6 +159,7 @@ fn replica(log: &Recovered, boot: u64, boot_us: u64) -> Replica<Register> {
         election_ms: ELECTION_MS,
         name: format!("n{}", log.identity.node),
         client_urls: vec![format!("http://n{}", log.identity.node)],
+        retention: None,
     };
     Replica::new(
         config,

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use conclave_proto::internal::{PeerMessage, command};
 
+use super::compaction::Retention;
 use crate::{
     ids::{Index, NodeId, RequestNumber, Revision, SessionId, Term},
     keyspace::{
-        KeyRange, Record,
+        KeyRange, Record, RevisionError,
         txn::{TxnError, TxnReply},
     },
     log::Batch,
@@ -41,6 +42,8 @@ pub struct Config {
     pub name: String,
     /// Where clients reach this member, told to the others.
     pub client_urls: Vec<String>,
+    /// What automatic compaction keeps while this member leads; `None`: all.
+    pub retention: Option<Retention>,
 }
 
 /// What a turn takes in.
@@ -150,7 +153,9 @@ pub enum AnswerBody<M: Machine> {
         sessions: Vec<(SessionId, Session, usize)>,
     },
     /// To `Query::Range`.
-    Range(Vec<Record>),
+    Range(Result<Vec<Record>, RevisionError>),
+    /// Of a compaction by request.
+    Compacted(Result<(), RevisionError>),
     /// Of a transaction.
     Txn(Result<TxnReply, TxnError>),
     /// Of a machine's command.

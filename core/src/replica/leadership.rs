@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::reads::RenewalAsk;
+use super::{compaction::Compactor, reads::RenewalAsk};
 use crate::{
     ids::{Index, NodeId, RequestNumber, SessionId, Term},
     liveness::Liveness,
@@ -24,6 +24,7 @@ pub(super) struct Leadership {
     pub(super) timers_entry: Index,
     /// When followers must be told of a commit, if no append has by then.
     pub(super) tell_commit_us: Option<u64>,
+    pub(super) compactor: Compactor,
 }
 
 impl Leadership {
@@ -35,6 +36,7 @@ impl Leadership {
             parked: BTreeMap::new(),
             timers_entry: 0,
             tell_commit_us: None,
+            compactor: Compactor::default(),
         }
     }
 
