@@ -105,6 +105,7 @@ pub struct Keyspace {
     revision: Revision,
     /// The newest version of every key that is there.
     live: BTreeMap<Bytes, Record>,
+    live_bytes: u64,
     /// Versions that are no more. A version made and ended inside one revision is
     /// never seen by a read, and not here.
     past: History,
@@ -119,6 +120,7 @@ impl Keyspace {
         Self {
             revision: REVISION_FRESH,
             live: BTreeMap::new(),
+            live_bytes: 0,
             past: History::default(),
             bound: BTreeMap::new(),
             digest: 0,
@@ -149,6 +151,11 @@ impl Keyspace {
     /// before the first.
     pub fn compacted(&self) -> Revision {
         self.past.compacted()
+    }
+
+    /// The size of everything, by [`Record::bytes`].
+    pub fn bytes(&self) -> u64 {
+        self.live_bytes + self.history_bytes()
     }
 
     /// The size of the versions that are no more, by [`Record::bytes`].
@@ -260,6 +267,8 @@ impl Keyspace {
             Some(after) => self.live.insert(change.key.clone(), after.clone()),
             None => self.live.remove(&change.key),
         };
+        let size = |record: &Option<Record>| record.as_ref().map_or(0, Record::bytes);
+        self.live_bytes = self.live_bytes + size(&change.after) - size(&replaced);
         debug_assert_eq!(
             replaced, change.before,
             "a change follows from the version before"

@@ -51,6 +51,11 @@ pub const COMPACTION_SAMPLES: u64 = 600;
 pub const SWEPT_PER_ENTRY_MAX: usize = 4_096;
 /// What a version of a key counts for beside its key and value.
 pub const RECORD_OVERHEAD_BYTES: u64 = 128;
+/// What a session counts for beside its name and metadata: its requests, too.
+pub const SESSION_OVERHEAD_BYTES: u64 = 1_024;
+/// The size of the state above which commands that grow it are refused, unless
+/// an operator says another.
+pub const QUOTA_BYTES_DEFAULT: u64 = 2 << 30;
 
 /// Commands and reads waiting for the node.
 pub const QUEUED_REQUESTS_MAX: usize = 65_536;

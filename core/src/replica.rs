@@ -24,6 +24,7 @@ mod api;
 mod commands;
 mod compaction;
 mod leadership;
+mod quota;
 mod reads;
 mod renewals;
 
@@ -699,8 +700,11 @@ impl<M: Machine> Replica<M> {
         self.status.committed = self.consensus.committed();
         self.status.last = self.consensus.last_index();
         self.status.revision = self.state.keyspace().revision();
+        self.status.compacted = self.state.keyspace().compacted();
         self.status.sessions = self.state.sessions().len();
         self.status.keys = self.state.keyspace().len();
+        self.status.state_bytes = self.state.bytes();
+        self.status.is_out_of_space = self.state.system().is_out_of_space();
     }
 
     fn take_outbox(&mut self) -> Vec<(NodeId, PeerMessage)> {

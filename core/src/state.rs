@@ -13,7 +13,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
     ids::{Index, LogTime, NodeId, Revision, SessionId, Term},
-    keyspace::{Change, Keyspace, txn},
+    keyspace::{Change, Keyspace, Writes, txn},
     limits,
     machine::{Cause, Context, Machine, Outcome, Place, Settled, Staged, View},
     replica::{Answer, AnswerBody, Event, EventBody, Fatal},
@@ -105,6 +105,12 @@ impl<M: Machine> State<M> {
     /// A hash of the history: equal on all nodes that applied the same entries.
     pub fn digest(&self) -> u64 {
         self.digest
+    }
+
+    /// The size of everything in it, as the same number on every node: keys,
+    /// values, history, sessions, with a flat rate for what maps around them take.
+    pub fn bytes(&self) -> u64 {
+        self.keyspace.bytes() + self.sessions.bytes()
     }
 
     /// The keys.
@@ -212,6 +218,10 @@ impl<M: Machine> State<M> {
                 let compacted = self.keyspace.compact(compact.revision);
                 Outcome::Done(AnswerBody::Compacted(compacted))
             }
+            command::Body::NoSpace(alarm) => {
+                self.system.set_out_of_space(alarm.raised);
+                Outcome::Done(AnswerBody::Done)
+            }
             command::Body::Machine(bytes) => {
                 let command =
                     M::decode(bytes).ok_or_else(|| unknown("an unknown command of the machine"))?;
@@ -229,6 +239,9 @@ impl<M: Machine> State<M> {
     }
 
     fn open_session(&mut self, open: OpenSession, applied: &mut Applied<M>) -> AnswerBody<M> {
+        if self.system.is_out_of_space() {
+            return AnswerBody::NoSpace;
+        }
         let session = self.next_session_id();
         let ttl_ms = open
             .ttl_ms
@@ -313,6 +326,9 @@ impl<M: Machine> State<M> {
         match txn::execute(&mut overlay, &self.sessions, txn) {
             Ok(reply) => {
                 let writes = overlay.into_writes();
+                if self.lacks_space_for(&writes) {
+                    return AnswerBody::NoSpace;
+                }
                 let changes = self.keyspace.keep(writes);
                 self.settle(&changes, Cause::Txn, applied);
                 AnswerBody::Txn(Ok(reply))
@@ -344,6 +360,9 @@ impl<M: Machine> State<M> {
         match self.machine.execute(&mut context, command) {
             Ok(executed) => {
                 let (writes, staged) = context.into_parts();
+                if self.lacks_space_for(&writes) {
+                    return Outcome::Done(AnswerBody::NoSpace);
+                }
                 let changes = self.keyspace.keep(writes);
                 self.keep_staged(staged);
                 self.settle(&changes, Cause::Machine(&executed.note), applied);
@@ -354,6 +373,12 @@ impl<M: Machine> State<M> {
             }
             Err(rejection) => Outcome::Done(AnswerBody::Machine(Err(rejection))),
         }
+    }
+
+    /// Whether the alarm forbids these writes. What only deletes passes, so that
+    /// releases, ends of sessions and waits go on.
+    fn lacks_space_for(&self, writes: &Writes) -> bool {
+        self.system.is_out_of_space() && writes.has_puts()
     }
 
     fn context(&self) -> Context<'_> {
@@ -414,10 +439,12 @@ impl<M: Machine> State<M> {
             self.keyspace.digest(),
             self.keyspace.revision(),
             self.keyspace.compacted(),
+            self.bytes(),
+            u64::from(self.system.is_out_of_space()),
             self.sessions.len() as u64,
             self.system.log_time(),
         ];
-        let mut bytes = [0; 56];
+        let mut bytes = [0; 72];
         for (chunk, part) in bytes.chunks_exact_mut(8).zip(parts) {
             chunk.copy_from_slice(&part.to_be_bytes());
         }

@@ -46,6 +46,8 @@ pub struct System {
     members: BTreeMap<NodeId, PublishedMember>,
     /// How often a member published itself.
     publications: u64,
+    /// The alarm NOSPACE.
+    is_out_of_space: bool,
     /// The newest at the back; bounded.
     ended: VecDeque<(SessionId, EndReason)>,
     ended_by_id: BTreeMap<SessionId, EndReason>,
@@ -72,6 +74,11 @@ impl System {
     /// How often a member published itself; changes whenever `members` may have.
     pub fn publications(&self) -> u64 {
         self.publications
+    }
+
+    /// Whether the alarm NOSPACE is raised: what would grow the state is refused.
+    pub fn is_out_of_space(&self) -> bool {
+        self.is_out_of_space
     }
 
     /// Why a session that is not alive ended, as far as it is on record.
@@ -107,6 +114,10 @@ impl System {
     pub(crate) fn publish(&mut self, node: NodeId, member: PublishedMember) {
         self.members.insert(node, member);
         self.publications += 1;
+    }
+
+    pub(crate) fn set_out_of_space(&mut self, is_out_of_space: bool) {
+        self.is_out_of_space = is_out_of_space;
     }
 
     pub(crate) fn record_end(&mut self, id: SessionId, reason: EndReason) {

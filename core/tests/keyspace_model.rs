@@ -316,6 +316,8 @@ proptest! {
         keyspace.sweep(usize::MAX);
         prop_assert!(!keyspace.has_superseded());
         check_compacted(&keyspace, &model, compacted);
+        let live: u64 = model.state_at(model.revision()).values().map(Record::bytes).sum();
         prop_assert_eq!(keyspace.history_bytes(), model.history_bytes(compacted));
+        prop_assert_eq!(keyspace.bytes(), live + keyspace.history_bytes());
     }
 }

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, NodeId, RequestNumber, SessionId, Term},
-    keyspace::{Change, Keyspace},
+    keyspace::{Change, KeyRange, Keyspace},
     limits,
     log::{Facts, HardState, Identity, LogEntry, Recovered},
     machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
@@ -22,8 +22,8 @@ use conclave_core::{
     session::EndReason,
 };
 use conclave_proto::internal::{
-    CloseSession, Command, Forward, Hello, OpenSession, Operation, Origin, PeerMessage, Put, Txn,
-    command, operation, peer_message,
+    CloseSession, Command, Compact, Forward, Hello, NoSpace, OpenSession, Operation, Origin,
+    PeerMessage, Put, Txn, command, operation, peer_message,
 };
 use prost::Message as _;
 use protobuf::Message as _;
@@ -131,6 +131,8 @@ struct Cluster {
     last_number: RequestNumber,
 }
 
+/// Tests of other things stay below it.
+const QUOTA_BYTES: u64 = 8 << 20;
 const HEARTBEAT_MS: u64 = 100;
 const ELECTION_MS: u64 = 500;
 
@@ -160,6 +162,7 @@ fn replica(log: &Recovered, boot: u64, boot_us: u64) -> Replica<Register> {
         name: format!("n{}", log.identity.node),
         client_urls: vec![format!("http://n{}", log.identity.node)],
         retention: None,
+        quota_bytes: QUOTA_BYTES,
     };
     Replica::new(
         config,
@@ -1070,4 +1073,82 @@ fn clusters_of_any_size_come_together_although_members_restart() {
             size
         );
     }
+}
+
+fn compact(revision: u64) -> command::Body {
+    command::Body::Compact(Compact { revision })
+}
+
+#[test]
+fn a_compaction_asked_of_a_follower_holds_on_every_member() {
+    let mut cluster = Cluster::ready(3);
+    let follower = cluster.follower();
+    for _ in 0..5 {
+        cluster.append(follower, "a");
+        cluster.settle();
+    }
+    let number = cluster.send(follower, compact(4));
+    cluster.settle();
+    assert_eq!(cluster.outcome(follower, number), "Ok(Compacted(Ok(())))");
+    // Nobody writes, and yet what it left is dropped.
+    cluster.run_ms(500);
+    cluster.assert_equal_states();
+    for node in cluster.nodes.values() {
+        let keyspace = node.replica.state().keyspace();
+        assert_eq!(
+            (keyspace.compacted(), keyspace.has_superseded()),
+            (4, false)
+        );
+    }
+    cluster.last_number += 1;
+    let number = cluster.last_number;
+    let query = Query::Range {
+        range: KeyRange::prefix(b""),
+        revision: Some(3),
+        limit: 1,
+    };
+    cluster.input(follower, Input::Read { number, query });
+    cluster.settle();
+    let refused = "Ok(Range(Err(Compacted { asked: 3, compacted: 4 })))";
+    assert_eq!(cluster.outcome(follower, number), refused);
+}
+
+#[test]
+fn above_the_quota_what_grows_is_refused_until_there_is_space_and_an_operator_says_so() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let session = cluster.open(follower, 60_000);
+    for _ in 0..9 {
+        cluster.put(leader, 1_000_000);
+        cluster.settle();
+    }
+    cluster.run_ms(200);
+    let open = || command::Body::OpenSession(OpenSession::default());
+    for body in [command::Body::Machine(Bytes::from_static(b"a")), open()] {
+        let number = cluster.send(follower, body);
+        cluster.settle();
+        assert_eq!(cluster.outcome(follower, number), "Ok(NoSpace)");
+    }
+    let session_id = session.0;
+    let close = command::Body::CloseSession(CloseSession { session_id });
+    let number = cluster.send(follower, close);
+    cluster.settle();
+    assert_eq!(cluster.outcome(follower, number), "Ok(Done)");
+
+    let disarm = || command::Body::NoSpace(NoSpace { raised: false });
+    let is_raised = |cluster: &Cluster| cluster.nodes[&leader].replica.status().is_out_of_space;
+    cluster.send(follower, disarm());
+    cluster.run_ms(200);
+    assert!(is_raised(&cluster), "raised again while there is too much");
+    let newest = cluster.nodes[&leader].replica.status().revision;
+    cluster.send(follower, compact(newest));
+    cluster.run_ms(200);
+    cluster.send(follower, disarm());
+    cluster.run_ms(200);
+    assert!(!is_raised(&cluster));
+    let number = cluster.send(follower, open());
+    cluster.settle();
+    assert!(cluster.outcome(follower, number).contains("SessionOpened"));
+    cluster.run_ms(200);
+    cluster.assert_equal_states();
 }

@@ -44,6 +44,9 @@ pub struct Config {
     pub client_urls: Vec<String>,
     /// What automatic compaction keeps while this member leads; `None`: all.
     pub retention: Option<Retention>,
+    /// The size of the state above which this member, while it leads, raises the
+    /// alarm NOSPACE, in bytes by [`crate::state::State::bytes`].
+    pub quota_bytes: u64,
 }
 
 /// What a turn takes in.
@@ -156,6 +159,8 @@ pub enum AnswerBody<M: Machine> {
     Range(Result<Vec<Record>, RevisionError>),
     /// Of a compaction by request.
     Compacted(Result<(), RevisionError>),
+    /// Refused, because it would grow a state that is at its quota.
+    NoSpace,
     /// Of a transaction.
     Txn(Result<TxnReply, TxnError>),
     /// Of a machine's command.
@@ -260,10 +265,16 @@ pub struct Status {
     pub last: Index,
     /// The newest revision.
     pub revision: Revision,
+    /// The lowest revision that can be read; 0 if all can.
+    pub compacted: Revision,
     /// Live sessions.
     pub sessions: usize,
     /// Live keys.
     pub keys: usize,
+    /// The size of the state; see [`crate::state::State::bytes`].
+    pub state_bytes: u64,
+    /// Whether the alarm NOSPACE is raised.
+    pub is_out_of_space: bool,
     /// Members that have served: id, name, client addresses.
     pub members: Arc<Vec<(NodeId, String, Vec<String>)>>,
 }

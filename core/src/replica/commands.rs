@@ -62,6 +62,7 @@ impl<M: Machine> Replica<M> {
         self.expire();
         self.publish_self();
         self.compact();
+        self.guard_quota();
         self.propose_due_timers();
     }
 
@@ -325,7 +326,8 @@ fn may_be_forwarded<M: Machine>(from: NodeId, boot: u64, command: &Command) -> b
             command::Body::OpenSession(_)
             | command::Body::CloseSession(_)
             | command::Body::Txn(_)
-            | command::Body::Compact(_),
+            | command::Body::Compact(_)
+            | command::Body::NoSpace(_),
         ) => command.origin.as_ref().is_some_and(from_sender),
         Some(command::Body::Machine(bytes)) => {
             command.origin.as_ref().is_some_and(from_sender) && M::decode(bytes.clone()).is_some()
