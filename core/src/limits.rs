@@ -56,6 +56,10 @@ pub const SESSION_OVERHEAD_BYTES: u64 = 1_024;
 /// The size of the state above which commands that grow it are refused, unless
 /// an operator says another.
 pub const QUOTA_BYTES_DEFAULT: u64 = 2 << 30;
+/// Entries between two comparisons of the members' states.
+pub const DIGEST_EVERY: u64 = 128;
+/// Comparisons that wait for members who lag.
+pub const DIGESTS_KEPT: usize = 64;
 
 /// Commands and reads waiting for the node.
 pub const QUEUED_REQUESTS_MAX: usize = 65_536;

@@ -23,10 +23,12 @@ mod admission;
 mod api;
 mod commands;
 mod compaction;
+mod divergence;
 mod leadership;
 mod quota;
 mod reads;
 mod renewals;
+mod versions;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -47,6 +49,7 @@ pub use self::api::{
 pub use self::compaction::Retention;
 use self::{
     admission::Admission,
+    divergence::Digests,
     leadership::{Leadership, Taken},
     reads::{Ask, AskBody, Reads, Renewer},
 };
@@ -105,6 +108,8 @@ pub struct Replica<M: Machine> {
     /// Those of which the leader said that the session ended; why is in this
     /// node's state once it has applied the entry.
     renewals_ended: BTreeSet<(Index, RequestNumber)>,
+
+    digests: Digests,
 
     outbox: Vec<(NodeId, PeerMessage)>,
     /// Answers to other members by node and boot: one message a turn for all.
@@ -183,6 +188,7 @@ impl<M: Machine> Replica<M> {
             reads: Reads::default(),
             renewals: BTreeMap::new(),
             renewals_ended: BTreeSet::new(),
+            digests: Digests::default(),
             outbox: Vec::new(),
             refusals: BTreeMap::new(),
             renewal_replies: BTreeMap::new(),
@@ -272,6 +278,7 @@ impl<M: Machine> Replica<M> {
         if mem::take(&mut self.has_ticked) {
             self.give_up_late();
         }
+        self.tell_digest();
         let messages = self.take_outbox();
         self.output.messages.extend(messages);
         self.update_status();
@@ -334,6 +341,7 @@ impl<M: Machine> Replica<M> {
                     }));
             }
             Message::RenewalReplies(replies) => self.receive_renewal_replies(replies),
+            Message::StateDigest(digest) => return self.receive_digest(from, digest),
         }
         Ok(())
     }
@@ -506,7 +514,7 @@ impl<M: Machine> Replica<M> {
                 revision,
                 limit,
             } => {
-                let at = revision.unwrap_or(keyspace.revision());
+                let at = revision.unwrap_or_else(|| keyspace.revision());
                 let records = keyspace
                     .check_readable(at)
                     .map(|()| keyspace.range(&range, revision).take(limit).cloned());
@@ -527,6 +535,7 @@ impl<M: Machine> Replica<M> {
             });
         }
         let applied = self.state.apply(entry.index, entry.term, &entry.data)?;
+        self.note_own_digest()?;
         if self.leadership.is_none() && !entry.data.is_empty() {
             self.clock.follow(self.state.system().log_time());
         }

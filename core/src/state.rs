@@ -12,6 +12,7 @@ use prost::Message as _;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
+    APPLY_VERSION,
     ids::{Index, LogTime, NodeId, Revision, SessionId, Term},
     keyspace::{Change, Keyspace, Writes, txn},
     limits,
@@ -102,7 +103,9 @@ impl<M: Machine> State<M> {
         self.applied
     }
 
-    /// A hash of the history: equal on all nodes that applied the same entries.
+    /// A hash of the history: of every change of keys, and of what each entry led
+    /// to. Equal on all nodes that applied the same entries; members compare it.
+    /// What goes into it changes only with the apply version.
     pub fn digest(&self) -> u64 {
         self.digest
     }
@@ -170,7 +173,7 @@ impl<M: Machine> State<M> {
             }
         }
         self.applied = index;
-        self.update_digest(term);
+        self.update_digest(term, &applied);
         Ok(applied)
     }
 
@@ -220,6 +223,13 @@ impl<M: Machine> State<M> {
             }
             command::Body::NoSpace(alarm) => {
                 self.system.set_out_of_space(alarm.raised);
+                Outcome::Done(AnswerBody::Done)
+            }
+            command::Body::RaiseApplyVersion(raise) => {
+                if raise.version > APPLY_VERSION {
+                    return Err(unknown(&format!("apply version {}", raise.version)));
+                }
+                self.system.raise_apply_version(raise.version);
                 Outcome::Done(AnswerBody::Done)
             }
             command::Body::Machine(bytes) => {
@@ -432,7 +442,7 @@ impl<M: Machine> State<M> {
         }
     }
 
-    fn update_digest(&mut self, term: Term) {
+    fn update_digest(&mut self, term: Term, applied: &Applied<M>) {
         let parts = [
             self.applied,
             term,
@@ -440,15 +450,44 @@ impl<M: Machine> State<M> {
             self.keyspace.revision(),
             self.keyspace.compacted(),
             self.bytes(),
-            u64::from(self.system.is_out_of_space()),
             self.sessions.len() as u64,
             self.system.log_time(),
+            u64::from(self.system.is_out_of_space()),
+            u64::from(self.system.apply_version()),
+            applied.fingerprint(),
         ];
-        let mut bytes = [0; 72];
+        let mut bytes = [0; 88];
         for (chunk, part) in bytes.chunks_exact_mut(8).zip(parts) {
             chunk.copy_from_slice(&part.to_be_bytes());
         }
         self.digest = xxh3_64_with_seed(&bytes, self.digest);
+    }
+}
+
+impl<M: Machine> Applied<M> {
+    /// A number made of what each command came to: which of them wait and where,
+    /// which were refused, whose wait ended how, who lived and ended.
+    fn fingerprint(&self) -> u64 {
+        let outcomes = self.outcomes.iter().map(|(_, outcome)| match outcome {
+            Outcome::Waiting(place) => *place,
+            Outcome::Done(answer) => u64::from(answer.body.is_refusal()),
+        });
+        let resolved = self.resolved.iter();
+        let resolved = resolved.map(|end| end.place << 1 | u64::from(end.result.is_ok()));
+        let events = self
+            .events
+            .iter()
+            .map(|event| event.session.0.cast_unsigned());
+        let lives = self.lives.iter().map(|life| match life {
+            Life::Opened { session, .. } | Life::Ended(session) => session.0.cast_unsigned(),
+        });
+        let all = outcomes.chain(resolved).chain(events).chain(lives);
+        // Each step is a bijection of the number before, so that order counts.
+        all.fold(0, |number, part| {
+            (number ^ part)
+                .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+                .rotate_left(29)
+        })
     }
 }
 

@@ -6,10 +6,14 @@
     reason = "a test stops where something is missing"
 )]
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, VecDeque},
+};
 
 use bytes::Bytes;
 use conclave_core::{
+    APPLY_VERSION,
     ids::{LogTime, NodeId, RequestNumber, SessionId, Term},
     keyspace::{Change, KeyRange, Keyspace},
     limits,
@@ -30,7 +34,8 @@ use protobuf::Message as _;
 use raft::eraftpb::{Entry, MessageType};
 
 /// Appends letters to the key `register`. Who appends `?` waits, all at one
-/// place, until somebody appends `.`; and `~` sets a timer for the end of time.
+/// place, until somebody appends `.`; and `~` sets a timer for the end of time. It
+/// has a defect: member 3 takes `#` for another letter.
 #[derive(Debug, PartialEq)]
 struct Register {
     is_timed: bool,
@@ -61,6 +66,10 @@ impl Machine for Register {
         if letter == "!" {
             return Err("not a letter");
         }
+        let letter = match &letter[..] {
+            b"#" if TURN_OF.get() == NodeId(3) => Bytes::from_static(b"%"),
+            _ => letter,
+        };
         let old = context
             .overlay
             .get(b"register")
@@ -104,6 +113,11 @@ impl Machine for Register {
 }
 
 const PLACE: Place = 7;
+
+thread_local! {
+    /// For the defect of [`Register`] alone.
+    static TURN_OF: Cell<NodeId> = const { Cell::new(NodeId(0)) };
+}
 
 type Outcomes = BTreeMap<RequestNumber, Result<AnswerBody<Register>, Failure>>;
 
@@ -245,6 +259,7 @@ impl Cluster {
         if node.fatal.is_some() || (node.inbox.is_empty() && !due) {
             return false;
         }
+        TURN_OF.set(id);
         match node.turn(now) {
             Ok(messages) => self.deliver(id, messages),
             Err(fatal) => self.nodes.get_mut(&id).unwrap().fatal = Some(fatal),
@@ -1150,5 +1165,58 @@ fn above_the_quota_what_grows_is_refused_until_there_is_space_and_an_operator_sa
     cluster.settle();
     assert!(cluster.outcome(follower, number).contains("SessionOpened"));
     cluster.run_ms(200);
+    cluster.assert_equal_states();
+}
+
+#[test]
+fn a_member_whose_state_went_astray_stops_and_the_others_go_on() {
+    let mut cluster = Cluster::ready(3);
+    let node = NodeId(1);
+    cluster.append(node, "#");
+    cluster.run_ms(100);
+    let mut index = 0;
+    while index < 3 * limits::DIGEST_EVERY {
+        cluster.append(node, "a");
+        cluster.run_ms(10);
+        index = cluster.nodes[&node].replica.status().applied;
+    }
+    let fatal = cluster.nodes[&NodeId(3)]
+        .fatal
+        .as_ref()
+        .expect("it stopped");
+    let Fatal::Diverged {
+        node: NodeId(3),
+        index,
+    } = fatal
+    else {
+        panic!("{fatal:?}");
+    };
+    assert!(index.is_multiple_of(limits::DIGEST_EVERY), "at {index}");
+    cluster.run_ms(3_000);
+    let number = cluster.append(node, "z");
+    cluster.run_ms(100);
+    assert!(cluster.outcome(node, number).ends_with("z\")))"));
+    assert!(cluster.nodes[&node].fatal.is_none() && cluster.nodes[&NodeId(2)].fatal.is_none());
+}
+
+#[test]
+fn the_apply_version_is_raised_when_every_member_has_said_that_it_supports_it() {
+    let mut cluster = Cluster::new(3);
+    // All must have met before any may vote.
+    cluster.run_ms(100);
+    cluster.cut.push(NodeId(2));
+    cluster.run_ms(3_000);
+    let leader = cluster.leader();
+    let version = |cluster: &Cluster| {
+        let state = cluster.nodes[&leader].replica.state();
+        (
+            state.system().members().len(),
+            state.system().apply_version(),
+        )
+    };
+    assert_eq!(version(&cluster), (2, 0));
+    cluster.cut.clear();
+    cluster.run_ms(4_000);
+    assert_eq!(version(&cluster), (3, APPLY_VERSION));
     cluster.assert_equal_states();
 }

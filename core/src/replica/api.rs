@@ -169,6 +169,20 @@ pub enum AnswerBody<M: Machine> {
     Query(M::Answer),
 }
 
+impl<M: Machine> AnswerBody<M> {
+    /// Whether it says that a command changed nothing.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::SessionEnded(_)
+                | Self::NoSpace
+                | Self::Compacted(Err(_))
+                | Self::Txn(Err(_))
+                | Self::Machine(Err(_))
+        )
+    }
+}
+
 /// Why this attempt has no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {
@@ -307,6 +321,18 @@ pub enum Fatal {
     Replaced {
         /// This member.
         node: NodeId,
+    },
+    /// This member's state is another than a majority's after the same entries.
+    #[error(
+        "member {node} holds another state than a majority after entry {index}; start it again, \
+         and it makes its state anew; if it stops again, keep its directory, leave it stopped, \
+         and report it"
+    )]
+    Diverged {
+        /// This member.
+        node: NodeId,
+        /// Up to where entries were applied.
+        index: Index,
     },
     /// The log holds what this version does not know in full.
     #[error("entry {index} was written by a newer version: {what}")]

@@ -63,6 +63,7 @@ impl<M: Machine> Replica<M> {
         self.publish_self();
         self.compact();
         self.guard_quota();
+        self.raise_apply_version();
         self.propose_due_timers();
     }
 
@@ -332,6 +333,8 @@ fn may_be_forwarded<M: Machine>(from: NodeId, boot: u64, command: &Command) -> b
         Some(command::Body::Machine(bytes)) => {
             command.origin.as_ref().is_some_and(from_sender) && M::decode(bytes.clone()).is_some()
         }
-        Some(command::Body::ExpireSessions(_)) | None => false,
+        Some(command::Body::ExpireSessions(_) | command::Body::RaiseApplyVersion(_)) | None => {
+            false
+        }
     }
 }

@@ -24,6 +24,8 @@ pub(super) struct Leadership {
     pub(super) timers_entry: Index,
     /// The entry that raises the alarm NOSPACE, if one is on its way.
     pub(super) alarm_entry: Index,
+    /// The entry that raises the apply version, if one is on its way.
+    pub(super) version_entry: Index,
     /// When followers must be told of a commit, if no append has by then.
     pub(super) tell_commit_us: Option<u64>,
     pub(super) compactor: Compactor,
@@ -38,6 +40,7 @@ impl Leadership {
             parked: BTreeMap::new(),
             timers_entry: 0,
             alarm_entry: 0,
+            version_entry: 0,
             tell_commit_us: None,
             compactor: Compactor::default(),
         }
