@@ -91,6 +91,10 @@ impl<M: Machine> Replica<M> {
         };
         let keyspace = self.state.keyspace();
         if let Some(revision) = leadership.compactor.due(retention, keyspace, now) {
+            #[cfg(conclave_plant)]
+            if crate::plant::is("compact-locally") {
+                return self.state.compact_locally(revision);
+            }
             let body = Some(command::Body::Compact(Compact { revision }));
             // Refused, it comes again with the next look.
             self.propose(vec![Command { origin: None, body }]);
