@@ -19,6 +19,7 @@ const PLANTS: &[&str] = &[
     "grant-second",
     "accept-stale-release",
     "forget-lock-at-recovery",
+    "compact-locally",
 ];
 
 /// How to look for them.

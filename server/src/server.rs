@@ -309,6 +309,8 @@ fn open_node(
             .iter()
             .map(Url::to_string)
             .collect(),
+        retention: settings.retention,
+        quota_bytes: settings.quota_bytes,
     };
     let incarnation = recovered.identity.incarnation;
     let peers = Arc::new(Peers::new(&settings.topology, incarnation, config.boot));
