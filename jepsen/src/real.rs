@@ -42,7 +42,7 @@ use self::{
     client::Caller,
     cluster::{Cluster, name},
     history::History,
-    nemesis::Tally,
+    nemesis::{Fault, Plan, Tally},
     world::World,
 };
 use crate::{
@@ -71,6 +71,8 @@ Examples:
   conclave-jepsen real --minutes 5
   conclave-jepsen real --minutes 120 --nodes 5 --dir /tmp/long
   conclave-jepsen real --minutes 1 --seed 7 --binary target/release/conclave
+  conclave-jepsen real --minutes 1 --faults kill,pause-leader,split
+  conclave-jepsen real --minutes 2 --drift 900   (must find something: a control)
 
 Exit codes:
   0 no violation   1 violation   2 usage
@@ -89,15 +91,22 @@ const PROGRESS: Duration = Duration::from_secs(60);
 /// What to run.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Options {
-    /// How long faults last; recovery and checks come on top. Too short for all
-    /// kinds is exit code 3.
+    /// How long faults go on; recovery and checks come on top. If it is too short
+    /// for all kinds, the exit code is 3.
     #[arg(long, default_value_t = 5.0, value_parser = minutes)]
     minutes: f64,
     /// How many servers.
     #[arg(long, default_value_t = 3, value_parser = nodes)]
     nodes: usize,
+    /// Only these faults, as the list at the end of a run names them.
+    #[arg(long, value_delimiter = ',', value_name = "A,B,C")]
+    faults: Vec<Fault>,
+    /// How wrong the rates of the servers' clocks are at most, in percent. The
+    /// promises about sessions end at 5; far beyond, the checkers must find it.
+    #[arg(long, default_value_t = 5, value_name = "PERCENT", value_parser = clap::value_parser!(u16).range(1..=1_000))]
+    drift: u16,
     /// How many clients.
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(5..=1_000))]
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(8..=1_000))]
     clients: u16,
     /// How many locks they want at a time.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=100))]
@@ -136,7 +145,6 @@ struct Report {
     tally: Tally,
     violation: Option<Violation>,
     undecided: Vec<u64>,
-    skipped: bool,
 }
 
 /// The command `real`.
@@ -181,8 +189,7 @@ fn prepare_and_run(options: &Options, seed: u64) -> io::Result<ExitCode> {
             Cluster::new(binary, &directory, options.nodes, library.as_deref()).await?;
         let locks = u64::from(options.locks);
         let world = Arc::new(World::new(history, cluster.endpoints(), locks));
-        let mut report = rehearse(options, seed, &mut cluster, &world).await?;
-        report.skipped = library.is_none();
+        let report = rehearse(options, seed, &mut cluster, &world).await?;
         if report.violation.is_none() {
             cluster.remove_data()?;
         }
@@ -207,8 +214,12 @@ async fn rehearse(
         callers.spawn(caller.work());
     }
     let progress = tokio::spawn(tell_progress(Arc::clone(world)));
-    let length = Duration::from_secs_f64(options.minutes * 60.0);
-    let tally = nemesis::trouble(cluster, world, &mut rng, length).await?;
+    let plan = Plan {
+        only: options.faults.clone(),
+        length: Duration::from_secs_f64(options.minutes * 60.0),
+        drift_ppm: u64::from(options.drift) * 10_000,
+    };
+    let tally = nemesis::trouble(cluster, world, &mut rng, &plan).await?;
     nemesis::heal(cluster)?;
     world.history.fault("heal", "nil");
     world.healed();
@@ -241,8 +252,35 @@ async fn rehearse(
         tally,
         violation,
         undecided,
-        skipped: false,
     })
+}
+
+/// After the end of faults: everybody is served, and nothing is left over.
+async fn recover(
+    cluster: &mut Cluster,
+    world: &World,
+    callers: &mut JoinSet<()>,
+) -> io::Result<()> {
+    let (clients, within_us) = (callers.len(), RECOVERY.as_micros());
+    let within_us = u64::try_from(within_us).expect("a few seconds");
+    let recovered = until(RECOVERY, async || world.recovered(clients, within_us)).await;
+    world.note(recovered);
+    world.stop();
+    let ended = async { while callers.join_next().await.is_some() {} };
+    if timeout(PATIENCE, ended).await.is_err() {
+        world.note(broken("liveness", "a client does not end".to_owned()));
+    }
+    let client = Client::connect(&world.endpoints).map_err(io::Error::other)?;
+    let drained = until(PATIENCE, async || drained(cluster, &client, world).await).await;
+    world.note(drained);
+    world.note(cluster.all_run()?);
+    for node in 0..cluster.size() {
+        if !cluster.stop(node).await? {
+            let what = format!("{} does not stop when asked to", name(node));
+            world.note(broken(STAYS_UP, what));
+        }
+    }
+    Ok(())
 }
 
 async fn first_start(cluster: &mut Cluster) -> io::Result<()> {
@@ -338,7 +376,7 @@ fn conclude(
     ));
     if report.violation.is_some() {
         ExitCode::from(1)
-    } else if missing.is_empty() && report.undecided.is_empty() && operations > 0 {
+    } else if missing.is_empty() && report.undecided.is_empty() && report.tally.total() > 0 {
         ExitCode::SUCCESS
     } else {
         ExitCode::from(3)
@@ -350,6 +388,7 @@ fn build() -> io::Result<PathBuf> {
     let own = std::env::current_exe()?;
     let profile = own.parent().ok_or_else(|| io::Error::other("no folder"))?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    warn("building the binary, if it is not up to date\n");
     let mut command = Command::new(cargo);
     command
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))

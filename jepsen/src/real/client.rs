@@ -82,7 +82,7 @@ impl Caller {
 
     /// Works until the world stops, and cleans up.
     pub(crate) async fn work(mut self) {
-        let role = match self.index % 5 {
+        let role = match self.index % 8 {
             0 => Role::Visitor,
             1 => Role::Reader,
             _ => Role::Worker,
@@ -292,7 +292,7 @@ impl Caller {
         let call = self.call("add", &value);
         let token = guard.token();
         let length = self.world.length(lock.key, token, self.index);
-        let long = self.rng.chance(30_000);
+        let long = self.rng.chance(10_000);
         let pause_us = self.rng.below(if long { 1_500_000 } else { 8_000 });
         sleep(Duration::from_micros(pause_us)).await;
         let put = length.and_then(|length| {

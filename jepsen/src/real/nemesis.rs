@@ -3,7 +3,7 @@
 //! deals its kinds like cards, all of them before any comes again, and a fault
 //! that had no effect goes back into the deck.
 
-use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, str::FromStr, sync::Arc, time::Duration};
 
 use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
@@ -26,8 +26,6 @@ const SLOT_MAX: Duration = Duration::from_secs(8);
 const PAUSE_MIN: Duration = Duration::from_millis(1_200);
 /// A server whose disk fails must end by then.
 const END_WITHIN: Duration = Duration::from_secs(5);
-/// As far as clocks may go wrong without a promise being off.
-const DRIFT_PPM_MAX: u64 = 50_000;
 
 macro_rules! faults {
     ($($variant:ident = $word:literal,)*) => {
@@ -36,6 +34,9 @@ macro_rules! faults {
         pub(crate) enum Fault { $($variant,)* }
 
         impl Fault {
+            /// All of them.
+            const ALL: &[Self] = &[$(Self::$variant,)*];
+
             /// As people write it.
             pub(crate) fn word(self) -> &'static str {
                 match self { $(Self::$variant => $word,)* }
@@ -64,6 +65,38 @@ faults! {
     ClientsCut = "clients-cut",
     ClientsApart = "clients-apart",
     RepliesHeld = "replies-held",
+}
+
+impl FromStr for Fault {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        let found = Self::ALL.iter().find(|fault| fault.word() == word);
+        found.copied().ok_or_else(|| {
+            let words: Vec<&str> = Self::ALL.iter().map(|fault| fault.word()).collect();
+            format!("there are {}", words.join(", "))
+        })
+    }
+}
+
+/// Which faults there may be.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// Only these; all if there are none.
+    pub(crate) only: Vec<Fault>,
+    /// How long they go on.
+    pub(crate) length: Duration,
+    /// How wrong the rates of clocks are at most, in parts of a million.
+    pub(crate) drift_ppm: u64,
+}
+
+impl Plan {
+    fn enabled(&self, kinds: &[Fault]) -> Vec<Fault> {
+        let enabled = kinds
+            .iter()
+            .filter(|kind| self.only.is_empty() || self.only.contains(kind));
+        enabled.copied().collect()
+    }
 }
 
 const OF_PROCESSES: &[Fault] = &[
@@ -115,26 +148,26 @@ impl Tally {
     }
 }
 
-/// Hurts the cluster for this long. Afterwards some of it may still be broken:
+/// Hurts the cluster as planned. Afterwards some of it may still be broken:
 /// see [`heal`].
 pub(crate) async fn trouble(
     cluster: &mut Cluster,
     world: &World,
     rng: &mut Rng,
-    length: Duration,
+    plan: &Plan,
 ) -> io::Result<Tally> {
     let mut kinds = OF_PROCESSES.to_vec();
     if cluster.shim(0).is_some() {
         kinds.extend(OF_MACHINES);
     }
-    let mut machines = Row::new(&kinds, length, rng);
-    let mut network = Row::new(OF_NETWORK, length, rng);
+    let mut machines = Row::new(&kinds, plan, rng);
+    let mut network = Row::new(OF_NETWORK, plan, rng);
     let wires = Wires {
         network: Arc::clone(cluster.network()),
         observer: cluster.observer(),
         nodes: cluster.size(),
     };
-    let until = Instant::now() + length;
+    let until = Instant::now() + plan.length;
     let (on_machines, ()) = tokio::join!(
         machines.hurt_machines(cluster, world, until),
         network.hurt_network(&wires, world, until),
@@ -164,30 +197,37 @@ struct Row {
     kinds: Vec<Fault>,
     deck: Vec<Fault>,
     slot: Duration,
+    drift_ppm: u64,
     rng: Rng,
     tally: Tally,
 }
 
 impl Row {
-    fn new(kinds: &[Fault], length: Duration, rng: &mut Rng) -> Self {
+    fn new(kinds: &[Fault], plan: &Plan, rng: &mut Rng) -> Self {
+        let kinds = plan.enabled(kinds);
         // A little less than its share, so that a fault can be tried again.
-        let share = length * 9 / 10 / u32::try_from(kinds.len()).expect("a few kinds");
+        let count = u32::try_from(kinds.len().max(1)).expect("a few kinds");
+        let share = plan.length * 9 / 10 / count;
         Self {
-            kinds: kinds.to_vec(),
+            tally: Tally(kinds.iter().map(|kind| (*kind, 0)).collect()),
+            kinds,
             deck: Vec::new(),
             slot: share.clamp(SLOT_MIN, SLOT_MAX),
+            drift_ppm: plan.drift_ppm,
             rng: Rng::new(rng.next()),
-            tally: Tally(kinds.iter().map(|kind| (*kind, 0)).collect()),
         }
     }
 
-    /// The next fault, and how long it lasts.
-    fn deal(&mut self) -> (Fault, Duration) {
+    /// The next fault, and how long it lasts; none if none is enabled.
+    fn deal(&mut self) -> Option<(Fault, Duration)> {
+        if self.kinds.is_empty() {
+            return None;
+        }
         if self.deck.is_empty() {
             self.deck.clone_from(&self.kinds);
         }
         let fault = self.deck.swap_remove(self.rng.index(self.deck.len()));
-        (fault, self.part_of_slot(20, 60))
+        Some((fault, self.part_of_slot(20, 60)))
     }
 
     fn part_of_slot(&mut self, low: u64, high: u64) -> Duration {
@@ -214,7 +254,9 @@ impl Row {
         while Instant::now() < until && !world.is_broken() {
             sleep(self.part_of_slot(20, 40)).await;
             world.note(cluster.all_run()?);
-            let (fault, span) = self.deal();
+            let Some((fault, span)) = self.deal() else {
+                continue;
+            };
             let took_place = match fault {
                 Fault::Kill | Fault::KillLeader | Fault::KillAll => {
                     self.kill(fault, span, cluster, world).await?
@@ -338,7 +380,7 @@ impl Row {
         let delay = Duration::from_millis(self.rng.between(5, 400));
         let ahead_ms = self.signed(1_000, 86_400_000);
         let rates: Vec<i64> = (0..cluster.size())
-            .map(|_| self.signed(1_000, DRIFT_PPM_MAX))
+            .map(|_| self.signed(1_000, self.drift_ppm))
             .collect();
         let counter = match fault {
             Fault::SlowSync => Counter::SlowSyncs,
@@ -383,7 +425,9 @@ impl Row {
     async fn hurt_network(&mut self, wires: &Wires, world: &World, until: Instant) {
         while Instant::now() < until && !world.is_broken() {
             sleep(self.part_of_slot(20, 40)).await;
-            let (fault, span) = self.deal();
+            let Some((fault, span)) = self.deal() else {
+                continue;
+            };
             let took_place = match fault {
                 Fault::PeersCut | Fault::ClientsCut => {
                     world.history.fault(fault.word(), "nil");
@@ -470,9 +514,13 @@ impl Wires {
             Fault::Split => {
                 let side = self.minority(one, rng);
                 self.part(&side, bad, bad);
+                self.part_clients(&side, bad, rng);
                 return side;
             }
-            Fault::IsolatedLeader => self.part(&[one], bad, bad),
+            Fault::IsolatedLeader => {
+                self.part(&[one], bad, bad);
+                self.part_clients(&[one], bad, rng);
+            }
             Fault::OneWay if rng.chance(500_000) => self.part(&[one], bad, Way::Open),
             Fault::OneWay => self.part(&[one], Way::Open, bad),
             Fault::ClientsApart => self.network.client(one).set(bad, bad),
@@ -498,12 +546,21 @@ impl Wires {
     }
 
     /// What this side sends to others goes the one way, what it gets from them
-    /// the other. Sometimes clients do not reach this side either.
+    /// the other.
     fn part(&self, side: &[usize], out: Way, into: Way) {
         for inner in side {
             for outer in (0..self.nodes).filter(|node| !side.contains(node)) {
                 self.network.peer(*inner, outer).set(out, out);
                 self.network.peer(outer, *inner).set(into, into);
+            }
+        }
+    }
+
+    /// Sometimes clients do not reach this side either.
+    fn part_clients(&self, side: &[usize], bad: Way, rng: &mut Rng) {
+        if rng.chance(500_000) {
+            for node in side {
+                self.network.client(*node).set(bad, bad);
             }
         }
     }
