@@ -223,28 +223,10 @@ async fn rehearse(
     nemesis::heal(cluster)?;
     world.history.fault("heal", "nil");
     world.healed();
-    let within_us = u64::try_from(RECOVERY.as_micros()).unwrap_or(u64::MAX);
-    let recovered = until(RECOVERY, async || world.recovered(clients, within_us)).await;
-    world.note(recovered);
-    world.stop();
-    if timeout(PATIENCE, async {
-        while callers.join_next().await.is_some() {}
-    })
-    .await
-    .is_err()
-    {
-        world.note(broken("liveness", "a client does not end".to_owned()));
+    if !world.is_broken() {
+        recover(cluster, world, &mut callers).await?;
     }
-    let client = Client::connect(&world.endpoints).map_err(io::Error::other)?;
-    let drained = until(PATIENCE, async || drained(cluster, &client, world).await).await;
-    world.note(drained);
-    world.note(cluster.all_run()?);
-    for node in 0..cluster.size() {
-        if !cluster.stop(node).await? {
-            let what = format!("{} does not stop when asked to", name(node));
-            world.note(broken(STAYS_UP, what));
-        }
-    }
+    callers.shutdown().await;
     progress.abort();
     world.history.close()?;
     let (violation, undecided) = world.conclude();
