@@ -23,6 +23,12 @@ pub const SESSION_TTL_MS_DEFAULT: u64 = 10_000;
 /// Cancelled requests a session may have above its acknowledged ones.
 pub const CANCELLED_REQUESTS_MAX: usize = 1_024;
 
+/// The longest lock-delay: long enough for what a lost holder still does to end,
+/// too short for one faulty client to keep a lock from the others.
+pub const LOCK_DELAY_MS_MAX: u64 = 60_000;
+/// Acquires that share one grant: each is in the value of its key.
+pub const LOCK_ENTRIES_MAX: usize = 64;
+
 /// Ended sessions whose reason is remembered.
 pub const ENDED_SESSIONS_KEPT: usize = 10_000;
 /// Forced releases that are remembered.

@@ -21,6 +21,7 @@ pub const NAMES: &[&str] = &[
     "grant-second",
     "accept-stale-release",
     "forget-lock-at-recovery",
+    "skip-lock-delay",
 ];
 
 /// The chosen one: its place in the list, counted from 1.

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, NodeId, RequestNumber, SessionId, Term},
-    keyspace::{Change, Keyspace},
+    keyspace::{Change, Keyspace, Record},
     limits,
     log::{Facts, HardState, Identity, LogEntry, Recovered},
     machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
@@ -82,6 +82,10 @@ impl Machine for Register {
     }
 
     fn fire(&self, _: &mut Context<'_>) {}
+
+    fn outlives(&self, _: &Record, _: EndReason, _: LogTime) -> Option<Bytes> {
+        None
+    }
 
     fn settle(&mut self, changes: &[Change], _: Cause<'_, ()>) -> Settled<Self> {
         let mut settled = Settled::default();

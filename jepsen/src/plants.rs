@@ -19,6 +19,7 @@ const PLANTS: &[&str] = &[
     "grant-second",
     "accept-stale-release",
     "forget-lock-at-recovery",
+    "skip-lock-delay",
 ];
 
 /// How to look for them.
