@@ -148,7 +148,7 @@ fn lock(lock: &LockInfo) -> Value {
 }
 
 fn contender(contender: &Contender) -> Value {
-    json!({
+    let mut shown = json!({
         "key": String::from_utf8_lossy(&contender.key),
         "session_id": session_hex(contender.session_id),
         "session_name": contender.session_name,
@@ -156,9 +156,12 @@ fn contender(contender: &Contender) -> Value {
         "token": contender.token,
         "since_ms": contender.since_ms,
         "place": contender.place,
-        "delay_left_ms": contender.delay_left_ms,
         "entries": contender.entries,
-    })
+    });
+    if let Some(left_ms) = contender.delay_left_ms {
+        shown["delay_left_ms"] = left_ms.into();
+    }
+    shown
 }
 
 fn lock_rows(lock: &LockInfo) -> Vec<Vec<String>> {
