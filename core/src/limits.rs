@@ -47,6 +47,9 @@ pub const EXPIRIES_PER_COMMAND_MAX: usize = 256;
 
 /// Commands and reads waiting for the node.
 pub const QUEUED_REQUESTS_MAX: usize = 65_536;
+/// Commands waiting for the node that give something back: as many again, so that
+/// overload by those who want locks keeps nobody from giving theirs up.
+pub const QUEUED_ENDINGS_MAX: usize = 65_536;
 /// Renewals waiting for the node: more than other requests, so that
 /// overload does not expire sessions.
 pub const QUEUED_RENEWALS_MAX: usize = 262_144;
@@ -73,7 +76,7 @@ pub const LIST_WAITERS_MAX: usize = 1_000;
 const _: () = {
     assert!(ENTRY_BYTES_MAX <= COMMAND_BYTES_MAX);
     assert!(UNCOMMITTED_BYTES_MAX > COMMAND_BYTES_MAX as u64);
-    assert!(QUEUED_REQUESTS_MAX <= PENDING_COMMANDS_MAX);
+    assert!(QUEUED_REQUESTS_MAX + QUEUED_ENDINGS_MAX <= PENDING_COMMANDS_MAX);
     // A command with the longest of everything fits.
     assert!(NAME_BYTES_MAX + 3 * OWNER_BYTES_MAX + REASON_BYTES_MAX < COMMAND_BYTES_MAX);
     assert!(SESSION_METADATA_BYTES_MAX + SESSION_NAME_BYTES_MAX < COMMAND_BYTES_MAX);

@@ -6,15 +6,21 @@
     reason = "a test stops where something is missing"
 )]
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::mpsc,
+    thread,
+};
 
 use bytes::Bytes;
 use conclave_core::{
+    disk::SimDisk,
     ids::{LogTime, NodeId, RequestNumber, SessionId, Term},
     keyspace::{Change, Keyspace, Record},
     limits,
-    log::{Facts, HardState, Identity, LogEntry, Recovered},
+    log::{Facts, HardState, Identity, Log, LogEntry, Recovered},
     machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
+    node::{self, Outlets, Responder},
     replica::{
         Answer, AnswerBody, Config, EventBody, Failure, Fatal, Finished, Input, Now, Query,
         Replica, Role,
@@ -154,8 +160,8 @@ fn fresh(node: NodeId, size: u64, incarnation: u64) -> Recovered {
     }
 }
 
-fn replica(log: &Recovered, boot: u64, boot_us: u64) -> Replica<Register> {
-    let config = Config {
+fn config(log: &Recovered, boot: u64) -> Config {
+    Config {
         node: log.identity.node,
         boot,
         seed: 1,
@@ -163,9 +169,12 @@ fn replica(log: &Recovered, boot: u64, boot_us: u64) -> Replica<Register> {
         election_ms: ELECTION_MS,
         name: format!("n{}", log.identity.node),
         client_urls: vec![format!("http://n{}", log.identity.node)],
-    };
+    }
+}
+
+fn replica(log: &Recovered, boot: u64, boot_us: u64) -> Replica<Register> {
     Replica::new(
-        config,
+        config(log, boot),
         log.clone(),
         Now {
             boot_us,
@@ -1073,4 +1082,46 @@ fn clusters_of_any_size_come_together_although_members_restart() {
             size
         );
     }
+}
+
+/// With everything but a thread, since the order is that of its inbox.
+#[test]
+fn what_gives_something_back_goes_ahead_of_other_work() {
+    let recovered = fresh(NodeId(1), 1, 101);
+    let log = Log::create(SimDisk::new(), recovered.identity, recovered.facts.clone()).unwrap();
+    let outlets = Outlets {
+        wake: Box::new(|| ()),
+        answered: Box::new(|| ()),
+        send: Box::new(|_| ()),
+        publish: Box::new(|_| ()),
+    };
+    let config = config(&recovered, 1);
+    let (handle, mut node) = node::open::<Register, _>(config, log, recovered, outlets);
+    let mut turn = || {
+        node.begin_turn().unwrap();
+        node.finish_turn().unwrap();
+    };
+    let leads = || {
+        let status = handle.status();
+        status.role == Role::Leader && status.applied > 0 && status.applied == status.last
+    };
+    while !leads() {
+        turn();
+        thread::yield_now();
+    }
+    let (told, answers) = mpsc::channel();
+    let respond = || -> Responder<Register> {
+        let told = told.clone();
+        Box::new(move |answer| told.send(answer.unwrap().body).unwrap())
+    };
+    let letter = |letter: &'static [u8]| command::Body::Machine(letter.into());
+    handle.command(letter(b"a"), respond()).unwrap();
+    handle.command(letter(b"b"), respond()).unwrap();
+    handle.ending(letter(b"c"), respond()).unwrap();
+    for _ in 0..3 {
+        turn();
+    }
+    let told: Vec<_> = answers.try_iter().collect();
+    let expected = ["c", "ca", "cab"].map(|text| AnswerBody::Machine(Ok(text.into())));
+    assert_eq!(told, expected);
 }

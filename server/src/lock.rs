@@ -306,9 +306,15 @@ async fn check(gateway: &Gateway, request: v1::CheckRequest) -> Result<v1::Check
     Ok(v1::CheckResponse { header, held })
 }
 
-/// Has a command replicated.
+/// Has a command replicated; what gives a lock or place back goes ahead of what
+/// wants one.
 async fn run(gateway: &Gateway, command: Command) -> Result<(Header, Reply), Refusal> {
-    let answer = gateway.command(primitives::command(command)).await?;
+    let wants = matches!(command, Command::LockAcquire(_));
+    let body = primitives::command(command);
+    let answer = match wants {
+        true => gateway.command(body).await?,
+        false => gateway.ending(body).await?,
+    };
     let AnswerBody::Machine(Ok(reply)) = answer.body else {
         return Err(ANOTHER_KIND);
     };
