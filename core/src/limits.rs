@@ -23,6 +23,12 @@ pub const SESSION_TTL_MS_DEFAULT: u64 = 10_000;
 /// Cancelled requests a session may have above its acknowledged ones.
 pub const CANCELLED_REQUESTS_MAX: usize = 1_024;
 
+/// The longest lock-delay: long enough for what a lost holder still does to end,
+/// too short for one faulty client to keep a lock from the others.
+pub const LOCK_DELAY_MS_MAX: u64 = 60_000;
+/// Acquires that share one grant: each is in the value of its key.
+pub const LOCK_ENTRIES_MAX: usize = 64;
+
 /// Ended sessions whose reason is remembered.
 pub const ENDED_SESSIONS_KEPT: usize = 10_000;
 /// Forced releases that are remembered.
@@ -63,6 +69,9 @@ pub const DIGESTS_KEPT: usize = 64;
 
 /// Commands and reads waiting for the node.
 pub const QUEUED_REQUESTS_MAX: usize = 65_536;
+/// Commands waiting for the node that give something back: as many again, so that
+/// overload by those who want locks keeps nobody from giving theirs up.
+pub const QUEUED_ENDINGS_MAX: usize = 65_536;
 /// Renewals waiting for the node: more than other requests, so that
 /// overload does not expire sessions.
 pub const QUEUED_RENEWALS_MAX: usize = 262_144;
@@ -89,7 +98,7 @@ pub const LIST_WAITERS_MAX: usize = 1_000;
 const _: () = {
     assert!(ENTRY_BYTES_MAX <= COMMAND_BYTES_MAX);
     assert!(UNCOMMITTED_BYTES_MAX > COMMAND_BYTES_MAX as u64);
-    assert!(QUEUED_REQUESTS_MAX <= PENDING_COMMANDS_MAX);
+    assert!(QUEUED_REQUESTS_MAX + QUEUED_ENDINGS_MAX <= PENDING_COMMANDS_MAX);
     // What an entry supersedes by single writes, the next one can drop.
     assert!(SWEPT_PER_ENTRY_MAX >= ENTRY_COMMANDS_MAX);
     // A command with the longest of everything fits.

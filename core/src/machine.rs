@@ -18,7 +18,7 @@ use bytes::Bytes;
 
 use crate::{
     ids::{LogTime, Revision, SessionId},
-    keyspace::{Change, Keyspace, Overlay, Writes},
+    keyspace::{Change, Keyspace, Overlay, Record, Writes},
     session::{EndReason, Session, Sessions},
     system::{ForcedRelease, System},
 };
@@ -65,6 +65,10 @@ pub trait Machine: fmt::Debug + PartialEq + Sized {
     /// Runs the first due timer. Called only while `next_due` has passed; must
     /// move it on.
     fn fire(&self, context: &mut Context<'_>) -> Self::Note;
+
+    /// The value with which a key stays when the session that it is bound to ends,
+    /// bound to none from then on. `None`: it goes with the session.
+    fn outlives(&self, record: &Record, reason: EndReason, now: LogTime) -> Option<Bytes>;
 
     /// Takes note of changed keys, and says what follows from them.
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Self::Note>) -> Settled<Self>;
@@ -151,7 +155,7 @@ pub struct Context<'a> {
 #[derive(Debug, Default)]
 pub(crate) struct Staged {
     pub(crate) acknowledged: Option<(SessionId, u64)>,
-    pub(crate) cancelled: Option<(SessionId, u64)>,
+    pub(crate) cancelled: Vec<(SessionId, u64)>,
     pub(crate) forced: Option<ForcedRelease>,
 }
 
@@ -193,7 +197,7 @@ impl<'a> Context<'a> {
 
     /// Refuses this one request of `session` from now on.
     pub fn cancel(&mut self, session: SessionId, request: u64) {
-        self.staged.cancelled = Some((session, request));
+        self.staged.cancelled.push((session, request));
     }
 
     /// Puts a forced release on record, for the victim that was not listening.

@@ -3,7 +3,7 @@
 //!
 //! The rest of the process talks to it through a [`Handle`], which puts requests
 //! into the inbox. Each turn takes all that has arrived, in this order: what peers
-//! sent, renewals, then work; so under load, batches form by themselves while the
+//! sent, renewals, what gives something back, then other work; so under load, batches form by themselves while the
 //! disk is busy. There is one sync a turn at most, between the two halves of the
 //! turn.
 //!
@@ -136,6 +136,13 @@ impl<M: Machine> Handle<M> {
         self.shared.request(Request::Command(body), respond)
     }
 
+    /// Hands over a command that gives something back: a release, a cancel, the end
+    /// of a session. It goes ahead of other work that has arrived, and overload with
+    /// that does not refuse it; otherwise as [`Handle::command`].
+    pub fn ending(&self, body: command::Body, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::Ending(body), respond)
+    }
+
     /// Asks a linearizable question; otherwise as [`Handle::command`].
     pub fn read(&self, query: Query<M>, respond: Responder<M>) -> Result<(), Failure> {
         self.shared.request(Request::Read(query), respond)
@@ -188,12 +195,14 @@ struct Shared<M: Machine> {
 struct Inbox<M: Machine> {
     peers: Vec<Input<M>>,
     renewals: Vec<(SessionId, Responder<M>)>,
+    endings: Vec<(command::Body, Responder<M>)>,
     work: Vec<(Request<M>, Responder<M>)>,
     stopping: bool,
 }
 
 enum Request<M: Machine> {
     Command(command::Body),
+    Ending(command::Body),
     Read(Query<M>),
     Renew(SessionId),
 }
@@ -203,6 +212,7 @@ impl<M: Machine> Default for Inbox<M> {
         Self {
             peers: Vec::new(),
             renewals: Vec::new(),
+            endings: Vec::new(),
             work: Vec::new(),
             stopping: false,
         }
@@ -211,7 +221,10 @@ impl<M: Machine> Default for Inbox<M> {
 
 impl<M: Machine> Inbox<M> {
     fn is_empty(&self) -> bool {
-        self.peers.is_empty() && self.renewals.is_empty() && self.work.is_empty()
+        self.peers.is_empty()
+            && self.renewals.is_empty()
+            && self.endings.is_empty()
+            && self.work.is_empty()
     }
 }
 
@@ -225,6 +238,9 @@ impl<M: Machine> Shared<M> {
         match request {
             Request::Renew(session) if inbox.renewals.len() < limits::QUEUED_RENEWALS_MAX => {
                 inbox.renewals.push((session, respond));
+            }
+            Request::Ending(body) if inbox.endings.len() < limits::QUEUED_ENDINGS_MAX => {
+                inbox.endings.push((body, respond));
             }
             Request::Command(_) | Request::Read(_)
                 if inbox.work.len() < limits::QUEUED_REQUESTS_MAX =>
@@ -377,10 +393,14 @@ impl<M: Machine, D: Disk> Node<M, D> {
             let number = self.expect_answer(respond);
             inputs.push(Input::Renew { number, session });
         }
+        for (body, respond) in inbox.endings {
+            let number = self.expect_answer(respond);
+            inputs.push(Input::Command { number, body });
+        }
         for (request, respond) in inbox.work {
             let number = self.expect_answer(respond);
             inputs.push(match request {
-                Request::Command(body) => Input::Command { number, body },
+                Request::Command(body) | Request::Ending(body) => Input::Command { number, body },
                 Request::Read(query) => Input::Read { number, query },
                 Request::Renew(session) => Input::Renew { number, session },
             });
@@ -413,8 +433,9 @@ impl<M: Machine, D: Disk> Drop for Node<M, D> {
         unpoisoned(self.shared.inbox.lock()).stopping = true;
         let (rest, _) = self.shared.take();
         let renewals = rest.renewals.into_iter().map(|(_, respond)| respond);
+        let endings = rest.endings.into_iter().map(|(_, respond)| respond);
         let work = rest.work.into_iter().map(|(_, respond)| respond);
-        for respond in renewals.chain(work) {
+        for respond in renewals.chain(endings).chain(work) {
             respond(Err(Failure::ShuttingDown));
         }
         // What was begun may or may not come to pass.

@@ -313,9 +313,15 @@ impl<M: Machine> State<M> {
 
     fn end_session(&mut self, id: SessionId, reason: EndReason, applied: &mut Applied<M>) {
         let mut overlay = self.keyspace.overlay();
-        let keys: Vec<Bytes> = self.keyspace.keys_of(id).cloned().collect();
-        for key in &keys {
-            overlay.delete(key);
+        let now = self.system.log_time();
+        for key in self.keyspace.keys_of(id) {
+            let record = self.keyspace.get(key).expect("keys of sessions are live");
+            match self.machine.outlives(record, reason, now) {
+                Some(value) => overlay.put(key.clone(), value, None),
+                None => {
+                    overlay.delete(key);
+                }
+            }
         }
         let writes = overlay.into_writes();
         let changes = self.keyspace.keep(writes);
@@ -408,10 +414,10 @@ impl<M: Machine> State<M> {
         {
             session.requests.acknowledge(request);
         }
-        if let Some((id, request)) = staged.cancelled
-            && let Some(session) = self.sessions.get_mut(id)
-        {
-            session.requests.cancel(request);
+        for (id, request) in staged.cancelled {
+            if let Some(session) = self.sessions.get_mut(id) {
+                session.requests.cancel(request);
+            }
         }
         if let Some(record) = staged.forced {
             self.system.record_forced(record);

@@ -9,16 +9,20 @@
 use std::{
     cell::Cell,
     collections::{BTreeMap, VecDeque},
+    sync::mpsc,
+    thread,
 };
 
 use bytes::Bytes;
 use conclave_core::{
     APPLY_VERSION,
+    disk::SimDisk,
     ids::{LogTime, NodeId, RequestNumber, SessionId, Term},
-    keyspace::{Change, KeyRange, Keyspace},
+    keyspace::{Change, KeyRange, Keyspace, Record},
     limits,
-    log::{Facts, HardState, Identity, LogEntry, Recovered},
+    log::{Facts, HardState, Identity, Log, LogEntry, Recovered},
     machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
+    node::{self, Outlets, Responder},
     replica::{
         Answer, AnswerBody, Config, EventBody, Failure, Fatal, Finished, Input, Now, Query,
         Replica, Role,
@@ -91,6 +95,10 @@ impl Machine for Register {
     }
 
     fn fire(&self, _: &mut Context<'_>) {}
+
+    fn outlives(&self, _: &Record, _: EndReason, _: LogTime) -> Option<Bytes> {
+        None
+    }
 
     fn settle(&mut self, changes: &[Change], _: Cause<'_, ()>) -> Settled<Self> {
         let mut settled = Settled::default();
@@ -166,8 +174,8 @@ fn fresh(node: NodeId, size: u64, incarnation: u64) -> Recovered {
     }
 }
 
-fn replica(log: &Recovered, boot: u64, boot_us: u64) -> Replica<Register> {
-    let config = Config {
+fn config(log: &Recovered, boot: u64) -> Config {
+    Config {
         node: log.identity.node,
         boot,
         seed: 1,
@@ -177,9 +185,12 @@ fn replica(log: &Recovered, boot: u64, boot_us: u64) -> Replica<Register> {
         client_urls: vec![format!("http://n{}", log.identity.node)],
         retention: None,
         quota_bytes: QUOTA_BYTES,
-    };
+    }
+}
+
+fn replica(log: &Recovered, boot: u64, boot_us: u64) -> Replica<Register> {
     Replica::new(
-        config,
+        config(log, boot),
         log.clone(),
         Now {
             boot_us,
@@ -1219,4 +1230,52 @@ fn the_apply_version_is_raised_when_every_member_has_said_that_it_supports_it() 
     cluster.run_ms(4_000);
     assert_eq!(version(&cluster), (3, APPLY_VERSION));
     cluster.assert_equal_states();
+}
+
+/// With everything but a thread, since the order is that of its inbox.
+#[test]
+fn what_gives_something_back_goes_ahead_of_other_work() {
+    let recovered = fresh(NodeId(1), 1, 101);
+    let log = Log::create(
+        SimDisk::new(),
+        recovered.identity.clone(),
+        recovered.facts.clone(),
+    )
+    .unwrap();
+    let outlets = Outlets {
+        wake: Box::new(|| ()),
+        answered: Box::new(|| ()),
+        send: Box::new(|_| ()),
+        publish: Box::new(|_| ()),
+    };
+    let config = config(&recovered, 1);
+    let (handle, mut node) = node::open::<Register, _>(config, log, recovered, outlets);
+    let mut turn = || {
+        node.begin_turn().unwrap();
+        node.finish_turn().unwrap();
+    };
+    let leads = || {
+        let status = handle.status();
+        status.role == Role::Leader && status.applied > 0 && status.applied == status.last
+    };
+    while !leads() {
+        turn();
+        thread::yield_now();
+    }
+    let (told, answers) = mpsc::channel();
+    let respond = || -> Responder<Register> {
+        let told = told.clone();
+        Box::new(move |answer| told.send(answer.unwrap().body).unwrap())
+    };
+    let letter = |letter: &'static [u8]| command::Body::Machine(letter.into());
+    handle.command(letter(b"a"), respond()).unwrap();
+    handle.command(letter(b"b"), respond()).unwrap();
+    handle.ending(letter(b"c"), respond()).unwrap();
+    for _ in 0..3 {
+        turn();
+    }
+    let told: Vec<_> = answers.try_iter().map(|body| format!("{body:?}")).collect();
+    let expected = ["c", "ca", "cab"]
+        .map(|text| format!("{:?}", AnswerBody::<Register>::Machine(Ok(text.into()))));
+    assert_eq!(told, expected);
 }

@@ -12,6 +12,7 @@ pub(crate) mod fenced;
 pub(crate) mod fifo;
 pub(crate) mod linearizable;
 pub(crate) mod liveness;
+pub(crate) mod lock_delay;
 pub(crate) mod one_holder;
 pub(crate) mod tokens_grow;
 pub(crate) mod wakeups;

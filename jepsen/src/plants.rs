@@ -20,6 +20,7 @@ const PLANTS: &[&str] = &[
     "accept-stale-release",
     "forget-lock-at-recovery",
     "compact-locally",
+    "skip-lock-delay",
 ];
 
 /// How to look for them.

@@ -1,7 +1,8 @@
 //! Who contends for what, in order: the index over the contenders of all names.
 //!
 //! One rule says who holds: the live key with the lowest (create revision, key)
-//! among the contenders of a name. Keys are the truth and this is derived from
+//! among the contenders of a name; nobody, while that is the key of a holder that
+//! was lost with a delay. Keys are the truth and this is derived from
 //! them. Every change of keys passes through [`Contenders::update`], whoever made
 //! it, and [`Contenders::rebuild`] makes the same from the keys alone.
 //!
@@ -18,10 +19,8 @@ use conclave_core::{
     ids::{LogTime, Revision, SessionId},
     keyspace::{Change, KeyRange, Keyspace, Record},
 };
-use conclave_proto::internal::LockContender;
-use prost::Message as _;
 
-use crate::name;
+use crate::{name, value::Standing};
 
 /// A place in a queue. The order of these fields is the rule: tickets of one name
 /// follow each other, the holder first.
@@ -38,9 +37,9 @@ pub(crate) struct Ticket {
 /// The index. See the module.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Contenders {
-    /// Every contender, with the end of its wait if it has one.
-    tickets: BTreeMap<Ticket, Option<LogTime>>,
-    /// The waits that end. A holder waits no more and is not here.
+    /// Every contender, and every delay that runs.
+    tickets: BTreeMap<Ticket, Standing>,
+    /// The waits and delays that end. A holder waits no more and is not here.
     timers: BTreeSet<(LogTime, Ticket)>,
 }
 
@@ -48,7 +47,7 @@ pub(crate) struct Contenders {
 #[derive(Debug, Default)]
 pub(crate) struct Shift {
     /// Contenders that were there before the command and are no more, in the order
-    /// in which they went.
+    /// in which they went; also those of which only a delay is left.
     pub(crate) gone: Vec<Gone>,
     /// Who holds now and did not before, in order of name.
     pub(crate) granted: Vec<Ticket>,
@@ -105,10 +104,10 @@ impl Contenders {
         for record in keyspace.range(&KeyRange::prefix(b""), None) {
             contenders.insert(record);
         }
-        let mut next = contenders.holders_after(Bytes::new()).next().cloned();
-        while let Some(holder) = next {
-            contenders.stop_timer(&holder);
-            next = contenders.holders_after(holder.lock).next().cloned();
+        let mut next = contenders.firsts_after(Bytes::new()).next().cloned();
+        while let Some(first) = next {
+            contenders.stop_wait(&first);
+            next = contenders.firsts_after(first.lock).next().cloned();
         }
         contenders
     }
@@ -146,7 +145,7 @@ impl Contenders {
             let Some(holder) = self.holder(&lock).cloned() else {
                 continue;
             };
-            self.stop_timer(&holder);
+            self.stop_wait(&holder);
             #[cfg(conclave_plant)]
             let holder = match self.queue(&lock).nth(1) {
                 Some(second) if conclave_core::plant::is("grant-second") => second.clone(),
@@ -159,68 +158,64 @@ impl Contenders {
         shift
     }
 
-    /// Who holds this.
+    /// Who holds this: nobody, while a delay runs.
     pub(crate) fn holder(&self, lock: &Bytes) -> Option<&Ticket> {
+        self.first(lock)
+            .filter(|first| matches!(self.tickets.get(first), Some(Standing::Contends(_))))
+    }
+
+    /// Who is in the way of everyone else: the holder, or one that was lost.
+    pub(crate) fn first(&self, lock: &Bytes) -> Option<&Ticket> {
         self.queue(lock).next()
     }
 
-    /// Everyone who contends for this, the holder first.
+    /// Everyone who contends for this, the first first.
     pub(crate) fn queue(&self, lock: &Bytes) -> impl Iterator<Item = &Ticket> {
         let range = Ticket::before(lock.clone())..Ticket::behind(lock.clone());
         self.tickets.range(range).map(|(ticket, _)| ticket)
     }
 
-    /// The holders of everything behind this name, in order of name. A step costs
+    /// The first of everything behind this name, in order of name. A step costs
     /// O(log n), whoever waits.
-    pub(crate) fn holders_after(&self, lock: Bytes) -> impl Iterator<Item = &Ticket> {
+    pub(crate) fn firsts_after(&self, lock: Bytes) -> impl Iterator<Item = &Ticket> {
         let mut behind = Ticket::behind(lock);
         std::iter::from_fn(move || {
             let range = (Bound::Excluded(&behind), Bound::Unbounded);
-            let (holder, _) = self.tickets.range(range).next()?;
-            behind = Ticket::behind(holder.lock.clone());
-            Some(holder)
+            let (first, _) = self.tickets.range(range).next()?;
+            behind = Ticket::behind(first.lock.clone());
+            Some(first)
         })
     }
 
-    /// The wait that ends first, and when.
+    /// The wait or delay that ends first, and when.
     pub(crate) fn first_timer(&self) -> Option<&(LogTime, Ticket)> {
         self.timers.first()
     }
 
+    /// The ticket, if it contends.
     fn insert(&mut self, record: &Record) -> Option<Ticket> {
         let ticket = Ticket::of(record)?;
-        let wait_until = native(record)
-            .map(|value| value.wait_until_ms)
-            .filter(|end| *end != 0);
-        if let Some(end) = wait_until {
+        let standing = Standing::of(record);
+        if let Some(end) = standing.end() {
             self.timers.insert((end, ticket.clone()));
         }
-        self.tickets.insert(ticket.clone(), wait_until);
-        Some(ticket)
+        self.tickets.insert(ticket.clone(), standing);
+        matches!(standing, Standing::Contends(_)).then_some(ticket)
     }
 
+    /// The ticket, if it contended.
     fn remove(&mut self, record: &Record) -> Option<Ticket> {
         let ticket = Ticket::of(record)?;
-        self.stop_timer(&ticket);
-        self.tickets.remove(&ticket);
-        Some(ticket)
+        let standing = self.tickets.remove(&ticket)?;
+        if let Some(end) = standing.end() {
+            self.timers.remove(&(end, ticket.clone()));
+        }
+        matches!(standing, Standing::Contends(_)).then_some(ticket)
     }
 
-    fn stop_timer(&mut self, ticket: &Ticket) {
-        if let Some(Some(end)) = self.tickets.get(ticket) {
+    fn stop_wait(&mut self, ticket: &Ticket) {
+        if let Some(Standing::Contends(Some(end))) = self.tickets.get(ticket) {
             self.timers.remove(&(*end, ticket.clone()));
         }
     }
-}
-
-/// What a contender of this API wrote as its value. `None` for everyone else: a
-/// key that is not named after the session it is bound to, or a value of another
-/// kind, is a plain contender that waits without limit.
-pub(crate) fn native(record: &Record) -> Option<LockContender> {
-    let session = record.lease?;
-    if record.value.is_empty() || !name::is_of(&record.key, session) {
-        return None;
-    }
-    let value = LockContender::decode(record.value.clone()).ok()?;
-    (value.encoded_len() == record.value.len()).then_some(value)
 }

@@ -4,6 +4,7 @@
 //! In reading order:
 //!
 //! - [`name`]: names and owners, and the keys made of them;
+//! - `value`: what a contender's key says;
 //! - `contenders`: who contends for what, in order, and who holds;
 //! - [`mutex`]: the commands, rules and answers of the mutex.
 //!
@@ -14,11 +15,12 @@
 mod contenders;
 pub mod mutex;
 pub mod name;
+mod value;
 
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
-    keyspace::{Change, Keyspace},
+    keyspace::{Change, Keyspace, Record},
     machine::{Cause, Context, Executed, Machine, Settled, View},
     session::EndReason,
     system::ForcedRelease,
@@ -87,6 +89,8 @@ pub enum Rejection {
     NotHeld,
     /// Too many cancelled requests in this session are not acknowledged.
     TooManyCancelled,
+    /// Too many acquires share the grant.
+    TooManyEntries,
 }
 
 impl From<Invalid> for Rejection {
@@ -207,6 +211,10 @@ impl Machine for Primitives {
 
     fn fire(&self, context: &mut Context<'_>) -> Note {
         mutex::fire(&self.contenders, context)
+    }
+
+    fn outlives(&self, record: &Record, reason: EndReason, now: LogTime) -> Option<Bytes> {
+        mutex::outlives(&self.contenders, record, reason, now)
     }
 
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Note>) -> Settled<Self> {

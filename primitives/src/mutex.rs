@@ -13,6 +13,11 @@
 //!   same request again finds its place or grant.
 //! - A wait that ends deletes the waiter's key. A holder has no deadline.
 //! - A release deletes the holder's key if the token is that of its grant.
+//! - Acquires of one session and owner that are reentrant share one grant: their
+//!   requests are in its value, and the key goes with the last one.
+//! - The key of a holder that is lost with a lock-delay stays until the delay
+//!   ends, bound to no session, and is nobody's. It is in the way of all others
+//!   as any key is, so etcd clients wait for it too.
 //! - A request whose key goes by a command of the mutex, or that is cancelled
 //!   before it made one, is noted in its session as over: a copy of it that is
 //!   still on its way is refused, and cannot hold a lock for nobody.
@@ -21,7 +26,7 @@
 //!
 //! **Invariants.** At any revision at most one key holds a lock. Tokens of one lock
 //! grow. Of two who wait, the one that came first is granted first. A lock that
-//! anyone contends for is held.
+//! anyone contends for is held, or its delay runs.
 
 use bytes::Bytes;
 use conclave_core::{
@@ -39,8 +44,9 @@ use prost::Message as _;
 
 use crate::{
     Answer, Event, Primitives, Rejection, Reply,
-    contenders::{Contenders, Shift, Ticket, native},
+    contenders::{Contenders, Shift, Ticket},
     name::{contender_key, lock_of, owner_of, validate_name, validate_reason},
+    value::{self, native},
 };
 
 type Executed = conclave_core::machine::Executed<Primitives>;
@@ -54,7 +60,7 @@ pub enum Note {
     Released,
     /// The request was withdrawn.
     Cancelled,
-    /// The wait has ended.
+    /// The wait has ended, or the delay.
     WaitTimedOut,
     /// An operator took it, for this reason.
     Forced(String),
@@ -89,9 +95,9 @@ pub struct Grant {
 pub struct Contender {
     /// Its key.
     pub key: Bytes,
-    /// The session the key is bound to, if any.
+    /// The session the key is bound to, if any; during a delay, the one that was.
     pub session: Option<SessionId>,
-    /// What people call that session.
+    /// What people call that session, while it is alive.
     pub session_name: String,
     /// The owner inside the session.
     pub owner: String,
@@ -101,6 +107,10 @@ pub struct Contender {
     pub since_ms: u64,
     /// 0 for the holder.
     pub place: usize,
+    /// It is lost, and what is left is its delay: for how much longer.
+    pub delay_left_ms: Option<u64>,
+    /// How many acquires share its place or grant.
+    pub entries: usize,
 }
 
 /// A lock with all who contend for it.
@@ -108,7 +118,7 @@ pub struct Contender {
 pub struct LockInfo {
     /// Its name.
     pub name: String,
-    /// Who holds it.
+    /// Who holds it, or did before the delay that runs.
     pub holder: Contender,
     /// In order; at most `limits::LIST_WAITERS_MAX`.
     pub waiters: Vec<Contender>,
@@ -126,8 +136,12 @@ pub(crate) fn acquire(
     let key = contender_key(&command.name, id, &command.owner)?;
     let session = context.session(id).map_err(Rejection::SessionEnded)?;
     let LockAcquire {
+        name,
         request,
         acknowledged,
+        wait_ms,
+        delay_ms,
+        reentrant,
         ..
     } = command;
     if request != 0 && (request <= acknowledged || session.requests.is_over(request)) {
@@ -136,20 +150,23 @@ pub(crate) fn acquire(
     if acknowledged > 0 {
         context.acknowledge(id, acknowledged);
     }
-    let lock = Bytes::from(command.name);
+    let lock = Bytes::from(name);
     let note = Note::Acquired;
-    if let Some(record) = context.overlay.get(&key) {
-        let outcome = join(contenders, &lock, record, id, request)?;
+    if let Some(record) = context.overlay.get(&key).cloned() {
+        let outcome = join(contenders, context, &lock, &record, request, reentrant)?;
         return Ok(Executed { outcome, note });
     }
-    if command.wait_ms == Some(0) && contenders.holder(&lock).is_some() {
+    if wait_ms == Some(0) && contenders.first(&lock).is_some() {
         return Err(Rejection::Held);
     }
     let now = context.now();
     let value = LockContender {
         request,
-        wait_until_ms: command.wait_ms.map_or(0, |ms| wait_end(now, ms)),
+        wait_until_ms: wait_ms.map_or(0, |ms| value::end_of(now, ms)),
         asked_ms: now,
+        delay_ms: delay_ms.min(limits::LOCK_DELAY_MS_MAX),
+        reentrant,
+        ..LockContender::default()
     };
     let value = value.encode_to_vec().into();
     context.overlay.put(key, value, Some(id));
@@ -157,28 +174,40 @@ pub(crate) fn acquire(
     Ok(Executed { outcome, note })
 }
 
-/// What an acquire finds whose key is there already.
+/// What an acquire finds whose key is there already: its own place or grant, or a
+/// grant that it may share.
 fn join(
     contenders: &Contenders,
+    context: &mut Context<'_>,
     lock: &Bytes,
     record: &Record,
-    session: SessionId,
     request: u64,
+    reentrant: bool,
 ) -> Result<Outcome<Reply>, Rejection> {
     let token = record.create_revision;
-    if !asked_by(record, session, request) {
+    let key = record.key.clone();
+    let holds = holds(contenders, lock, record);
+    if asked_by(record, request) {
+        return Ok(if holds {
+            Outcome::Done(Reply::Granted { key, token })
+        } else {
+            Outcome::Waiting(token)
+        });
+    }
+    let shared = native(record).filter(|value| holds && value.reentrant && reentrant);
+    let Some(mut value) = shared.filter(|_| request != 0) else {
         return Err(Rejection::AlreadyContending { token });
+    };
+    if value::entries(&value).count() >= limits::LOCK_ENTRIES_MAX {
+        return Err(Rejection::TooManyEntries);
     }
-    if holds(contenders, lock, record) {
-        return Ok(Outcome::Done(Reply::Granted {
-            key: record.key.clone(),
-            token,
-        }));
-    }
-    Ok(Outcome::Waiting(token))
+    value.inner.push(request);
+    rewrite(context, record, &value);
+    Ok(Outcome::Done(Reply::Granted { key, token }))
 }
 
-/// Gives the lock up.
+/// Gives the lock up, or ends the delay of a holder that was lost: whoever
+/// releases has come to an end.
 pub(crate) fn release(
     contenders: &Contenders,
     context: &mut Context<'_>,
@@ -189,13 +218,15 @@ pub(crate) fn release(
         session_id,
         owner,
         token,
+        entry,
     } = command;
     let key = contender_key(&name, SessionId(session_id), &owner)?;
     let lock = Bytes::from(name);
-    let grant = context
-        .overlay
-        .get(&key)
-        .filter(|record| record.create_revision == token && holds(contenders, &lock, record));
+    let grant = context.overlay.get(&key).filter(|record| {
+        record.create_revision == token
+            && is_first(contenders, &lock, record)
+            && (entry == 0 || asked_by(record, entry) || value::delay(record).is_some())
+    });
     #[cfg(conclave_plant)]
     let grant = match context.overlay.get(&key) {
         Some(record) if conclave_core::plant::is("accept-stale-release") => Some(record),
@@ -204,7 +235,7 @@ pub(crate) fn release(
     let Some(grant) = grant.cloned() else {
         return Err(not_holder(context, &lock, token));
     };
-    remove(context, &grant);
+    leave(context, &grant, entry);
     Ok(done(Reply::Released, Note::Released))
 }
 
@@ -231,12 +262,13 @@ pub(crate) fn cancel(
     };
     let meant = |record: &Record| match request {
         0 => record.create_revision == place,
-        request => asked_by(record, id, request),
+        request => asked_by(record, request),
     };
     let found = context.overlay.get(&key).filter(|record| meant(record));
     match found.cloned() {
         // Even without room for the note: a lock held for nobody is worse than
         // what a late copy could do.
+        Some(record) if request != 0 => leave(context, &record, request),
         Some(record) => remove(context, &record),
         None if is_over => {}
         None if !note(context, id, request) => return Err(Rejection::TooManyCancelled),
@@ -245,7 +277,7 @@ pub(crate) fn cancel(
     Ok(done(Reply::Cancelled, Note::Cancelled))
 }
 
-/// Takes the lock from its holder.
+/// Takes the lock from its holder, or cuts the delay of one that was lost short.
 pub(crate) fn force_release(
     contenders: &Contenders,
     context: &mut Context<'_>,
@@ -255,11 +287,16 @@ pub(crate) fn force_release(
         name,
         reason,
         token,
+        skip_delay,
     } = command;
     validate_name(&name)?;
     validate_reason(&reason)?;
     let lock = Bytes::from(name);
-    let holder = contenders.holder(&lock).ok_or(Rejection::NotHeld)?;
+    let holder = match skip_delay {
+        true => contenders.first(&lock),
+        false => contenders.holder(&lock),
+    };
+    let holder = holder.ok_or(Rejection::NotHeld)?;
     if token != 0 && holder.create_revision != token {
         return Err(not_holder(context, &lock, token));
     }
@@ -278,16 +315,43 @@ pub(crate) fn force_release(
             reason: reason.clone(),
         });
     }
-    remove(context, &record);
+    match value::left_by(&record, context.now()) {
+        Some(left) if !skip_delay => {
+            end_requests(context, &record);
+            context.overlay.put(record.key, left, None);
+        }
+        _ => remove(context, &record),
+    }
     Ok(done(Reply::ForceReleased(released), Note::Forced(reason)))
 }
 
-/// When the first wait ends.
+/// The value with which the key of a holder that is lost with its session stays,
+/// if it asked for a delay. Closing a session is as good as a release.
+pub(crate) fn outlives(
+    contenders: &Contenders,
+    record: &Record,
+    reason: EndReason,
+    now: LogTime,
+) -> Option<Bytes> {
+    #[cfg(conclave_plant)]
+    if conclave_core::plant::is("skip-lock-delay") {
+        return None;
+    }
+    match reason {
+        EndReason::Expired | EndReason::Revoked => {}
+        EndReason::Closed | EndReason::Unknown => return None,
+    }
+    let lock = lock_of(&record.key)?;
+    let holder = Some(record).filter(|record| holds(contenders, &lock, record))?;
+    value::left_by(holder, now)
+}
+
+/// When the first wait or delay ends.
 pub(crate) fn next_due(contenders: &Contenders) -> Option<LogTime> {
     contenders.first_timer().map(|(end, _)| *end)
 }
 
-/// Ends the first wait.
+/// Ends the first wait or delay.
 pub(crate) fn fire(contenders: &Contenders, context: &mut Context<'_>) -> Note {
     let (_, waiter) = contenders
         .first_timer()
@@ -360,8 +424,8 @@ pub(crate) fn locks(
     limit: usize,
 ) -> Answer {
     if let Some(name) = name {
-        let holder = contenders.holder(&Bytes::from(name));
-        let lock = holder.map(|holder| lock_info(contenders, view, holder));
+        let first = contenders.first(&Bytes::from(name));
+        let lock = first.map(|first| lock_info(contenders, view, first));
         let locks = lock.into_iter().collect();
         return Answer::Locks { locks, more: false };
     }
@@ -369,15 +433,15 @@ pub(crate) fn locks(
         0 => limits::LIST_LOCKS_MAX,
         limit => limit.min(limits::LIST_LOCKS_MAX),
     };
-    let mut holders = contenders.holders_after(Bytes::from(after));
-    let locks = holders
+    let mut firsts = contenders.firsts_after(Bytes::from(after));
+    let locks = firsts
         .by_ref()
         .take(limit)
-        .map(|holder| lock_info(contenders, view, holder))
+        .map(|first| lock_info(contenders, view, first))
         .collect();
     Answer::Locks {
         locks,
-        more: holders.next().is_some(),
+        more: firsts.next().is_some(),
     }
 }
 
@@ -398,16 +462,16 @@ pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: Sessio
     Answer::Grants { grants, forced }
 }
 
-fn lock_info(contenders: &Contenders, view: View<'_>, holder: &Ticket) -> LockInfo {
-    let mut queue = contenders.queue(&holder.lock).enumerate().skip(1);
+fn lock_info(contenders: &Contenders, view: View<'_>, first: &Ticket) -> LockInfo {
+    let mut queue = contenders.queue(&first.lock).enumerate().skip(1);
     let waiters: Vec<Contender> = queue
         .by_ref()
         .take(limits::LIST_WAITERS_MAX)
         .map(|(place, ticket)| listed(view, ticket, place))
         .collect();
     LockInfo {
-        name: holder.lock_name(),
-        holder: listed(view, holder, 0),
+        name: first.lock_name(),
+        holder: listed(view, first, 0),
         waiters_total: waiters.len() + queue.count(),
         waiters,
     }
@@ -436,14 +500,23 @@ fn session_name(sessions: &Sessions, record: &Record) -> String {
 }
 
 fn contender(record: &Record, session_name: String, now: LogTime, place: usize) -> Contender {
+    let delay = value::delay(record);
+    let delay_left_ms = delay
+        .as_ref()
+        .map(|delay| delay.delay_until_ms.saturating_sub(now));
+    let native = native(record);
+    let entries = native.as_ref().map(|value| value::entries(value).count());
+    let asked = native.or(delay).map(|value| value.asked_ms);
     Contender {
         key: record.key.clone(),
-        session: record.lease,
+        session: value::session_of(record),
         session_name,
         owner: owner_of(&record.key),
         token: record.create_revision,
-        since_ms: native(record).map_or(0, |value| now.saturating_sub(value.asked_ms)),
+        since_ms: asked.map_or(0, |asked| now.saturating_sub(asked)),
         place,
+        delay_left_ms,
+        entries: entries.unwrap_or(1),
     }
 }
 
@@ -469,15 +542,53 @@ fn holds(contenders: &Contenders, lock: &Bytes, record: &Record) -> bool {
         .is_some_and(|holder| holder.key == record.key)
 }
 
-/// Deletes a contender's key, and notes the numbered request that made it as over.
-/// A session that acknowledges nothing may have no room for the note; then a late
-/// copy of its request would run.
+fn is_first(contenders: &Contenders, lock: &Bytes, record: &Record) -> bool {
+    contenders
+        .first(lock)
+        .is_some_and(|first| first.key == record.key)
+}
+
+/// Undoes one acquire, by its request, or the newest for 0: with the last one
+/// goes the key.
+fn leave(context: &mut Context<'_>, record: &Record, entry: u64) {
+    let shared = native(record).and_then(|value| {
+        let newest = value.inner.last().copied();
+        let left = match entry {
+            0 => newest?,
+            entry => entry,
+        };
+        Some((left, value::without(value, entry)?))
+    });
+    match (record.lease, shared) {
+        (Some(id), Some((left, value))) => {
+            rewrite(context, record, &value);
+            note(context, id, left);
+        }
+        _ => remove(context, record),
+    }
+}
+
+/// Changes what a contender's key says.
+fn rewrite(context: &mut Context<'_>, record: &Record, value: &LockContender) {
+    let (key, value) = (record.key.clone(), value.encode_to_vec());
+    context.overlay.put(key, value.into(), record.lease);
+}
+
+/// Deletes a contender's key; its requests are over.
 fn remove(context: &mut Context<'_>, record: &Record) {
     context.overlay.delete(&record.key);
-    let (Some(id), Some(value)) = (record.lease, native(record)) else {
-        return;
-    };
-    note(context, id, value.request);
+    end_requests(context, record);
+}
+
+/// Notes the numbered requests that made a key or share it as over. A session that
+/// acknowledges nothing may have no room for the note; then a late copy of its
+/// request would run.
+fn end_requests(context: &mut Context<'_>, record: &Record) {
+    if let (Some(id), Some(value)) = (record.lease, native(record)) {
+        for request in value::entries(&value) {
+            note(context, id, request);
+        }
+    }
 }
 
 /// Notes that a request is over; false if there is no room.
@@ -492,10 +603,10 @@ fn note(context: &mut Context<'_>, id: SessionId, request: u64) -> bool {
     has_room
 }
 
-/// Whether this session's numbered request made this key.
-fn asked_by(record: &Record, session: SessionId, request: u64) -> bool {
-    let value = native(record).filter(|_| request != 0 && record.lease == Some(session));
-    value.is_some_and(|value| value.request == request)
+/// Whether this numbered request of the key's session made it or shares it.
+fn asked_by(record: &Record, request: u64) -> bool {
+    let value = native(record).filter(|_| request != 0);
+    value.is_some_and(|value| value::entries(&value).any(|entry| entry == request))
 }
 
 fn not_holder(context: &Context<'_>, lock: &Bytes, token: Revision) -> Rejection {
@@ -505,10 +616,4 @@ fn not_holder(context: &Context<'_>, lock: &Bytes, token: Revision) -> Rejection
     Rejection::NotHolder {
         forced: forced.cloned(),
     }
-}
-
-/// The log time at which a wait ends. Log time is cut to whole milliseconds, so
-/// one more than asked keeps a wait from ending early. Never 0, which means no end.
-fn wait_end(now: LogTime, wait_ms: u64) -> LogTime {
-    now.saturating_add(wait_ms).saturating_add(1)
 }

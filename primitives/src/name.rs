@@ -118,6 +118,13 @@ pub fn is_of(key: &[u8], session: SessionId) -> bool {
     id == Some(session.to_string().as_bytes())
 }
 
+/// The session that a key of this API is named after.
+pub fn session_of(key: &[u8]) -> Option<SessionId> {
+    let id = suffix(key).split(|byte| *byte == b':').next()?;
+    let id = i64::from_str_radix(str::from_utf8(id).ok()?, 16).ok()?;
+    Some(SessionId(id)).filter(|session| is_of(key, *session))
+}
+
 /// What stands behind the last `/`, or all if there is none.
 fn suffix(key: &[u8]) -> &[u8] {
     let slash = key.iter().rposition(|byte| *byte == b'/');
@@ -210,6 +217,16 @@ mod tests {
             assert!(!is_of(b"a/1f:1e", SessionId(other)));
         }
         assert!(!is_of(b"a/1F", SessionId(0x1f)));
+        for other in [
+            &b"a/1F"[..],
+            b"a/",
+            b"a/+1f",
+            b"a/x:1f",
+            b"a/01f",
+            b"a/\xff",
+        ] {
+            assert_eq!(session_of(other), None);
+        }
     }
 
     #[test]
@@ -248,6 +265,7 @@ mod tests {
             prop_assert_eq!(lock_of(&key).unwrap(), name);
             prop_assert_eq!(owner_of(&key), owner);
             prop_assert!(is_of(&key, SessionId(session)));
+            prop_assert_eq!(session_of(&key), Some(SessionId(session)));
         }
     }
 }

@@ -52,12 +52,13 @@ enum Action {
         who: Who,
         request: u64,
         acknowledged: u64,
-        wait_ms: Option<u64>,
+        how: How,
     },
     /// With the token of the contender's key, or one that is off.
     Release {
         who: Who,
         off: u64,
+        entry: u64,
     },
     Cancel {
         who: Who,
@@ -70,6 +71,7 @@ enum Action {
     Force {
         lock: usize,
         off: Option<u64>,
+        skip_delay: bool,
     },
     Txn(Vec<(Key, Option<Write>)>),
     End {
@@ -79,6 +81,14 @@ enum Action {
     Pass {
         ms: u64,
     },
+}
+
+/// What an acquire wants.
+#[derive(Clone, Copy, Debug)]
+struct How {
+    wait_ms: Option<u64>,
+    delay_ms: u64,
+    reentrant: bool,
 }
 
 /// A key that a transaction puts or deletes.
@@ -95,7 +105,7 @@ struct Write {
     session: Option<usize>,
 }
 
-/// A contender as the model knows it.
+/// A contender, or what a lost one left, as the model knows it.
 #[derive(Clone, Debug, PartialEq)]
 struct Place {
     lock: String,
@@ -103,9 +113,15 @@ struct Place {
     owner: &'static str,
     session: Option<SessionId>,
     token: Revision,
-    /// As in a native value; 0 if it has none.
-    request: u64,
+    /// As in a native value; one 0 if it has none.
+    requests: Vec<u64>,
     wait_until: u64,
+    delay_ms: u64,
+    reentrant: bool,
+    /// If not 0, it is only a delay.
+    delay_until: u64,
+    /// Whose delay.
+    lost: Option<SessionId>,
 }
 
 #[derive(Clone, Default)]
@@ -126,6 +142,25 @@ type Seen = (
     Vec<(SessionId, Event)>,
 );
 
+impl Place {
+    fn is_delay(&self) -> bool {
+        self.delay_until != 0
+    }
+
+    fn end(&self) -> u64 {
+        self.wait_until.max(self.delay_until)
+    }
+
+    /// A native contender becomes what it leaves.
+    fn lose(&mut self, now: u64) {
+        self.lost = self.session.take();
+        self.delay_until = now + self.delay_ms + 1;
+        self.wait_until = 0;
+        self.requests = vec![0];
+        self.reentrant = false;
+    }
+}
+
 impl Model {
     fn queue(&self, lock: &str) -> Vec<&Place> {
         let mut queue: Vec<_> = self
@@ -137,8 +172,12 @@ impl Model {
         queue
     }
 
-    fn holder(&self, lock: &str) -> Option<&Place> {
+    fn first(&self, lock: &str) -> Option<&Place> {
         self.queue(lock).first().copied()
+    }
+
+    fn holder(&self, lock: &str) -> Option<&Place> {
+        self.first(lock).filter(|first| !first.is_delay())
     }
 
     fn holds(&self, place: &Place) -> bool {
@@ -156,15 +195,19 @@ impl Model {
         )
     }
 
-    fn place(&self, who: Who, request: u64, wait_until: u64) -> Place {
+    fn place(&self, who: Who, value: &LockContender) -> Place {
         Place {
             lock: LOCKS[who.lock].to_owned(),
             key: self.key(who),
             owner: OWNERS[who.owner].0,
             session: Some(self.sessions[who.session]),
             token: self.revision + 1,
-            request,
-            wait_until,
+            requests: [&[value.request][..], &value.inner].concat(),
+            wait_until: value.wait_until_ms,
+            delay_ms: value.delay_ms,
+            reentrant: value.reentrant,
+            delay_until: 0,
+            lost: None,
         }
     }
 
@@ -176,11 +219,35 @@ impl Model {
             .position(|place| place.key == key)
             .expect("it is there");
         let place = self.places.remove(at);
-        if let Some(session) = place.session {
-            self.over.insert((session, place.request));
-        }
+        self.end_requests(&place);
         self.revision += 1;
         place
+    }
+
+    fn end_requests(&mut self, place: &Place) {
+        if let Some(session) = place.session {
+            let requests = place.requests.iter();
+            self.over
+                .extend(requests.map(|request| (session, *request)));
+        }
+    }
+
+    /// One of the acquires that share a place is undone.
+    fn leave(&mut self, key: &str, entry: u64) {
+        let place = self.places.iter_mut().find(|place| place.key == key);
+        let place = place.expect("it is there");
+        if place.requests.len() == 1 {
+            self.remove(key);
+            return;
+        }
+        let at = match entry {
+            0 => Some(place.requests.len() - 1),
+            _ => place.requests.iter().position(|request| *request == entry),
+        };
+        let request = place.requests.remove(at.expect("it shares the place"));
+        let session = place.session.expect("it is native");
+        self.over.insert((session, request));
+        self.revision += 1;
     }
 
     fn acquire(
@@ -188,28 +255,43 @@ impl Model {
         who: Who,
         request: u64,
         acknowledged: u64,
-        wait_ms: Option<u64>,
+        how: How,
     ) -> Result<Outcome<Reply>, Rejection> {
         let id = self.sessions[who.session];
         if request != 0 && (request <= acknowledged || self.over.contains(&(id, request))) {
             return Err(Rejection::StaleRequest);
         }
-        let outcome = if let Some(place) = self.find(&self.key(who)) {
+        let key = self.key(who);
+        let outcome = if let Some(place) = self.find(&key).cloned() {
             let token = place.token;
-            if request == 0 || (place.session, place.request) != (Some(id), request) {
+            let is_known = place.session == Some(id) && place.requests.contains(&request);
+            let is_shared = self.holds(&place) && place.reentrant && how.reentrant;
+            if request == 0 || !is_known && !is_shared {
                 return Err(Rejection::AlreadyContending { token });
             }
-            if self.holds(place) {
-                Outcome::Done(granted(place))
+            if !is_known {
+                let places = self.places.iter_mut();
+                let requests = places.filter(|place| place.key == key);
+                requests.for_each(|place| place.requests.push(request));
+                self.revision += 1;
+            }
+            if self.holds(self.find(&key).expect("it is there")) {
+                Outcome::Done(granted(&place))
             } else {
                 Outcome::Waiting(token)
             }
         } else {
-            if wait_ms == Some(0) && self.holder(LOCKS[who.lock]).is_some() {
+            if how.wait_ms == Some(0) && self.first(LOCKS[who.lock]).is_some() {
                 return Err(Rejection::Held);
             }
-            let wait_until = wait_ms.map_or(0, |ms| self.now + ms + 1);
-            self.places.push(self.place(who, request, wait_until));
+            let value = LockContender {
+                request,
+                wait_until_ms: how.wait_ms.map_or(0, |ms| self.now + ms + 1),
+                delay_ms: how.delay_ms,
+                reentrant: how.reentrant,
+                ..LockContender::default()
+            };
+            self.places.push(self.place(who, &value));
             self.revision += 1;
             Outcome::Waiting(self.revision)
         };
@@ -218,16 +300,17 @@ impl Model {
         Ok(outcome)
     }
 
-    fn release(&mut self, who: Who, token: Revision) -> Result<Reply, Rejection> {
+    fn release(&mut self, who: Who, token: Revision, entry: u64) -> Result<Reply, Rejection> {
         let key = self.key(who);
         let lock = LOCKS[who.lock];
-        if !self
-            .holder(lock)
-            .is_some_and(|place| place.key == key && place.token == token)
-        {
+        let is_meant = |place: &Place| {
+            let has_entry = entry == 0 || place.requests.contains(&entry) || place.is_delay();
+            place.key == key && place.token == token && has_entry
+        };
+        if !self.first(lock).is_some_and(is_meant) {
             return Err(self.not_holder(lock, token));
         }
-        self.remove(&key);
+        self.leave(&key, entry);
         Ok(Reply::Released)
     }
 
@@ -243,9 +326,10 @@ impl Model {
     fn cancel(&mut self, who: Who, request: u64) {
         let id = self.sessions[who.session];
         let key = self.key(who);
-        let found = self.find(&key).map(|place| (place.session, place.request));
-        if found == Some((Some(id), request)) {
-            self.remove(&key);
+        let is_known =
+            |place: &Place| place.session == Some(id) && place.requests.contains(&request);
+        if self.find(&key).is_some_and(is_known) {
+            self.leave(&key, request);
         }
         self.over.insert((id, request));
     }
@@ -258,13 +342,25 @@ impl Model {
     }
 
     /// The victim, in the place of the reply.
-    fn force(&mut self, lock: &str, token: Revision) -> Result<Place, Rejection> {
-        let holder = self.holder(lock).ok_or(Rejection::NotHeld)?.clone();
+    fn force(&mut self, lock: &str, token: Revision, skip_delay: bool) -> Result<Place, Rejection> {
+        let found = self
+            .first(lock)
+            .filter(|first| skip_delay || !first.is_delay());
+        let holder = found.ok_or(Rejection::NotHeld)?.clone();
         if token != 0 && token != holder.token {
             return Err(self.not_holder(lock, token));
         }
-        self.remove(&holder.key);
-        if let Some(session) = holder.session {
+        if skip_delay || holder.delay_ms == 0 {
+            self.remove(&holder.key);
+        } else {
+            self.end_requests(&holder);
+            let now = self.now;
+            let places = self.places.iter_mut();
+            let left = places.filter(|place| place.key == holder.key);
+            left.for_each(|place| place.lose(now));
+            self.revision += 1;
+        }
+        if let Some(session) = holder.session.or(holder.lost) {
             let record = ForcedRelease {
                 session,
                 token: holder.token,
@@ -283,9 +379,9 @@ impl Model {
             Key::Native(who) => {
                 let native = write
                     .value
+                    .as_ref()
                     .filter(|_| session == Some(self.sessions[who.session]));
-                let value = native.unwrap_or_default();
-                self.place(*who, value.request, value.wait_until_ms)
+                self.place(*who, native.unwrap_or(&LockContender::default()))
             }
             Key::Other(other) => {
                 let key = OTHER_KEYS[*other].to_owned();
@@ -303,12 +399,23 @@ impl Model {
                     owner: "",
                     session,
                     token,
-                    request: 0,
+                    requests: vec![0],
                     wait_until: 0,
+                    delay_ms: 0,
+                    reentrant: false,
+                    delay_until: 0,
+                    lost: None,
                 }
             }
         };
         place.session = session;
+        let value = write.value.as_ref().filter(|_| session.is_none());
+        if let Some(value) = value.filter(|value| value.delay_until_ms != 0) {
+            place.delay_until = value.delay_until_ms;
+            if let Key::Native(who) = key {
+                place.lost = Some(self.sessions[who.session]);
+            }
+        }
         match self.places.iter_mut().find(|there| there.key == place.key) {
             Some(there) => {
                 *there = Place {
@@ -343,24 +450,34 @@ impl Model {
         }
     }
 
-    fn end(&mut self, id: SessionId) {
+    fn end(&mut self, id: SessionId, reason: EndReason) {
+        let stays = |place: &&Place| {
+            reason == EndReason::Expired
+                && place.session == Some(id)
+                && place.delay_ms != 0
+                && self.holds(place)
+        };
+        let stay: Vec<Place> = self.places.iter().filter(stays).cloned().collect();
         let before = self.places.len() + self.others.len();
         self.places.retain(|place| place.session != Some(id));
         self.others.retain(|_, session| *session != Some(id));
         self.revision += u64::from(self.places.len() + self.others.len() < before);
+        for mut place in stay {
+            place.lose(self.now);
+            self.places.push(place);
+        }
     }
 
     fn fire(&mut self) {
-        let due = |place: &&Place| {
-            !self.holds(place) && place.wait_until != 0 && place.wait_until <= self.now
+        let is_due = |model: &Self, place: &Place| {
+            !model.holds(place) && place.end() != 0 && place.end() <= model.now
         };
-        let due: Vec<String> = self
-            .places
-            .iter()
-            .filter(due)
-            .map(|p| p.key.clone())
-            .collect();
-        for key in due {
+        loop {
+            let due = self.places.iter().filter(|place| is_due(self, place));
+            let first = due.min_by_key(|p| (p.end(), p.lock.clone(), p.token, p.key.clone()));
+            let Some(key) = first.map(|place| place.key.clone()) else {
+                return;
+            };
             self.remove(&key);
         }
     }
@@ -370,8 +487,10 @@ impl Model {
         let (mut resolved, mut events) = (Vec::new(), Vec::new());
         let is =
             |place: &Place, other: &Place| (&place.key, place.token) == (&other.key, other.token);
-        for gone in &before.places {
-            if self.places.iter().any(|place| is(place, gone)) {
+        let contends = |place: &&Place| !place.is_delay();
+        for gone in before.places.iter().filter(contends) {
+            let mut left = self.places.iter().filter(contends);
+            if left.any(|place| is(place, gone)) {
                 continue;
             }
             if !before.holds(gone) {
@@ -469,9 +588,11 @@ impl World {
                 who,
                 request,
                 acknowledged,
-                wait_ms,
-            } => (deleted, self.acquire(who, request, acknowledged, wait_ms)),
-            Action::Release { who, off } => ((Rejection::Held, None), self.release(who, off)),
+                how,
+            } => (deleted, self.acquire(who, request, acknowledged, how)),
+            Action::Release { who, off, entry } => {
+                ((Rejection::Held, None), self.release(who, off, entry))
+            }
             Action::Cancel { who, request } => {
                 self.model.cancel(who, request);
                 ((Rejection::Cancelled, None), self.cancel(who, request, 0))
@@ -481,9 +602,13 @@ impl World {
                 self.model.cancel_place(who, place);
                 ((Rejection::Cancelled, None), self.cancel(who, 0, place))
             }
-            Action::Force { lock, off } => {
+            Action::Force {
+                lock,
+                off,
+                skip_delay,
+            } => {
                 let why = (Rejection::Held, Some(LossReason::Forced(REASON.to_owned())));
-                (why, self.force(LOCKS[lock], off))
+                (why, self.force(LOCKS[lock], off, skip_delay))
             }
             Action::Txn(writes) => {
                 let applied = self.txn(&writes);
@@ -492,7 +617,7 @@ impl World {
             }
             Action::End { session, reason } => {
                 let id = self.model.sessions[session];
-                self.model.end(id);
+                self.model.end(id, reason);
                 let step = match reason {
                     EndReason::Closed => self.driver.close(id),
                     _ => self.driver.expire(id),
@@ -513,7 +638,7 @@ impl World {
         who: Who,
         request: u64,
         acknowledged: u64,
-        wait_ms: Option<u64>,
+        how: How,
     ) -> Applied<Primitives> {
         let (name, session_id, owner) = self.names(who);
         let step = self.driver.run(command(Command::LockAcquire(LockAcquire {
@@ -522,11 +647,13 @@ impl World {
             owner,
             request,
             acknowledged,
-            wait_ms,
+            wait_ms: how.wait_ms,
+            delay_ms: how.delay_ms,
+            reentrant: how.reentrant,
         })));
         match (
             &step.outcome,
-            self.model.acquire(who, request, acknowledged, wait_ms),
+            self.model.acquire(who, request, acknowledged, how),
         ) {
             (Outcome::Waiting(place), Ok(Outcome::Waiting(expected))) => {
                 assert_eq!(*place, expected);
@@ -538,7 +665,7 @@ impl World {
         step.applied
     }
 
-    fn release(&mut self, who: Who, off: u64) -> Applied<Primitives> {
+    fn release(&mut self, who: Who, off: u64, entry: u64) -> Applied<Primitives> {
         let token = self.token_of(who) + off;
         let (name, session_id, owner) = self.names(who);
         let release = LockRelease {
@@ -546,9 +673,10 @@ impl World {
             session_id,
             owner,
             token,
+            entry,
         };
         let step = self.driver.run(command(Command::LockRelease(release)));
-        assert_eq!(answer(&step), self.model.release(who, token));
+        assert_eq!(answer(&step), self.model.release(who, token, entry));
         step.applied
     }
 
@@ -566,18 +694,19 @@ impl World {
         step.applied
     }
 
-    fn force(&mut self, lock: &str, off: Option<u64>) -> Applied<Primitives> {
-        let holder = self.model.holder(lock).map_or(1, |place| place.token);
+    fn force(&mut self, lock: &str, off: Option<u64>, skip_delay: bool) -> Applied<Primitives> {
+        let holder = self.model.first(lock).map_or(1, |place| place.token);
         let token = off.map_or(0, |off| holder + off);
         let (name, reason) = (lock.to_owned(), REASON.to_owned());
         let force = LockForceRelease {
             name,
             reason,
             token,
+            skip_delay,
         };
         let step = self.driver.run(command(Command::LockForceRelease(force)));
-        match (answer(&step), self.model.force(lock, token)) {
-            (Ok(Reply::ForceReleased(released)), Ok(place)) => assert_shows(&released, &place, 0),
+        match (answer(&step), self.model.force(lock, token, skip_delay)) {
+            (Ok(Reply::ForceReleased(released)), Ok(place)) => self.shows(&released, &place, 0),
             (Err(rejection), Err(expected)) => assert_eq!(rejection, expected),
             (answer, expected) => panic!("{answer:?} instead of {expected:?}"),
         }
@@ -590,7 +719,10 @@ impl World {
             let operation = match write {
                 Some(write) => Kind::Put(Put {
                     key,
-                    value: write.value.map_or(Bytes::from_static(b"hi"), encoded),
+                    value: write
+                        .value
+                        .clone()
+                        .map_or(Bytes::from_static(b"hi"), encoded),
                     lease: write
                         .session
                         .map_or(0, |session| self.model.sessions[session].0),
@@ -630,6 +762,7 @@ impl World {
     }
 
     /// Grants of one lock grow: by token, and by key where one transaction made both.
+    /// A transaction may also make a grant of a delay, with the token that it had.
     fn note_grants(&mut self, applied: &Applied<Primitives>) {
         for resolved in &applied.resolved {
             if let Ok(Reply::Granted { key, token }) = &resolved.result {
@@ -637,7 +770,7 @@ impl World {
                 let grant = (*token, key.clone());
                 let before = self.told.insert(lock, grant.clone());
                 assert!(
-                    before.is_none_or(|before| before < grant),
+                    before.is_none_or(|before| before <= grant),
                     "{grant:?} is not newer"
                 );
             }
@@ -654,12 +787,14 @@ impl World {
             let shown: Vec<&Contender> = [&info.holder].into_iter().chain(&info.waiters).collect();
             assert_eq!(shown.len(), queue.len());
             for (at, (contender, place)) in shown.into_iter().zip(&queue).enumerate() {
-                assert_shows(contender, place, at);
+                self.shows(contender, place, at);
             }
             // No wake-up is lost: whoever is first has been told.
-            let holder = (info.holder.token, info.holder.key.clone());
-            assert_eq!(self.told[lock.as_bytes()], holder);
-            assert!(self.ask_check(lock, holder.0) && !self.ask_check(lock, holder.0 + 1));
+            let first = (info.holder.token, info.holder.key.clone());
+            let is_held = !queue[0].is_delay();
+            assert!(!is_held || self.told[lock.as_bytes()] == first);
+            assert_eq!(self.ask_check(lock, first.0), is_held);
+            assert!(!self.ask_check(lock, first.0 + 1));
             all.extend(locks);
         }
         let (first, more) = self.locks(None, "", 2);
@@ -716,25 +851,25 @@ impl World {
         assert!(forced.iter().eq(expected));
     }
 
+    fn shows(&self, contender: &Contender, place: &Place, at: usize) {
+        let left = place.delay_until.saturating_sub(self.model.now);
+        assert_eq!(contender.key, place.key);
+        assert_eq!(
+            (contender.token, contender.session, &contender.owner[..]),
+            (place.token, place.session.or(place.lost), place.owner),
+        );
+        assert_eq!(
+            (contender.place, contender.delay_left_ms, contender.entries),
+            (at, place.is_delay().then_some(left), place.requests.len()),
+        );
+    }
+
     fn ask(&self, query: Query) -> Answer {
         self.driver
             .state
             .machine()
             .query(self.driver.state.view(), query)
     }
-}
-
-fn assert_shows(contender: &Contender, place: &Place, at: usize) {
-    assert_eq!(contender.key, place.key);
-    assert_eq!(
-        (
-            contender.token,
-            contender.session,
-            &contender.owner[..],
-            contender.place
-        ),
-        (place.token, place.session, place.owner, at),
-    );
 }
 
 fn answer(step: &Step) -> Result<Reply, Rejection> {
@@ -793,11 +928,18 @@ fn writes() -> impl Strategy<Value = Vec<(Key, Option<Write>)>> {
         2 => who().prop_map(Key::Native),
         1 => (0..OTHER_KEYS.len()).prop_map(Key::Other),
     ];
-    let value = (0u64..4, 0u64..60).prop_map(|(request, wait_until_ms)| LockContender {
-        request,
-        wait_until_ms,
-        asked_ms: 0,
-    });
+    let delay_until_ms = prop_oneof![Just(0u64), 1u64..60];
+    let value =
+        (0u64..4, 0u64..60, delay_until_ms).prop_map(|(request, wait_until_ms, delay_until_ms)| {
+            LockContender {
+                request,
+                wait_until_ms,
+                delay_until_ms,
+                delay_ms: wait_until_ms / 2,
+                reentrant: wait_until_ms % 2 == 0,
+                ..LockContender::default()
+            }
+        });
     let write = (prop::option::of(value), prop::option::of(0..SESSIONS))
         .prop_map(|(value, session)| Write { value, session });
     prop::collection::vec((key, prop::option::of(write)), 1..5).prop_map(|mut writes| {
@@ -809,20 +951,28 @@ fn writes() -> impl Strategy<Value = Vec<(Key, Option<Write>)>> {
 
 fn action() -> impl Strategy<Value = Action> {
     let wait_ms = prop_oneof![Just(None), Just(Some(0)), (1u64..30).prop_map(Some)];
+    let delay_ms = prop_oneof![Just(0u64), 1u64..30];
+    let how = (wait_ms, delay_ms, any::<bool>()).prop_map(|(wait_ms, delay_ms, reentrant)| How {
+        wait_ms,
+        delay_ms,
+        reentrant,
+    });
+    let entry = prop_oneof![2 => Just(0u64), 1 => 1u64..6];
     let acknowledged = prop_oneof![5 => Just(0u64), 1 => 1u64..3];
     let off = || prop_oneof![4 => Just(0u64), 1 => 1u64..3];
     let reason = prop_oneof![Just(EndReason::Closed), Just(EndReason::Expired)];
     prop_oneof![
-        8 => (who(), 0u64..6, acknowledged, wait_ms).prop_map(
-            |(who, request, acknowledged, wait_ms)| {
-                Action::Acquire { who, request, acknowledged, wait_ms }
+        8 => (who(), 0u64..6, acknowledged, how).prop_map(
+            |(who, request, acknowledged, how)| {
+                Action::Acquire { who, request, acknowledged, how }
             }
         ),
-        6 => (who(), off()).prop_map(|(who, off)| Action::Release { who, off }),
+        6 => (who(), off(), entry)
+            .prop_map(|(who, off, entry)| Action::Release { who, off, entry }),
         2 => (who(), 1u64..6).prop_map(|(who, request)| Action::Cancel { who, request }),
         1 => (who(), off()).prop_map(|(who, off)| Action::CancelPlace { who, off }),
-        1 => (0..LOCKS.len(), prop::option::of(off()))
-            .prop_map(|(lock, off)| Action::Force { lock, off }),
+        1 => (0..LOCKS.len(), prop::option::of(off()), any::<bool>())
+            .prop_map(|(lock, off, skip_delay)| Action::Force { lock, off, skip_delay }),
         2 => writes().prop_map(Action::Txn),
         1 => (0..SESSIONS, reason).prop_map(|(session, reason)| Action::End { session, reason }),
         3 => (0u64..15).prop_map(|ms| Action::Pass { ms }),

@@ -99,6 +99,7 @@ impl Recorder {
             request,
             acknowledged: request.saturating_sub(2),
             wait_ms,
+            ..LockAcquire::default()
         }));
     }
 
@@ -108,6 +109,7 @@ impl Recorder {
             session_id,
             owner: String::new(),
             token,
+            ..LockRelease::default()
         }));
     }
 
@@ -211,6 +213,7 @@ fn record_locks(r: &mut Recorder, [one, two, three]: [i64; 3]) {
             name: name(),
             reason: "stuck".to_owned(),
             token,
+            ..LockForceRelease::default()
         })
     };
     r.lock(force(1));

@@ -7,10 +7,11 @@
 //!
 //! ```text
 //! open SESSION | close SESSION | expire SESSION | pass MS
-//! acquire SESSION LOCK [owner=O] [request=N] [acknowledged=N] [wait=MS]
-//! release SESSION LOCK token=N [owner=O]
+//! acquire SESSION LOCK [owner=O] [request=N] [acknowledged=N] [wait=MS] [delay=MS]
+//!     [reentrant=1]
+//! release SESSION LOCK token=N [owner=O] [entry=N]
 //! cancel SESSION LOCK [owner=O] request=N|place=N
-//! force LOCK [token=N] reason=TEXT
+//! force LOCK [token=N] [skip_delay=1] reason=TEXT
 //! put KEY... [value=TEXT] [lease=SESSION] | delete KEY...
 //! locks [LOCK] [after=LOCK] [limit=N] | check LOCK token=N | grants SESSION
 //! ```
@@ -216,6 +217,7 @@ impl Script {
                 name: rest[0].to_owned(),
                 reason: words.text("reason"),
                 token: words.number("token").unwrap_or_default(),
+                skip_delay: words.named.contains_key("skip_delay"),
             });
         }
         let session_id = self.session(rest[0]).0;
@@ -230,12 +232,15 @@ impl Script {
                 request: number("request"),
                 acknowledged: number("acknowledged"),
                 wait_ms: words.number("wait"),
+                delay_ms: number("delay"),
+                reentrant: words.named.contains_key("reentrant"),
             }),
             "release" => Command::LockRelease(LockRelease {
                 name,
                 session_id,
                 owner,
                 token: number("token"),
+                entry: number("entry"),
             }),
             "cancel" => Command::LockCancel(LockCancel {
                 name,
@@ -375,15 +380,27 @@ impl Script {
             token,
             since_ms,
             place,
+            delay_left_ms,
+            entries,
         } = contender;
-        assert_eq!(
-            session.map(|id| self.name(id)).unwrap_or_default(),
-            *session_name
-        );
+        if delay_left_ms.is_none() {
+            assert_eq!(
+                session.map(|id| self.name(id)).unwrap_or_default(),
+                *session_name
+            );
+        }
         let key = self.with_names(key);
         let owner = with_owner(owner);
-        let session = session.map_or("no session", |_| session_name);
-        format!("{place}. {key} of {session}{owner}, token {token}, since {since_ms} ms")
+        let session = session.map_or("no session".to_owned(), |id| self.name(id));
+        let mut out =
+            format!("{place}. {key} of {session}{owner}, token {token}, since {since_ms} ms");
+        if let Some(left_ms) = delay_left_ms {
+            write!(out, ", lost, delay of {left_ms} ms more").unwrap();
+        }
+        if *entries != 1 {
+            write!(out, ", {entries} times").unwrap();
+        }
+        out
     }
 
     fn session(&self, name: &str) -> SessionId {
@@ -453,5 +470,6 @@ fn refusal(rejection: Rejection) -> String {
         } => format!("not the holder, forced: {}", forced.reason),
         Rejection::NotHeld => "not held".to_owned(),
         Rejection::TooManyCancelled => "too many cancelled".to_owned(),
+        Rejection::TooManyEntries => "too many entries".to_owned(),
     }
 }

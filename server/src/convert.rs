@@ -87,6 +87,8 @@ pub(crate) fn contender(contender: primitives::Contender) -> v1::Contender {
         token: contender.token,
         since_ms: contender.since_ms,
         place: contender.place as u64,
+        delay_left_ms: contender.delay_left_ms,
+        entries: contender.entries as u64,
     }
 }
 
@@ -125,6 +127,8 @@ mod tests {
             token: 2,
             since_ms: 0,
             place,
+            delay_left_ms: None,
+            entries: 1,
         }
     }
 

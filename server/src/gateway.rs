@@ -103,6 +103,12 @@ impl Gateway {
             .await
     }
 
+    /// Has a command replicated that gives something back, ahead of others.
+    pub(crate) async fn ending(&self, body: command::Body) -> Result<Answer, Refusal> {
+        self.answered(|respond| self.handle.ending(body, respond))
+            .await
+    }
+
     /// Asks a linearizable question.
     pub(crate) async fn read(&self, query: Query<Primitives>) -> Result<Answer, Refusal> {
         self.answered(|respond| self.handle.read(query, respond))

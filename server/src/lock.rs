@@ -107,6 +107,7 @@ async fn acquire(
     if request.request.max(request.acknowledged) > CLIENT_REQUEST_MAX {
         return Err(Invalid::Argument("request, acknowledged: they must be less than 2^63").into());
     }
+    validate::lock_delay(request.lock_delay_ms)?;
     let mut command = LockAcquire {
         name: request.name,
         session_id: request.session_id,
@@ -114,6 +115,8 @@ async fn acquire(
         request: request.request,
         acknowledged: request.acknowledged,
         wait_ms: request.wait_ms,
+        delay_ms: request.lock_delay_ms,
+        reentrant: request.reentrant,
     };
     let outcome = if command.request == 0 {
         acquire_unnumbered(gateway, &mut command).await
@@ -194,12 +197,14 @@ async fn release(
         session_id,
         owner,
         token,
+        entry,
     } = request;
     let command = Command::LockRelease(LockRelease {
         name,
         session_id,
         owner,
         token,
+        entry,
     });
     let (header, _) = run(gateway, command).await?;
     Ok(v1::ReleaseResponse { header })
@@ -240,17 +245,20 @@ async fn force_release(
         name,
         reason,
         token,
+        skip_delay,
     } = request;
     tracing::info!(
         lock = name,
         reason,
         token,
+        skip_delay,
         "a lock is to be released by force"
     );
     let command = Command::LockForceRelease(LockForceRelease {
         name,
         reason,
         token,
+        skip_delay,
     });
     let (header, reply) = run(gateway, command).await?;
     let Reply::ForceReleased(released) = reply else {
@@ -298,9 +306,15 @@ async fn check(gateway: &Gateway, request: v1::CheckRequest) -> Result<v1::Check
     Ok(v1::CheckResponse { header, held })
 }
 
-/// Has a command replicated.
+/// Has a command replicated; what gives a lock or place back goes ahead of what
+/// wants one.
 async fn run(gateway: &Gateway, command: Command) -> Result<(Header, Reply), Refusal> {
-    let answer = gateway.command(primitives::command(command)).await?;
+    let wants = matches!(command, Command::LockAcquire(_));
+    let body = primitives::command(command);
+    let answer = match wants {
+        true => gateway.command(body).await?,
+        false => gateway.ending(body).await?,
+    };
     let AnswerBody::Machine(Ok(reply)) = answer.body else {
         return Err(ANOTHER_KIND);
     };

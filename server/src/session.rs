@@ -112,7 +112,7 @@ async fn close(
 ) -> Result<v1::CloseSessionResponse, Refusal> {
     let session_id = validate::session(request.session_id)?.0;
     let answer = gateway
-        .command(Body::CloseSession(CloseSession { session_id }))
+        .ending(Body::CloseSession(CloseSession { session_id }))
         .await?;
     let header = gateway.header(answer.revision, answer.term);
     Ok(v1::CloseSessionResponse { header })

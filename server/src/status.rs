@@ -108,6 +108,7 @@ fn invalid_reason(invalid: Invalid) -> &'static str {
     match invalid {
         Invalid::Lock(invalid) => lock_invalid_reason(invalid),
         Invalid::Ttl => "INVALID_TTL",
+        Invalid::LockDelay => "INVALID_LOCK_DELAY",
         Invalid::SessionName => "INVALID_NAME",
         Invalid::SessionMetadata => "INVALID_SESSION_METADATA",
         Invalid::Argument(_) => "INVALID_ARGUMENT",
@@ -147,6 +148,7 @@ fn rejection_status(rejection: &Rejection) -> (Code, &'static str) {
         Rejection::NotHolder { .. } => (Code::FailedPrecondition, "NOT_HOLDER"),
         Rejection::NotHeld => (Code::NotFound, "NOT_HELD"),
         Rejection::TooManyCancelled => (Code::ResourceExhausted, "TOO_MANY_CANCELLED"),
+        Rejection::TooManyEntries => (Code::ResourceExhausted, "TOO_MANY_ENTRIES"),
     }
 }
 
@@ -171,7 +173,8 @@ fn rejection_metadata(rejection: &Rejection) -> Vec<(&'static str, String)> {
         | Rejection::Cancelled
         | Rejection::StaleRequest
         | Rejection::NotHeld
-        | Rejection::TooManyCancelled => vec![],
+        | Rejection::TooManyCancelled
+        | Rejection::TooManyEntries => vec![],
     }
 }
 
@@ -223,6 +226,7 @@ fn rejected(rejection: &Rejection) -> String {
         Rejection::TooManyCancelled => {
             "too many cancelled requests of this session are not acknowledged"
         }
+        Rejection::TooManyEntries => "too many acquires share the grant",
     };
     text.to_owned()
 }
@@ -265,7 +269,8 @@ mod tests {
 
     #[test]
     fn invalid_requests_say_which_field() {
-        let table: [(Invalid, &str); 11] = [
+        let table: [(Invalid, &str); 12] = [
+            (Invalid::LockDelay, "INVALID_LOCK_DELAY"),
             (name::Invalid::NameEmpty.into(), "INVALID_NAME"),
             (name::Invalid::NameTooLong.into(), "INVALID_NAME"),
             (name::Invalid::NameWithZero.into(), "INVALID_NAME"),
@@ -398,6 +403,10 @@ mod tests {
             "FailedPrecondition NOT_HOLDER forced=stuck"
         );
         assert_eq!(told(R::NotHeld), "NotFound NOT_HELD");
+        assert_eq!(
+            told(R::TooManyEntries),
+            "ResourceExhausted TOO_MANY_ENTRIES"
+        );
         assert_eq!(
             told(R::TooManyCancelled),
             "ResourceExhausted TOO_MANY_CANCELLED"

@@ -20,6 +20,9 @@ pub(crate) enum Invalid {
         limits::SESSION_TTL_MS_MAX
     )]
     Ttl,
+    /// The delay of a lock.
+    #[error("lock_delay_ms must be at most {}", limits::LOCK_DELAY_MS_MAX)]
+    LockDelay,
     /// The name of a session.
     #[error("name is longer than {} bytes", limits::SESSION_NAME_BYTES_MAX)]
     SessionName,
@@ -46,6 +49,15 @@ pub(crate) fn contender(name: &str, session_id: i64, owner: &str) -> Result<(), 
 /// The name of a lock.
 pub(crate) fn lock_name(name: &str) -> Result<(), Invalid> {
     Ok(name::validate_name(name)?)
+}
+
+/// How long nobody else gets a lock whose holder is lost.
+pub(crate) fn lock_delay(delay_ms: u64) -> Result<(), Invalid> {
+    if delay_ms > limits::LOCK_DELAY_MS_MAX {
+        Err(Invalid::LockDelay)
+    } else {
+        Ok(())
+    }
 }
 
 /// Why an operator takes a lock away.
@@ -99,6 +111,13 @@ mod tests {
         for bad in [1, 499, 86_400_001, u64::MAX] {
             assert_eq!(ttl_ms(bad), Err(Invalid::Ttl));
         }
+    }
+
+    #[test]
+    fn lock_delays() {
+        assert_eq!(lock_delay(0), Ok(()));
+        assert_eq!(lock_delay(60_000), Ok(()));
+        assert_eq!(lock_delay(60_001), Err(Invalid::LockDelay));
     }
 
     #[test]

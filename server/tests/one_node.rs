@@ -38,8 +38,8 @@ async fn release(client: &Client, name: &str, session_id: i64, token: u64) -> Re
     let request = v1::ReleaseRequest {
         name: name.to_owned(),
         session_id,
-        owner: String::new(),
         token,
+        ..Default::default()
     };
     client.locks().release(request).await.map(|_| ())
 }
@@ -240,7 +240,7 @@ async fn a_watcher_is_told_what_it_holds_what_it_loses_and_when_it_is_over() {
     let force = v1::ForceReleaseRequest {
         name,
         reason: "stuck".to_owned(),
-        token: 0,
+        ..Default::default()
     };
     let forced = client
         .locks()

@@ -54,8 +54,8 @@ async fn any_member_serves_and_a_grant_reaches_a_client_of_another() {
         let request = v1::ReleaseRequest {
             name: "l".to_owned(),
             session_id: session,
-            owner: String::new(),
             token,
+            ..Default::default()
         };
         client.locks().release(request).await.unwrap();
         last = timeout(PATIENCE, waiting).await.unwrap().unwrap().unwrap();

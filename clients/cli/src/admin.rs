@@ -33,9 +33,16 @@ pub(crate) async fn unlock(args: UnlockArgs, global: Global) -> Result<u8, Failu
     let not_held = || Failure::new(GENERAL, format!("nobody holds `{}`", args.name));
     let lock = client.lock_info(&args.name).await?.ok_or_else(not_held)?;
     let holder = lock.holder.ok_or_else(not_held)?;
-    let released = client
-        .force_release(&args.name, &args.reason, Some(holder.token))
-        .await;
+    let token = Some(holder.token);
+    let released = match (args.skip_delay, holder.delay_left_ms) {
+        (true, _) => {
+            client
+                .force_release_at_once(&args.name, &args.reason, token)
+                .await
+        }
+        (false, Some(left_ms)) => return Err(delayed(&args.name, left_ms)),
+        (false, None) => client.force_release(&args.name, &args.reason, token).await,
+    };
     let released = match released {
         // An attempt before this one may have done it, or the holder itself.
         Err(Error::NotHeld | Error::NotHolder { .. }) => holder,
@@ -54,6 +61,13 @@ pub(crate) async fn unlock(args: UnlockArgs, global: Global) -> Result<u8, Failu
         ))?,
     }
     Ok(0)
+}
+
+fn delayed(name: &str, left_ms: u64) -> Failure {
+    let left = duration::show(left_ms);
+    let text =
+        format!("nobody holds `{name}`: its lock-delay ends in {left}; --skip-delay ends it now");
+    Failure::new(GENERAL, text)
 }
 
 /// `conclave locks`.
@@ -135,7 +149,7 @@ fn lock(lock: &LockInfo) -> Value {
 }
 
 fn contender(contender: &Contender) -> Value {
-    json!({
+    let mut shown = json!({
         "key": String::from_utf8_lossy(&contender.key),
         "session_id": session_hex(contender.session_id),
         "session_name": contender.session_name,
@@ -143,14 +157,20 @@ fn contender(contender: &Contender) -> Value {
         "token": contender.token,
         "since_ms": contender.since_ms,
         "place": contender.place,
-    })
+        "entries": contender.entries,
+    });
+    if let Some(left_ms) = contender.delay_left_ms {
+        shown["delay_left_ms"] = left_ms.into();
+    }
+    shown
 }
 
 fn lock_rows(lock: &LockInfo) -> Vec<Vec<String>> {
     let row = |contender: &Contender| {
-        let place = match contender.place {
-            0 => "holder".to_owned(),
-            place => place.to_string(),
+        let place = match (contender.place, contender.delay_left_ms) {
+            (_, Some(left_ms)) => format!("delay {}", duration::show(left_ms)),
+            (0, None) => "holder".to_owned(),
+            (place, None) => place.to_string(),
         };
         vec![
             lock.name.clone(),

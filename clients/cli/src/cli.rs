@@ -123,7 +123,8 @@ Example:
 
 const LOCKS_HELP: &str = "\
 Place 0 holds the lock, the others wait in this order. The token of a place is the
-one that its grant will have.
+one that its grant will have. `delay 4.2s` instead of `holder`: the holder is lost,
+and nobody gets the lock for so long.
 
 Examples:
   conclave locks
@@ -185,6 +186,10 @@ pub(crate) struct LockArgs {
     /// Give up at once if the lock is held.
     #[arg(long = "try")]
     pub(crate) try_now: bool,
+    /// If the lock is lost and not released, nobody gets it for this long; at
+    /// most 1m.
+    #[arg(long, value_parser = duration::parse, value_name = "TIME")]
+    pub(crate) lock_delay: Option<Duration>,
     /// What to run.
     #[arg(last = true, value_name = "COMMAND")]
     pub(crate) command: Vec<OsString>,
@@ -200,6 +205,9 @@ pub(crate) struct UnlockArgs {
     /// What the holder is told.
     #[arg(long, value_name = "TEXT")]
     pub(crate) reason: String,
+    /// Free the lock at once: no lock-delay follows, and one that runs ends.
+    #[arg(long)]
+    pub(crate) skip_delay: bool,
 }
 
 #[derive(Debug, Args)]
@@ -262,6 +270,8 @@ mod tests {
             "sessions -o table",
             "status",
             "unlock deploy --force --reason maintenance",
+            "unlock deploy --force --reason maintenance --skip-delay",
+            "lock deploy --lock-delay 5s -- true",
             "dev",
             "dev --nodes 5 --port 4000 --data-dir /tmp/x -- make test",
             "bench lock --clients 64 --seconds 10 --hot --connections 4 -o json",

@@ -80,6 +80,10 @@ async fn hold(
         (false, Some(limit)) => request.wait(limit),
         (false, None) => request,
     };
+    let request = match args.lock_delay {
+        Some(delay) => request.lock_delay(delay),
+        None => request,
+    };
     let guard = tokio::select! {
         acquired = request => acquired.map_err(|error| not_acquired(&args.name, error))?,
         signal = signals.end() => return Ok(signal_code(signal.as_raw())),

@@ -103,15 +103,16 @@ impl Client {
         }
     }
 
-    /// One lock with holder and waiters; `None` if nobody holds it.
-    /// Linearizable.
+    /// One lock with holder and waiters; `None` if nobody holds it and no
+    /// lock-delay runs. Linearizable.
     pub async fn lock_info(&self, name: &str) -> Result<Option<LockInfo>, Error> {
         let page = self.list_locks(name.to_owned(), String::new()).await?;
         Ok(page.locks.into_iter().find(|lock| lock.holder.is_some()))
     }
 
     /// Takes a lock from its holder, who is told the reason. With a token,
-    /// only that grant; then the call may safely be repeated.
+    /// only that grant; then the call may safely be repeated. If the holder asked
+    /// for a lock-delay, it begins now.
     ///
     /// # Errors
     /// [`Error::NotHeld`], [`Error::NotHolder`] if another grant holds now, and
@@ -122,10 +123,35 @@ impl Client {
         reason: &str,
         token: Option<u64>,
     ) -> Result<Contender, Error> {
+        self.take(name, reason, token, false).await
+    }
+
+    /// As [`Client::force_release`], but the lock is free at once: no lock-delay
+    /// follows, and one that runs already ends.
+    ///
+    /// # Errors
+    /// As [`Client::force_release`].
+    pub async fn force_release_at_once(
+        &self,
+        name: &str,
+        reason: &str,
+        token: Option<u64>,
+    ) -> Result<Contender, Error> {
+        self.take(name, reason, token, true).await
+    }
+
+    async fn take(
+        &self,
+        name: &str,
+        reason: &str,
+        token: Option<u64>,
+        skip_delay: bool,
+    ) -> Result<Contender, Error> {
         let request = v1::ForceReleaseRequest {
             name: name.to_owned(),
             reason: reason.to_owned(),
             token: token.unwrap_or(0),
+            skip_delay,
         };
         let call = |channel| {
             let request = request.clone();

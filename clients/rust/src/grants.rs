@@ -22,6 +22,8 @@ struct Held {
     /// it is as old as the place in the queue.
     revision: u64,
     loss: Option<LossReason>,
+    /// How many guards share it.
+    guards: usize,
 }
 
 /// What the cluster held for us at one revision.
@@ -37,12 +39,26 @@ impl Grants {
         let early = self.early.remove(&token);
         let is_missing = self.attached.lacks(token, revision);
         let loss = early.or_else(|| is_missing.then_some(LossReason::KeyDeleted));
-        self.held.insert(token, Held { revision, loss });
+        if let Some(held) = self.held.get_mut(&token) {
+            held.guards += 1;
+            return;
+        }
+        let held = Held {
+            revision,
+            loss,
+            guards: 1,
+        };
+        self.held.insert(token, held);
     }
 
-    /// The grant is given up; what becomes of it is no loss.
+    /// A guard gives the grant up; what becomes of it after the last one is no loss.
     pub(crate) fn released(&mut self, token: u64) {
-        self.held.remove(&token);
+        if let Some(held) = self.held.get_mut(&token) {
+            held.guards -= 1;
+            if held.guards == 0 {
+                self.held.remove(&token);
+            }
+        }
     }
 
     /// The cluster took the grant away. The first reason stays.
@@ -136,6 +152,18 @@ mod tests {
         grants.attached(7, BTreeSet::new());
         grants.granted(3, 8);
         assert_eq!(grants.loss(3), None);
+    }
+
+    #[test]
+    fn a_shared_grant_is_watched_until_the_last_guard_is_gone() {
+        let mut grants = Grants::default();
+        grants.granted(5, 5);
+        grants.granted(5, 6);
+        grants.released(5);
+        grants.lost(5, forced());
+        assert_eq!(grants.loss(5), Some(&forced()));
+        grants.released(5);
+        assert_eq!(grants.loss(5), None);
     }
 
     #[test]

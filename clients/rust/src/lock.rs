@@ -51,6 +51,14 @@ pub struct LockRequest {
     session: Session,
     lock: Contended,
     wait: Option<Duration>,
+    terms: Terms,
+}
+
+/// On which terms it is held.
+#[derive(Clone, Copy, Debug, Default)]
+struct Terms {
+    lock_delay_ms: u64,
+    is_reentrant: bool,
 }
 
 /// Which lock, for whom.
@@ -68,6 +76,9 @@ pub struct LockGuard {
     session: Session,
     lock: Contended,
     granted: Granted,
+    /// Which of the acquires that share the grant it stands for; 0 if none do.
+    entry: u64,
+    is_given_up: bool,
     is_released: bool,
 }
 
@@ -76,6 +87,7 @@ pub struct LockGuard {
 struct Pending {
     core: Arc<Core>,
     lock: Contended,
+    terms: Terms,
     acquire: Acquire,
     is_over: bool,
 }
@@ -90,6 +102,7 @@ impl LockRequest {
             session,
             lock,
             wait: None,
+            terms: Terms::default(),
         }
     }
 
@@ -112,11 +125,32 @@ impl LockRequest {
         self.wait(Duration::ZERO)
     }
 
+    /// If the holder is lost (the session expires or is revoked, or an operator
+    /// takes the lock), nobody else gets the lock for this long, by the cluster's
+    /// clock: time for what the lost holder still does to come to an end, where
+    /// tokens cannot be checked. At most a minute. A release, and the close of the
+    /// session, end it at once.
+    pub fn lock_delay(mut self, delay: Duration) -> LockRequest {
+        self.terms.lock_delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+        self
+    }
+
+    /// Shares the lock with the same session and owner: while it is held, each
+    /// further request that is reentrant too is granted at once, with the same
+    /// token, and the lock is free when every guard is released. At most 64 share a
+    /// grant. A request that finds the first still waiting fails with
+    /// [`Error::AlreadyContending`].
+    pub fn reentrant(mut self) -> LockRequest {
+        self.terms.is_reentrant = true;
+        self
+    }
+
     async fn acquire(self) -> Result<LockGuard, Error> {
         let LockRequest {
             session,
             lock,
             wait,
+            terms,
         } = self;
         let core = session.core();
         let started = Instant::now();
@@ -125,7 +159,7 @@ impl LockRequest {
             Some(wait) => timeout(wait, left).await.map_err(|_| Error::WaitTimedOut)?,
             None => left.await,
         }
-        let pending = Pending::begin(core, lock)?;
+        let pending = Pending::begin(core, lock, terms)?;
         let mut backoff = Backoff::default();
         loop {
             let left = wait.map(|wait| wait.saturating_sub(started.elapsed()));
@@ -202,27 +236,35 @@ impl LockGuard {
     /// [`Error::NotHolder`] or [`Error::SessionLost`] if it had been lost
     /// before.
     pub async fn release(mut self) -> Result<(), Error> {
+        self.give_up();
         let core = Arc::clone(self.session.core());
-        core.grant_released(self.granted.token);
-        let result = release(&core, &self.lock, self.granted.token).await;
+        let result = release(&core, &self.lock, self.granted.token, self.entry).await;
         self.is_released = true;
         result
+    }
+
+    /// What becomes of the grant from now on is no loss for this guard.
+    fn give_up(&mut self) {
+        if !self.is_given_up {
+            self.is_given_up = true;
+            self.session.core().grant_released(self.granted.token);
+        }
     }
 }
 
 impl Drop for LockGuard {
     fn drop(&mut self) {
-        let core = Arc::clone(self.session.core());
-        let token = self.granted.token;
-        core.grant_released(token);
+        self.give_up();
         if self.is_released {
             return;
         }
+        let core = Arc::clone(self.session.core());
+        let (token, entry) = (self.granted.token, self.entry);
         let lock = self.lock.clone();
         let session = self.session.clone();
         core.leaves(&lock);
         core.transport().runtime().spawn(async move {
-            if let Err(error) = release(session.core(), &lock, token).await {
+            if let Err(error) = release(session.core(), &lock, token, entry).await {
                 tracing::debug!(%error, lock = lock.name, "a dropped lock was not released");
             }
             session.core().has_left(&lock);
@@ -231,11 +273,12 @@ impl Drop for LockGuard {
 }
 
 impl Pending {
-    fn begin(core: &Arc<Core>, lock: Contended) -> Result<Pending, Error> {
+    fn begin(core: &Arc<Core>, lock: Contended, terms: Terms) -> Result<Pending, Error> {
         let acquire = Acquire::new(core.begin_request()?);
         Ok(Pending {
             core: Arc::clone(core),
             lock,
+            terms,
             acquire,
             is_over: false,
         })
@@ -288,6 +331,8 @@ impl Pending {
             request: self.acquire.request(),
             acknowledged: self.core.acknowledged(),
             wait_ms,
+            lock_delay_ms: self.terms.lock_delay_ms,
+            reentrant: self.terms.is_reentrant,
         }
     }
 
@@ -298,10 +343,16 @@ impl Pending {
         } = granted;
         self.core.granted(self.acquire.request(), token, revision);
         let lock = self.lock.clone();
+        let entry = match self.terms.is_reentrant {
+            true => self.acquire.request(),
+            false => 0,
+        };
         LockGuard {
             session,
             lock,
             granted,
+            entry,
+            is_given_up: false,
             is_released: false,
         }
     }
@@ -364,7 +415,7 @@ async fn cancel(core: &Core, lock: &Contended, acquire: &Acquire) {
 }
 
 /// Releases until there is an answer or the session is over.
-async fn release(core: &Core, lock: &Contended, token: u64) -> Result<(), Error> {
+async fn release(core: &Core, lock: &Contended, token: u64, entry: u64) -> Result<(), Error> {
     let mut release = Release::new();
     let mut backoff = Backoff::default();
     loop {
@@ -373,6 +424,7 @@ async fn release(core: &Core, lock: &Contended, token: u64) -> Result<(), Error>
             session_id: core.id(),
             owner: lock.owner.clone(),
             token,
+            entry,
         };
         let call = core
             .transport()

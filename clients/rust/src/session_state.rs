@@ -174,6 +174,11 @@ impl SessionState {
             .or_else(|| expired.then_some(LossReason::SessionExpired))
     }
 
+    /// When the newest acknowledged renewal, or the opening, was sent.
+    pub fn confirmed(&self) -> Micros {
+        self.confirmed
+    }
+
     /// The moment from which the session may be over: 0.85 TTL after the last
     /// acknowledged renewal was sent.
     pub fn deadline(&self) -> Micros {

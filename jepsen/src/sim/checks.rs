@@ -7,6 +7,7 @@ use conclave_core::{
     machine::Machine as _,
     replica::{Answer, AnswerBody, Event, EventBody, Replica},
     session::EndReason,
+    state::State,
 };
 use conclave_primitives::{Event as LockEvent, LossReason, Primitives, Reply as LockReply};
 use conclave_proto::internal::LockContender;
@@ -22,6 +23,7 @@ use crate::checkers::{
     fifo,
     linearizable::{ABSENT, Action, Linearizable, Operation},
     liveness::Liveness,
+    lock_delay::LockDelay,
     one_holder::OneHolder,
     tokens_grow::TokensGrow,
     wakeups::Wakeups,
@@ -38,6 +40,7 @@ pub(crate) struct Checks {
     pub(crate) linearizable: Linearizable,
     pub(crate) acknowledged: Acknowledged,
     pub(crate) liveness: Liveness,
+    pub(crate) lock_delay: LockDelay,
     /// The first.
     violation: Option<Violation>,
 }
@@ -124,7 +127,8 @@ impl Checks {
         about: About,
         sent: Moment,
         answer: &Answer<Primitives>,
-        keyspace: &Keyspace,
+        now_us: u64,
+        state: &State<Primitives>,
     ) {
         let verdict = match (about, &answer.body) {
             (About::Open, AnswerBody::SessionOpened { session, ttl_ms }) => {
@@ -141,7 +145,12 @@ impl Checks {
             (
                 About::Acquire { lock, session, .. },
                 AnswerBody::Machine(Ok(LockReply::Granted { token, .. })),
-            ) => self.granted(lock, session, *token, answer.revision, keyspace),
+            ) => {
+                let is_forced = |token| state.system().forced_release(token).is_some();
+                let verdict = self.lock_delay.answered(now_us, lock, *token, is_forced);
+                self.note(verdict);
+                self.granted(lock, session, *token, answer.revision, state.keyspace())
+            }
             (About::Release { token }, AnswerBody::Machine(Ok(LockReply::Released))) => {
                 self.acknowledged.released(token, answer.revision)
             }

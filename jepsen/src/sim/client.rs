@@ -12,7 +12,8 @@ use conclave_core::{
     session::EndReason,
 };
 use conclave_primitives::{
-    Answer as LockAnswer, Event as LockEvent, Query as LockQuery, Rejection, Reply as LockReply,
+    Answer as LockAnswer, Event as LockEvent, LossReason as GrantLoss, Query as LockQuery,
+    Rejection, Reply as LockReply,
 };
 use conclave_proto::internal::{
     CloseSession, LockAcquire, LockCancel, LockRelease, OpenSession, command, primitive_command,
@@ -89,6 +90,7 @@ struct Acquiring {
     lock: usize,
     acquire: Acquire,
     wait_ms: Option<u64>,
+    delay_ms: u64,
     attempts: u32,
     withdraw_us: u64,
 }
@@ -226,6 +228,8 @@ impl LockClient {
                 if session.state.lost_at(now).is_none() {
                     let until_us = self.clock.true_at(session.state.deadline());
                     ground.checks.one_holder.renewed(self.link.actor, until_us);
+                    let sent_us = self.clock.true_at(session.state.confirmed());
+                    ground.checks.lock_delay.renewed(self.link.actor, sent_us);
                     ground.did(Operation::Renewed);
                 }
             }
@@ -248,11 +252,14 @@ impl LockClient {
                     session.state.ended(now, loss(reason));
                 }
             }
-            EventBody::Machine(LockEvent::GrantLost { grant, .. }) => {
+            EventBody::Machine(LockEvent::GrantLost { grant, reason }) => {
                 if let Step::Hold { lock, token, .. } = self.step
                     && token == grant.token
                 {
                     ground.checks.one_holder.gives_up(lock, token);
+                    if !matches!(reason, GrantLoss::SessionEnded(_)) {
+                        ground.checks.lock_delay.gives_up(lock, token);
+                    }
                     self.rest_a_little(ground);
                 }
             }
@@ -266,6 +273,9 @@ impl LockClient {
         self.aside = None;
         self.released = None;
         ground.checks.one_holder.gone(self.actor());
+        if ground.checks.lock_delay.lost(self.actor()) {
+            ground.did(Operation::LostWithDelay);
+        }
         ground
             .checks
             .liveness
@@ -432,6 +442,10 @@ impl LockClient {
             25..60 => Some(ground.rng.between(20, 1_500)),
             _ => None,
         };
+        let delay_ms = match ground.rng.chance(200_000) {
+            true => ground.rng.between(50, 1_000),
+            false => 0,
+        };
         let withdraw_us = match ground.rng.chance(80_000) {
             true => ground.now_us + ground.rng.between(1_000, 300_000),
             false => u64::MAX,
@@ -440,6 +454,7 @@ impl LockClient {
             lock: ground.rng.index(ground.settings.locks),
             acquire: Acquire::new(session.requests.begin()),
             wait_ms,
+            delay_ms,
             attempts: 0,
             withdraw_us,
         });
@@ -463,6 +478,8 @@ impl LockClient {
                     request,
                     acknowledged: session.requests.acknowledged(),
                     wait_ms: acquiring.wait_ms,
+                    delay_ms: acquiring.delay_ms,
+                    reentrant: false,
                 }),
                 About::Acquire {
                     lock: acquiring.lock,
@@ -519,10 +536,13 @@ impl LockClient {
             Outcome::NotApplied => Outcome::NotApplied,
             Outcome::Answered(_) | Outcome::Unknown => Outcome::Unknown,
         };
-        let (lock, wait_ms) = (acquiring.lock, acquiring.wait_ms);
+        let (lock, wait_ms, delay_ms) = (acquiring.lock, acquiring.wait_ms, acquiring.delay_ms);
         match acquiring.acquire.acquire_ended(outcome) {
             Next::Repeat => {}
-            Next::Done(Ok(granted)) => self.granted(lock, granted.token, wait_ms, ground),
+            Next::Done(Ok(granted)) => {
+                self.granted(lock, granted.token, wait_ms, ground);
+                self.guard(lock, granted.token, delay_ms, ground);
+            }
             Next::Done(Err(rejection)) => {
                 match rejection {
                     Rejection::Held => ground.did(Operation::Held),
@@ -580,6 +600,19 @@ impl LockClient {
             until_us: now_us + hold_us,
         };
         self.ask_aside(lock, token, ground);
+    }
+
+    /// If it holds, and asked for a delay, nobody else may be granted within it.
+    fn guard(&self, lock: usize, token: u64, delay_ms: u64, ground: &mut Ground) {
+        let Some(session) = self.session.as_ref().filter(|_| delay_ms > 0) else {
+            return;
+        };
+        if matches!(self.step, Step::Hold { token: held, .. } if held == token) {
+            let sent_us = self.clock.true_at(session.state.confirmed());
+            let times = (self.ttl_ms * 1_000, delay_ms * 1_000);
+            let guards = &mut ground.checks.lock_delay;
+            guards.holds(lock, self.link.actor, token, sent_us, times);
+        }
     }
 
     /// Sometimes, while it holds: is the token good, and is a stale release
@@ -647,6 +680,7 @@ impl LockClient {
             return self.die(ground);
         }
         ground.checks.one_holder.gives_up(lock, token);
+        ground.checks.lock_delay.gives_up(lock, token);
         ground.checks.liveness.begins(self.actor(), ground.now_us);
         self.step = Step::Release {
             lock,
@@ -662,6 +696,7 @@ impl LockClient {
             session_id: self.session.as_ref().map_or(0, |session| session.id),
             owner: self.owner.clone(),
             token,
+            entry: 0,
         };
         let command = primitive_command::Command::LockRelease(command);
         CallBody::Command(conclave_primitives::command(command))

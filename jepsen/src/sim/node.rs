@@ -476,10 +476,10 @@ impl Running {
             ground.checks.dropped(node, number, caller.about);
             let reply = match result {
                 Ok(answer) => {
-                    let keyspace = self.replica.state().keyspace();
+                    let (now_us, state) = (ground.now_us, self.replica.state());
                     ground
                         .checks
-                        .answered(caller.about, caller.sent, &answer, keyspace);
+                        .answered(caller.about, caller.sent, &answer, now_us, state);
                     Reply::Answer(Box::new(answer))
                 }
                 Err(failure) => Reply::Failure(failure),

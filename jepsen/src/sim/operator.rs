@@ -81,6 +81,7 @@ impl Operator {
                 name,
                 reason,
                 token: 0,
+                skip_delay: ground.rng.chance(500_000),
             };
             let force = primitive_command::Command::LockForceRelease(force);
             CallBody::Command(conclave_primitives::command(force))

@@ -61,6 +61,7 @@ counted! {
         GrantedWithoutLimit = "granted_without_limit",
         Held = "held",
         WaitTimedOut = "wait_timed_out",
+        LostWithDelay = "lost_with_delay",
         Cancelled = "cancelled",
         Released = "released",
         StaleReleaseRefused = "stale_release_refused",

@@ -58,8 +58,10 @@ async fn what_programs_read_is_complete() {
     assert_eq!((&held["place"], &waiting["place"]), (&0.into(), &1.into()));
     assert!(held["token"].as_u64() < waiting["token"].as_u64());
     for contender in [held, waiting] {
-        let names = ["key", "owner", "place", "session_id", "session_name"];
-        let names = names.into_iter().chain(["since_ms", "token"]);
+        let names = ["entries", "key", "owner", "place", "session_id"];
+        let names = names
+            .into_iter()
+            .chain(["session_name", "since_ms", "token"]);
         assert_eq!(fields(contender), names.collect());
         let session = contender["session_id"].as_str().unwrap();
         assert_eq!(contender["key"], format!("deploy/{session}"));

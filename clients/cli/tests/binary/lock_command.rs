@@ -357,3 +357,52 @@ async fn no_cluster_is_told_from_other_trouble() {
         ended.complaint();
     }
 }
+
+/// Kills the holder of the lock `a` without a word, and waits until its session has
+/// expired; what is left of it.
+async fn lost_with_delay(cluster: &Cluster, delay: &str) -> serde_json::Value {
+    let holder = cluster.begin(["lock", "a", "--ttl", "1s", "--lock-delay", delay]);
+    holder.printed("token").await;
+    assert_eq!(cluster.lock("a").await["holder"].get("delay_left_ms"), None);
+    holder.signal(Signal::KILL);
+    eventually("the delay", || async {
+        let left = cluster.lock("a").await["holder"].clone();
+        left["delay_left_ms"].is_u64().then_some(left)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_lock_that_was_lost_is_free_when_its_delay_has_ended() {
+    let cluster = Cluster::start("delay", 1);
+    cluster.leader().await;
+    let left = lost_with_delay(&cluster, "2s").await;
+    let held = cluster.run(["lock", "a", "--try", "--", "true"]).await;
+    assert_eq!(held.code, 73, "{held:?}");
+    let session = left["session_id"].as_str().unwrap();
+    assert_eq!(left["key"], format!("a/{session}"));
+    assert!(left["delay_left_ms"].as_u64() <= Some(2_001));
+    let next = cluster
+        .run(["lock", "a", "--", "sh", "-c", "echo $CONCLAVE_LOCK_TOKEN"])
+        .await;
+    assert!(next.stdout.trim().parse::<u64>().ok() > left["token"].as_u64());
+}
+
+#[tokio::test]
+async fn an_operator_ends_a_delay_only_if_that_is_said() {
+    let cluster = Cluster::start("skip", 1);
+    cluster.leader().await;
+    lost_with_delay(&cluster, "1m").await;
+    let table = cluster.run(["locks"]).await.stdout;
+    assert!(table.contains("delay "), "{table}");
+    let unlock = ["unlock", "a", "--force", "--reason", "it is gone"];
+    let refused = cluster.run(unlock).await;
+    assert_eq!(refused.code, 1);
+    assert!(refused.complaint().contains("--skip-delay"), "{refused:?}");
+    let freed = cluster
+        .run(unlock.into_iter().chain(["--skip-delay"]))
+        .await;
+    assert_eq!(freed.code, 0, "{freed:?}");
+    let next = cluster.run(["lock", "a", "--try", "--", "true"]).await;
+    assert_eq!(next.code, 0, "{next:?}");
+}

@@ -12,5 +12,6 @@ mod dev_command;
 mod disk;
 mod garbage;
 mod lock_command;
+mod overload;
 mod serve_command;
 mod support;
