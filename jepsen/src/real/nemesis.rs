@@ -205,9 +205,9 @@ struct Row {
 impl Row {
     fn new(kinds: &[Fault], plan: &Plan, rng: &mut Rng) -> Self {
         let kinds = plan.enabled(kinds);
-        // A little less than its share, so that a fault can be tried again.
+        // Less than its share, so that a fault can be tried again.
         let count = u32::try_from(kinds.len().max(1)).expect("a few kinds");
-        let share = plan.length * 9 / 10 / count;
+        let share = plan.length * 7 / 10 / count;
         Self {
             tally: Tally(kinds.iter().map(|kind| (*kind, 0)).collect()),
             kinds,
