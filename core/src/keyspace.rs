@@ -80,6 +80,15 @@ pub struct Keyspace {
     digest: u64,
 }
 
+/// All versions of all keys at one moment. See [`Keyspace::picture`].
+#[derive(Debug, Default)]
+pub(crate) struct Picture {
+    pub(crate) revision: Revision,
+    pub(crate) digest: u64,
+    pub(crate) live: Vec<Record>,
+    pub(crate) past: Vec<(Revision, Record)>,
+}
+
 impl Keyspace {
     /// An empty keyspace, at revision 1.
     pub fn new() -> Self {
@@ -169,6 +178,48 @@ impl Keyspace {
     /// A hash of the whole history of changes, equal on nodes that applied the same.
     pub fn digest(&self) -> u64 {
         self.digest
+    }
+
+    /// All versions, the live ones in order of key, then those that have ended
+    /// with the revision that ended each.
+    pub(crate) fn picture(&self) -> Picture {
+        Picture {
+            revision: self.revision,
+            digest: self.digest,
+            live: self.live.values().cloned().collect(),
+            past: self
+                .past
+                .iter()
+                .map(|((_, ended), record)| (*ended, record.clone()))
+                .collect(),
+        }
+    }
+
+    /// The keyspace of a picture.
+    pub(crate) fn restore(picture: Picture) -> Self {
+        let Picture {
+            revision,
+            digest,
+            live,
+            past,
+        } = picture;
+        let mut bound: BTreeMap<SessionId, BTreeSet<Bytes>> = BTreeMap::new();
+        for record in &live {
+            if let Some(session) = record.lease {
+                bound.entry(session).or_default().insert(record.key.clone());
+            }
+        }
+        let live = live.into_iter().map(|record| (record.key.clone(), record));
+        let past = past
+            .into_iter()
+            .map(|(ended, record)| ((record.key.clone(), ended), record));
+        Self {
+            revision,
+            live: live.collect(),
+            past: past.collect(),
+            bound,
+            digest,
+        }
     }
 
     fn apply(&mut self, change: &Change) {

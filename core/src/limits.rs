@@ -59,6 +59,15 @@ pub const APPEND_BYTES_MAX: u64 = 1 << 20;
 /// as long as may be, fit into what a link queues.
 pub const APPENDS_INFLIGHT_MAX: usize = 32;
 
+/// Entries between two checkpoints, unless told otherwise.
+pub const CHECKPOINT_ENTRIES: u64 = 100_000;
+/// A checkpoint is also due when this many bytes were written to the log since
+/// the last one was begun, since a start reads them all.
+pub const CHECKPOINT_LOG_BYTES: u64 = 64 << 20;
+/// The log is kept for members that are away up to this many bytes; memory holds
+/// about as much.
+pub const LOG_BYTES_MAX: u64 = 1 << 30;
+
 /// Locks in one answer of a list.
 pub const LIST_LOCKS_MAX: usize = 1_000;
 /// Waiters shown for one lock in a list.
@@ -67,6 +76,8 @@ pub const LIST_WAITERS_MAX: usize = 1_000;
 const _: () = {
     assert!(ENTRY_BYTES_MAX <= COMMAND_BYTES_MAX);
     assert!(UNCOMMITTED_BYTES_MAX > COMMAND_BYTES_MAX as u64);
+    // What two checkpoints leave in the log, twice over.
+    assert!(LOG_BYTES_MAX >= 4 * CHECKPOINT_LOG_BYTES);
     assert!(QUEUED_REQUESTS_MAX <= PENDING_COMMANDS_MAX);
     // A command with the longest of everything fits.
     assert!(NAME_BYTES_MAX + 3 * OWNER_BYTES_MAX + REASON_BYTES_MAX < COMMAND_BYTES_MAX);

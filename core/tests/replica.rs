@@ -146,6 +146,7 @@ fn fresh(node: NodeId, size: u64, incarnation: u64) -> Recovered {
             voters: (1..=size).map(NodeId).collect(),
             ..Facts::default()
         },
+        first: 1,
         entries: Vec::new(),
     }
 }

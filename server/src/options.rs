@@ -58,6 +58,8 @@ pub struct Options {
     pub listen_metrics_urls: Vec<String>,
     /// The largest request of a client, in bytes.
     pub max_request_bytes: usize,
+    /// Entries of the log between two checkpoints; 0 stands for the default.
+    pub snapshot_count: u64,
     /// Threads that serve clients; with 0 the thread of the node serves them, too.
     /// By default none with one or two processors, where a change of threads costs
     /// more than it gains, else half as many as processors, up to 4.
@@ -80,6 +82,7 @@ impl Default for Options {
             election_timeout_ms: 500,
             listen_metrics_urls: Vec::new(),
             max_request_bytes: limits::COMMAND_BYTES_MAX,
+            snapshot_count: limits::CHECKPOINT_ENTRIES,
             io_threads: None,
         }
     }
@@ -121,6 +124,10 @@ impl Options {
             heartbeat_ms: self.heartbeat_interval_ms,
             election_ms: self.election_timeout_ms,
             max_request_bytes: self.max_request_bytes,
+            snapshot_count: match self.snapshot_count {
+                0 => limits::CHECKPOINT_ENTRIES,
+                count => count,
+            },
             io_threads: self.io_threads.unwrap_or_else(default_io_threads),
         })
     }
@@ -246,6 +253,8 @@ pub struct Settings {
     pub election_ms: u64,
     /// See [`Options::max_request_bytes`].
     pub max_request_bytes: usize,
+    /// Entries between two checkpoints, at least 1.
+    pub snapshot_count: u64,
     /// See [`Options::io_threads`].
     pub io_threads: usize,
 }

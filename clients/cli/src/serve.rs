@@ -38,6 +38,7 @@ const OWN: &[&str] = &[
     "heartbeat-interval",
     "election-timeout",
     "max-request-bytes",
+    "snapshot-count",
     "listen-metrics-urls",
     "log-level",
     "log-format",
@@ -45,7 +46,6 @@ const OWN: &[&str] = &[
 
 /// Flags of etcd that tune or describe: they are ignored with a warning.
 const TUNING: &[&str] = &[
-    "snapshot-count",
     "snapshot-catchup-entries",
     "listen-client-http-urls",
     "max-snapshots",
@@ -206,6 +206,9 @@ pub(crate) struct ServeArgs {
     /// The largest request of a client.
     #[arg(long, default_value_t = 1_572_864, value_name = "BYTES")]
     pub(crate) max_request_bytes: usize,
+    /// Entries of the log between two checkpoints of the state.
+    #[arg(long, default_value_t = 100_000, value_name = "ENTRIES")]
+    pub(crate) snapshot_count: u64,
     /// Where to serve metrics and health in addition to the client addresses.
     #[arg(long, value_delimiter = ',', value_name = "URLS")]
     pub(crate) listen_metrics_urls: Vec<String>,
@@ -315,6 +318,7 @@ impl From<ServeArgs> for Options {
             election_timeout_ms: args.election_timeout,
             listen_metrics_urls: args.listen_metrics_urls,
             max_request_bytes: args.max_request_bytes,
+            snapshot_count: args.snapshot_count,
             io_threads: None,
         }
     }
@@ -459,7 +463,7 @@ mod tests {
 
     #[test]
     fn tuning_is_dropped_and_safety_refused() {
-        let line = "conclave serve --snapshot-count 5 --pre-vote --name a --experimental-x=1";
+        let line = "conclave serve --max-wals 5 --pre-vote --name a --experimental-x=1";
         assert_eq!(prepared(line, &[]).unwrap(), "conclave serve --name a");
         for unsafe_line in [
             "conclave serve -cert-file x",
