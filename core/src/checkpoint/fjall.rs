@@ -38,7 +38,7 @@ impl FjallCheckpoints {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             made => {
                 made?;
-                sync_directory(path.parent().unwrap_or(Path::new(".")))?;
+                sync_directory(path.parent().unwrap_or_else(|| Path::new(".")))?;
             }
         }
         Ok(Self { path })
