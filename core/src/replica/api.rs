@@ -286,7 +286,7 @@ pub enum Fatal {
     /// Another directory is known under this member's id.
     #[error(
         "member {node} is known to the cluster with another data directory; \
-         restore that directory, or remove the member and add it again under a new id"
+         restore that directory (this version cannot yet replace a member)"
     )]
     Replaced {
         /// This member.
