@@ -305,6 +305,22 @@ mod tests {
     }
 
     #[test]
+    fn checkpoints_without_a_log_are_not_taken_for_a_new_directory() {
+        let path = std::env::temp_dir().join(format!("conclave-storage-{:x}", random()));
+        let options = Options {
+            data_dir: Some(path.clone()),
+            ..Options::default()
+        };
+        let settings = options.validate().unwrap();
+        drop(Storage::open(&settings).unwrap());
+        fs::create_dir(path.join(CHECKPOINTS).join(format!("{:020}", 9))).unwrap();
+        fs::remove_dir_all(path.join(LOG)).unwrap();
+        let opened = Storage::open(&settings);
+        assert!(matches!(opened, Err(StorageError::LogGone { .. })));
+        fs::remove_dir_all(&path).unwrap();
+    }
+
+    #[test]
     fn an_empty_directory_does_not_join_a_running_cluster() {
         let path = std::env::temp_dir().join(format!("conclave-storage-{:x}", random()));
         let options = Options {
