@@ -738,7 +738,7 @@ mod tests {
         assert_eq!(split(Message::default()).len(), 1);
     }
 
-    fn log_entries(indexes: std::ops::RangeInclusive<u64>) -> Vec<LogEntry> {
+    fn log_entries(indexes: std::ops::Range<u64>) -> Vec<LogEntry> {
         let entry = |index| LogEntry {
             index,
             term: index / 10 + 1,
@@ -748,7 +748,7 @@ mod tests {
         indexes.map(entry).collect()
     }
 
-    fn memory_log(applied: Index, indexes: std::ops::RangeInclusive<u64>) -> MemoryLog {
+    fn memory_log(applied: Index, indexes: std::ops::Range<u64>) -> MemoryLog {
         let hard_state = HardState {
             commit: 7,
             ..HardState::default()
@@ -761,21 +761,21 @@ mod tests {
     fn a_log_goes_on_where_a_checkpoint_ends() {
         // Behind it, from the entry after it, and from one before it.
         for (first, expected) in [(26, 26), (20, 21)] {
-            let log = memory_log(25, first..=30);
+            let log = memory_log(25, first..31);
             assert_eq!(log.first_index().unwrap(), expected);
             assert_eq!(log.last_index().unwrap(), 30);
             assert_eq!(log.term(expected - 1).unwrap(), 3);
             assert_eq!(log.hard_state.commit, 25);
             assert!(log.term(expected - 2).is_err());
         }
-        let nothing = memory_log(25, 26..=25);
+        let nothing = memory_log(25, 26..26);
         assert_eq!((nothing.first_index().unwrap(), nothing.last()), (26, 25));
         assert_eq!(nothing.term(25).unwrap(), 3);
     }
 
     #[test]
     fn a_log_that_was_cut_keeps_the_term_before_its_first_entry() {
-        let mut log = memory_log(0, 1..=30);
+        let mut log = memory_log(0, 1..31);
         log.cut(0);
         assert_eq!(log.first_index().unwrap(), 1);
         log.cut(19);
