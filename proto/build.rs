@@ -4,12 +4,13 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const SCHEMAS: [&str; 5] = [
+const SCHEMAS: [&str; 6] = [
     "conclave/v1/session.proto",
     "conclave/v1/lock.proto",
     "conclave/v1/cluster.proto",
     "conclave/internal/entry.proto",
     "conclave/internal/peer.proto",
+    "conclave/internal/checkpoint.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

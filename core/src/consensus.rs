@@ -8,7 +8,7 @@
 //! - quorum-confirmed reads only (`ReadOnlyOption::Safe`). raft-rs' lease-based
 //!   reads are stale under partitions even with perfect clocks.
 
-use std::fmt;
+use std::{collections::VecDeque, fmt};
 
 use bytes::Bytes;
 use protobuf::Message as _;
@@ -47,6 +47,8 @@ pub(crate) struct ConsensusConfig {
     pub(crate) seed: u64,
     /// Heartbeats that fit into the shortest election timeout.
     pub(crate) heartbeats_per_election: usize,
+    /// The entry that the state holds already, and its term; (0, 0) for none.
+    pub(crate) applied: (Index, Term),
 }
 
 /// How many ticks make one heartbeat interval.
@@ -105,7 +107,8 @@ impl fmt::Debug for Consensus {
 }
 
 impl Consensus {
-    /// Starts over what the log held.
+    /// Starts over what the log held, which must reach from the entry behind what
+    /// is applied, or from an earlier one, at least to what is applied.
     pub(crate) fn new(
         config: &ConsensusConfig,
         hard_state: HardState,
@@ -125,9 +128,10 @@ impl Consensus {
             skip_bcast_commit: true,
             max_uncommitted_size: limits::UNCOMMITTED_BYTES_MAX,
             max_committed_size_per_ready: APPLY_BYTES_PER_TURN_MAX,
+            applied: config.applied.0,
             ..RaftConfig::default()
         };
-        let log = MemoryLog::new(&config.voters, hard_state, entries);
+        let log = MemoryLog::new(&config.voters, config.applied, hard_state, entries);
         let logger = Logger::root(Discard, o!());
         let raw = RawNode::new(&raft_config, log, &logger)
             .expect("the configuration and a recovered log are valid");
@@ -173,6 +177,22 @@ impl Consensus {
     /// Whether an entry of the present term is known to be committed.
     pub(crate) fn has_committed_in_term(&self) -> bool {
         self.raw.raft.commit_to_current_term()
+    }
+
+    /// Up to where every member is known to hold the log durably, as far as this
+    /// leader knows; 0 on others.
+    pub(crate) fn held_by_all(&self) -> Index {
+        if self.raw.raft.state != StateRole::Leader {
+            return 0;
+        }
+        let matched = self.raw.raft.prs().iter().map(|(_, p)| p.matched);
+        matched.min().unwrap_or(0)
+    }
+
+    /// Forgets entries up to an index, which must be applied.
+    pub(crate) fn cut(&mut self, upto: Index) {
+        let upto = upto.min(self.raw.raft.raft_log.applied);
+        self.raw.mut_store().cut(upto);
     }
 
     /// One tick. A sole voter need not wait for anybody: it campaigns at once.
@@ -455,7 +475,9 @@ impl Consensus {
                 return Err("appends entries out of order");
             }
             before = (entry.index, entry.term);
+            // What was cut off cannot be compared, and raft-rs does not look at it.
             let replaces_committed = entry.index <= self.committed()
+                && entry.index > self.raw.store().cut.0
                 && self.raw.raft.raft_log.term(entry.index).ok() != Some(entry.term);
             if replaces_committed && message.term >= self.term() {
                 return Err("replaces committed entries");
@@ -465,44 +487,77 @@ impl Consensus {
     }
 }
 
-/// Raft's log in memory, as raft-rs reads it. All of it is kept: cutting comes
-/// with checkpoints.
+/// Raft's log in memory, as raft-rs reads it: what lies behind the newest entry
+/// that was cut off.
 struct MemoryLog {
     hard_state: RaftHardState,
     voters: Vec<u64>,
-    /// The entry at index i is at i - 1.
-    entries: Vec<Entry>,
+    /// The newest entry that is not held, and its term; (0, 0) if all are.
+    cut: (Index, Term),
+    /// The entry at index i is at i - 1 - the index of `cut`.
+    entries: VecDeque<Entry>,
 }
 
 impl MemoryLog {
-    fn new(voters: &[NodeId], hard_state: HardState, entries: Vec<LogEntry>) -> Self {
+    fn new(
+        voters: &[NodeId],
+        applied: (Index, Term),
+        hard_state: HardState,
+        entries: Vec<LogEntry>,
+    ) -> Self {
+        let mut entries: VecDeque<Entry> = entries.into_iter().map(raft_entry).collect();
+        // Of the entry before the first, only the term is needed; where the log
+        // does not hold that one any more, its first one stands in for it.
+        let cut = match entries.front().map(|first| (first.index, first.term)) {
+            None => applied,
+            Some((1, _)) => (0, 0),
+            Some((first, _)) if first > applied.0 => applied,
+            Some(first) => {
+                entries.pop_front();
+                first
+            }
+        };
+        let last = cut.0 + entries.len() as u64;
         let hard_state = RaftHardState {
             term: hard_state.term,
             vote: hard_state.vote,
-            commit: hard_state.commit.min(entries.len() as u64),
+            commit: hard_state.commit.min(last).max(applied.0),
             ..RaftHardState::default()
         };
         Self {
             hard_state,
             voters: voters.iter().map(|node| node.0).collect(),
-            entries: entries.into_iter().map(raft_entry).collect(),
+            cut,
+            entries,
         }
     }
 
     fn append(&mut self, entries: &[Entry]) {
         if let Some(first) = entries.first() {
-            self.entries.truncate(position(first.index));
-            assert_eq!(
-                self.entries.len(),
-                position(first.index),
-                "a gap in the log"
-            );
-            self.entries.extend_from_slice(entries);
+            let place = self.place(first.index).expect("committed entries stay");
+            self.entries.truncate(place);
+            assert_eq!(self.entries.len(), place, "a gap in the log");
+            self.entries.extend(entries.iter().cloned());
+        }
+    }
+
+    /// Forgets entries up to an index that is held.
+    fn cut(&mut self, upto: Index) {
+        if let Some(place) = self.place(upto)
+            && let Some(newest) = self.entries.drain(..=place).next_back()
+        {
+            self.cut = (newest.index, newest.term);
         }
     }
 
     fn last(&self) -> Index {
-        self.entries.len() as u64
+        self.cut.0 + self.entries.len() as u64
+    }
+
+    /// Where an entry is or will be; `None` if it was cut off.
+    fn place(&self, index: Index) -> Option<usize> {
+        let place = index.checked_sub(self.cut.0 + 1)?;
+        Some(usize::try_from(place).expect("indexes fit in memory"))
     }
 }
 
@@ -523,23 +578,30 @@ impl Storage for MemoryLog {
             high <= self.last() + 1,
             "raft asks for entries it has not appended"
         );
-        let entries = &self.entries[position(low)..position(high)];
-        let count = fitting(entries, max_size.into().unwrap_or(u64::MAX));
-        Ok(entries[..count].to_vec())
+        let compacted = raft::Error::Store(StorageError::Compacted);
+        let (Some(low), Some(high)) = (self.place(low), self.place(high)) else {
+            return Err(compacted);
+        };
+        let entries = self.entries.range(low..high);
+        let count = fitting(entries.clone(), max_size.into().unwrap_or(u64::MAX));
+        Ok(entries.take(count).cloned().collect())
     }
 
     fn term(&self, index: u64) -> raft::Result<u64> {
-        if index == 0 {
-            return Ok(0);
+        if index == self.cut.0 {
+            return Ok(self.cut.1);
         }
+        let place = self
+            .place(index)
+            .ok_or(raft::Error::Store(StorageError::Compacted))?;
         self.entries
-            .get(position(index))
+            .get(place)
             .map(|entry| entry.term)
             .ok_or(raft::Error::Store(StorageError::Unavailable))
     }
 
     fn first_index(&self) -> raft::Result<u64> {
-        Ok(1)
+        Ok(self.cut.0 + 1)
     }
 
     fn last_index(&self) -> raft::Result<u64> {
@@ -547,7 +609,7 @@ impl Storage for MemoryLog {
     }
 
     fn snapshot(&self, _: u64, _: u64) -> raft::Result<Snapshot> {
-        // Never needed while the log is whole.
+        // Checkpoints are not sent yet: a follower that needs one gets nothing.
         Err(raft::Error::Store(
             StorageError::SnapshotTemporarilyUnavailable,
         ))
@@ -555,17 +617,15 @@ impl Storage for MemoryLog {
 }
 
 /// How many entries fit into so many bytes; the first always does.
-fn fitting(entries: &[Entry], bytes_max: u64) -> usize {
+fn fitting<'a>(entries: impl ExactSizeIterator<Item = &'a Entry>, bytes_max: u64) -> usize {
+    let count = entries.len();
     let mut bytes = 0;
-    let over = entries.iter().position(|entry| {
+    let mut entries = entries;
+    let over = entries.position(|entry| {
         bytes += u64::from(entry.compute_size());
         bytes > bytes_max
     });
-    over.map_or(entries.len(), |over| over.max(1))
-}
-
-fn position(index: Index) -> usize {
-    usize::try_from(index - 1).expect("indexes fit in memory")
+    over.map_or(count, |over| over.max(1))
 }
 
 fn encode(messages: Vec<Message>) -> Vec<(NodeId, Bytes)> {
@@ -584,13 +644,13 @@ fn encode(messages: Vec<Message>) -> Vec<(NodeId, Bytes)> {
 /// raft-rs joins all appends of a turn to one receiver, without limit; a follower
 /// that is far behind would get everything at once. Several in a row say the same.
 fn split(mut message: Message) -> Vec<Message> {
-    if fitting(&message.entries, limits::APPEND_BYTES_MAX) == message.entries.len() {
+    if fitting(message.entries.iter(), limits::APPEND_BYTES_MAX) == message.entries.len() {
         return vec![message];
     }
     let mut entries: Vec<_> = message.take_entries().into();
     let mut parts = Vec::new();
     loop {
-        let rest = entries.split_off(fitting(&entries, limits::APPEND_BYTES_MAX));
+        let rest = entries.split_off(fitting(entries.iter(), limits::APPEND_BYTES_MAX));
         let mut part = message.clone();
         if let Some(last) = entries.last() {
             (message.index, message.log_term) = (last.index, last.term);
@@ -655,8 +715,11 @@ mod tests {
     #[test]
     fn the_first_entry_always_fits() {
         let entries = entries(&[100, 10, 10, 100]);
-        assert_eq!([1, 130, 1_000].map(|max| fitting(&entries, max)), [1, 2, 4]);
-        assert_eq!(fitting(&[], 1), 0);
+        assert_eq!(
+            [1, 130, 1_000].map(|max| fitting(entries.iter(), max)),
+            [1, 2, 4]
+        );
+        assert_eq!(fitting([].iter(), 1), 0);
     }
 
     #[test]
@@ -673,5 +736,59 @@ mod tests {
         let joined: Vec<_> = parts.iter().flat_map(|p| p.entries.to_vec()).collect();
         assert_eq!(joined, whole);
         assert_eq!(split(Message::default()).len(), 1);
+    }
+
+    fn log_entries(indexes: std::ops::Range<u64>) -> Vec<LogEntry> {
+        let entry = |index| LogEntry {
+            index,
+            term: index / 10 + 1,
+            kind: EntryKind::Normal,
+            data: Bytes::new(),
+        };
+        indexes.map(entry).collect()
+    }
+
+    fn memory_log(applied: Index, indexes: std::ops::Range<u64>) -> MemoryLog {
+        let hard_state = HardState {
+            commit: 7,
+            ..HardState::default()
+        };
+        let applied = (applied, applied / 10 + 1);
+        MemoryLog::new(&[NodeId(1)], applied, hard_state, log_entries(indexes))
+    }
+
+    #[test]
+    fn a_log_goes_on_where_a_checkpoint_ends() {
+        // Behind it, from the entry after it, and from one before it.
+        for (first, expected) in [(26, 26), (20, 21)] {
+            let log = memory_log(25, first..31);
+            assert_eq!(log.first_index().unwrap(), expected);
+            assert_eq!(log.last_index().unwrap(), 30);
+            assert_eq!(log.term(expected - 1).unwrap(), 3);
+            assert_eq!(log.hard_state.commit, 25);
+            assert!(log.term(expected - 2).is_err());
+        }
+        let nothing = memory_log(25, 26..26);
+        assert_eq!((nothing.first_index().unwrap(), nothing.last()), (26, 25));
+        assert_eq!(nothing.term(25).unwrap(), 3);
+    }
+
+    #[test]
+    fn a_log_that_was_cut_keeps_the_term_before_its_first_entry() {
+        let mut log = memory_log(0, 1..31);
+        log.cut(0);
+        assert_eq!(log.first_index().unwrap(), 1);
+        log.cut(19);
+        log.cut(12);
+        assert_eq!(log.first_index().unwrap(), 20);
+        assert_eq!((log.term(19).unwrap(), log.term(20).unwrap()), (2, 3));
+        let context = || GetEntriesContext::empty(false);
+        let entries = log.entries(20, 31, None, context()).unwrap();
+        assert_eq!(entries.len(), 11);
+        assert!(log.entries(19, 31, None, context()).is_err());
+        log.append(&entries[5..6]);
+        assert_eq!(log.last(), 25);
+        log.cut(25);
+        assert_eq!((log.first_index().unwrap(), log.last()), (26, 25));
     }
 }

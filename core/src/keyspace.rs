@@ -114,6 +114,16 @@ pub struct Keyspace {
     digest: u64,
 }
 
+/// All versions of all keys at one moment. See [`Keyspace::picture`].
+#[derive(Debug, Default)]
+pub(crate) struct Picture {
+    pub(crate) revision: Revision,
+    pub(crate) compacted: Revision,
+    pub(crate) digest: u64,
+    pub(crate) live: Vec<Record>,
+    pub(crate) past: Vec<(Revision, Record)>,
+}
+
 impl Keyspace {
     /// An empty keyspace, at revision 1.
     pub fn new() -> Self {
@@ -258,6 +268,45 @@ impl Keyspace {
     /// A hash of the whole history of changes, equal on nodes that applied the same.
     pub fn digest(&self) -> u64 {
         self.digest
+    }
+
+    /// All versions, the live ones in order of key, then those that have ended
+    /// with the revision that ended each.
+    pub(crate) fn picture(&self) -> Picture {
+        Picture {
+            revision: self.revision,
+            compacted: self.compacted(),
+            digest: self.digest,
+            live: self.live.values().cloned().collect(),
+            past: self.past.iter().collect(),
+        }
+    }
+
+    /// The keyspace of a picture.
+    pub(crate) fn restore(picture: Picture) -> Self {
+        let Picture {
+            revision,
+            compacted,
+            digest,
+            live,
+            past,
+        } = picture;
+        let mut bound: BTreeMap<SessionId, BTreeSet<Bytes>> = BTreeMap::new();
+        for record in &live {
+            if let Some(session) = record.lease {
+                bound.entry(session).or_default().insert(record.key.clone());
+            }
+        }
+        let live_bytes = live.iter().map(Record::bytes).sum();
+        let live = live.into_iter().map(|record| (record.key.clone(), record));
+        Self {
+            revision,
+            live: live.collect(),
+            live_bytes,
+            past: History::restore(compacted, past),
+            bound,
+            digest,
+        }
     }
 
     fn apply(&mut self, change: &Change) {

@@ -8,7 +8,7 @@
 //! - [`state`]: the replicated state and how an entry changes it: [`keyspace`]
 //!   (keys with history), [`session`] (who is alive), [`system`] (the rest), and
 //!   [`machine`] (the seam to what commands mean);
-//! - [`log`] over [`disk`]: what is durable;
+//! - [`log`] over [`disk`], and [`checkpoint`]: what is durable;
 //! - [`node`]: all of this with a clock and an inbox, for a thread to run.
 //!
 //! Invariants: time, randomness and messages come in as parameters, and the
@@ -16,6 +16,7 @@
 //! node; nothing is answered before it is durable on a majority; after a failed
 //! sync nothing is answered at all.
 
+pub mod checkpoint;
 mod clock;
 mod consensus;
 mod deferral;

@@ -90,6 +90,15 @@ pub const APPEND_BYTES_MAX: u64 = 1 << 20;
 /// as long as may be, fit into what a link queues.
 pub const APPENDS_INFLIGHT_MAX: usize = 32;
 
+/// Entries between two checkpoints, unless told otherwise.
+pub const CHECKPOINT_ENTRIES: u64 = 100_000;
+/// A checkpoint is also due when this many bytes were written to the log since
+/// the last one was begun, since a start reads them all.
+pub const CHECKPOINT_LOG_BYTES: u64 = 64 << 20;
+/// The log is kept for members that are away up to this many bytes; memory holds
+/// about as much.
+pub const LOG_BYTES_MAX: u64 = 1 << 30;
+
 /// Locks in one answer of a list.
 pub const LIST_LOCKS_MAX: usize = 1_000;
 /// Waiters shown for one lock in a list.
@@ -101,6 +110,8 @@ const _: () = {
     assert!(QUEUED_REQUESTS_MAX + QUEUED_ENDINGS_MAX <= PENDING_COMMANDS_MAX);
     // What an entry supersedes by single writes, the next one can drop.
     assert!(SWEPT_PER_ENTRY_MAX >= ENTRY_COMMANDS_MAX);
+    // What two checkpoints leave in the log, twice over.
+    assert!(LOG_BYTES_MAX >= 4 * CHECKPOINT_LOG_BYTES);
     // A command with the longest of everything fits.
     assert!(NAME_BYTES_MAX + 3 * OWNER_BYTES_MAX + REASON_BYTES_MAX < COMMAND_BYTES_MAX);
     assert!(SESSION_METADATA_BYTES_MAX + SESSION_NAME_BYTES_MAX < COMMAND_BYTES_MAX);

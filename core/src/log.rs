@@ -3,7 +3,7 @@
 //! # Format, version 1
 //!
 //! A log is a row of files, the segments: `log-` and a number of 20 digits, from
-//! 1 on, without gaps. A segment is a chain of records; the first is its header.
+//! 1 on, without gaps; those that are oldest may be cut off. A segment is a chain of records; the first is its header.
 //! Behind the last record the file is zero. All numbers are little-endian, all
 //! records begin at a multiple of 8.
 //!
@@ -67,9 +67,13 @@
 //! A header restates all that the segments before it add up to, except entries.
 //! It is written and synced, and so is the directory, before any batch follows
 //! it, and after the segment before it was synced. A crash in between leaves one
-//! segment without a header at the end of the row, which is removed. Segments
-//! are not cut or recycled yet; when there are checkpoints, the oldest may go as
-//! soon as a header behind it is attested.
+//! segment without a header at the end of the row, which is removed.
+//!
+//! The oldest go ([`Log::cut`]) when all their entries are in checkpoints and a
+//! header behind them is attested, one after the other, so that a crash never
+//! leaves a gap. Then the entries begin with those of the oldest segment that is
+//! left: its header says where. They are not recycled: space is written ahead, so
+//! that a new segment costs a sync no more than an old one.
 //!
 //! Space is filled with zeros a step ahead, by the write that reaches it:
 //! overwriting is cheaper to sync than growing.
@@ -78,7 +82,7 @@ mod body;
 mod record;
 mod recovery;
 
-use std::io;
+use std::{collections::VecDeque, io};
 
 use bytes::Bytes;
 
@@ -176,7 +180,10 @@ pub struct Recovered {
     pub hard_state: HardState,
     /// The newest.
     pub facts: Facts,
-    /// All entries, without gaps, from the first index on.
+    /// The index of the first entry that the log still holds, or of the next one
+    /// if it holds none; 1 if nothing was ever cut off.
+    pub first: Index,
+    /// All entries, without gaps, from `first` on.
     pub entries: Vec<LogEntry>,
 }
 
@@ -224,10 +231,21 @@ pub struct Log<D> {
     synced: Position,
     /// Whether the newest record is a mark.
     is_marked: bool,
-    /// The length of all segments but the newest.
-    older_bytes: u64,
+    /// All segments but the newest.
+    older: VecDeque<Older>,
+    /// Bytes of records written since it was opened.
+    written_bytes: u64,
     buffer: Vec<u8>,
     is_poisoned: bool,
+}
+
+/// A segment that is complete.
+#[derive(Clone, Copy, Debug)]
+struct Older {
+    number: u64,
+    length: u64,
+    /// Behind the highest index of an entry that was ever written up to its end.
+    behind: Index,
 }
 
 /// The segment that is written to.
@@ -242,6 +260,8 @@ struct Tail {
     length: u64,
     /// Whether it holds nothing but its header.
     is_fresh: bool,
+    /// See [`Older::behind`].
+    behind: Index,
 }
 
 impl<D: Disk> Log<D> {
@@ -294,7 +314,8 @@ impl<D: Disk> Log<D> {
             synced: tail.end,
             tail,
             is_marked: false,
-            older_bytes: 0,
+            older: VecDeque::new(),
+            written_bytes: 0,
             buffer: Vec::new(),
             is_poisoned: false,
         };
@@ -331,10 +352,12 @@ impl<D: Disk> Log<D> {
                 previous: found.tail.previous,
                 length: found.length,
                 is_fresh: found.is_fresh(),
+                behind: found.behind,
             },
             synced: end,
             is_marked: found.is_marked,
-            older_bytes: found.older_bytes,
+            older: found.older,
+            written_bytes: 0,
             standing: found.standing,
             buffer: Vec::new(),
             is_poisoned: false,
@@ -361,6 +384,7 @@ impl<D: Disk> Log<D> {
         }
         self.attempt(Self::write_record)?;
         self.standing.advance(batch, next);
+        self.tail.behind = self.tail.behind.max(next);
         self.is_marked = false;
         self.buffer.shrink_to(BUFFER_BYTES_KEPT);
         Ok(())
@@ -391,7 +415,32 @@ impl<D: Disk> Log<D> {
 
     /// Bytes on disk, those written ahead included.
     pub fn bytes(&self) -> u64 {
-        self.older_bytes + self.tail.length
+        let older: u64 = self.older.iter().map(|segment| segment.length).sum();
+        older + self.tail.length
+    }
+
+    /// Bytes of records written since it was opened.
+    pub fn written_bytes(&self) -> u64 {
+        self.written_bytes
+    }
+
+    /// Removes the oldest segments as far as they hold no entries behind `upto`,
+    /// which must be in a durable checkpoint: what is left needs that. The newest
+    /// always stays. Whether any was removed.
+    pub fn cut(&mut self, upto: Index) -> Result<bool, LogError> {
+        // A record behind the newest header attests it: without one, damage to it
+        // would look like a log that never began.
+        let is_attested = !self.tail.is_fresh && self.synced == self.tail.end;
+        let before = self.older.len();
+        while let Some(oldest) = self.older.front()
+            && oldest.behind <= upto.saturating_add(1)
+            && is_attested
+        {
+            let name = segment_name(oldest.number);
+            self.attempt(|log| remove(&mut log.disk, &name))?;
+            self.older.pop_front();
+        }
+        Ok(self.older.len() < before)
     }
 
     /// Works on the disk, unless that failed before; remembers if it fails now.
@@ -416,7 +465,9 @@ impl<D: Disk> Log<D> {
             self.roll()?;
         }
         self.tail
-            .write(&mut self.disk, self.layout, &mut self.buffer, self.synced)
+            .write(&mut self.disk, self.layout, &mut self.buffer, self.synced)?;
+        self.written_bytes += bytes;
+        Ok(())
     }
 
     /// Goes on in a new segment, which is durable when this returns.
@@ -431,7 +482,11 @@ impl<D: Disk> Log<D> {
             attested: self.synced,
         };
         let tail = Tail::begin(&mut self.disk, self.layout, &link, &self.standing)?;
-        self.older_bytes += self.tail.length;
+        self.older.push_back(Older {
+            number: self.tail.end.segment,
+            length: self.tail.length,
+            behind: self.tail.behind,
+        });
         self.synced = tail.end;
         self.tail = tail;
         Ok(())
@@ -460,6 +515,7 @@ impl Tail {
             previous: link.previous,
             length: 0,
             is_fresh: true,
+            behind: standing.next,
         };
         let mut header = Vec::new();
         record::begin(&mut header);

@@ -26,14 +26,16 @@ use conclave_proto::internal::{PeerMessage, command};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::{
+    checkpoint::{Schedule, Writer},
     disk::Disk,
-    ids::{NodeId, RequestNumber, SessionId},
+    ids::{Index, NodeId, RequestNumber, SessionId},
     limits,
     log::{Batch, Log, LogError, Recovered},
     machine::Machine,
     replica::{
         Answer, Config, Event, Failure, Fatal, Finished, Input, Now, Query, Replica, Role, Status,
     },
+    state::State,
 };
 
 /// How long nothing is written before the newest batch gets a mark behind it.
@@ -86,13 +88,35 @@ impl<M: Machine> fmt::Debug for Handle<M> {
     }
 }
 
-/// A node over an open log, and the way to talk to it.
+/// What a node goes on from, and where it keeps what it must not forget.
+#[derive(Debug)]
+pub struct Stores<M: Machine, D> {
+    /// The log.
+    pub log: Log<D>,
+    /// What it held.
+    pub recovered: Recovered,
+    /// The state of a checkpoint from which the log goes on; see
+    /// [`checkpoint::restore`](crate::checkpoint::restore).
+    pub state: State<M>,
+    /// Writes checkpoints.
+    pub checkpoints: Writer,
+    /// Entries between two checkpoints.
+    pub checkpoint_every: Index,
+}
+
+/// A node over its stores, and the way to talk to it.
 pub fn open<M: Machine, D: Disk>(
     config: Config,
-    log: Log<D>,
-    recovered: Recovered,
+    stores: Stores<M, D>,
     outlets: Outlets<M>,
 ) -> (Handle<M>, Node<M, D>) {
+    let Stores {
+        log,
+        recovered,
+        state,
+        checkpoints,
+        checkpoint_every,
+    } = stores;
     let Outlets {
         wake,
         answered,
@@ -111,8 +135,11 @@ pub fn open<M: Machine, D: Disk>(
     let now = now();
     let node = Node {
         election_us: config.election_ms * 1_000,
-        replica: Replica::new(config, recovered, now),
+        schedule: Schedule::new(checkpoint_every, state.applied()),
+        replica: Replica::restored(config, recovered, state, now),
         log,
+        checkpoints,
+        is_warned: false,
         answered,
         send,
         publish,
@@ -286,6 +313,10 @@ impl<M: Machine> Shared<M> {
 pub struct Node<M: Machine, D: Disk> {
     replica: Replica<M>,
     log: Log<D>,
+    checkpoints: Writer,
+    schedule: Schedule,
+    /// Whether it was said that the log is cut although a member needs it.
+    is_warned: bool,
     answered: Box<dyn FnMut() + Send>,
     send: Outlet<(NodeId, PeerMessage)>,
     publish: Outlet<Event<M::Event>>,
@@ -364,6 +395,7 @@ impl<M: Machine, D: Disk> Node<M, D> {
         if !events.is_empty() {
             (self.publish)(events);
         }
+        self.keep_checkpoints()?;
         self.publish_status();
         let leads = self.replica.status().role == Role::Leader;
         Ok(match self.give_up_us {
@@ -383,6 +415,39 @@ impl<M: Machine, D: Disk> Node<M, D> {
                 .store(self.log.bytes(), Ordering::Relaxed);
         } else if self.log.wants_mark() && now_us - self.last_append_us >= MARK_AFTER_US {
             self.log.mark()?;
+        }
+        Ok(())
+    }
+
+    /// Orders a checkpoint when one is due, and cuts the log when one is done.
+    fn keep_checkpoints(&mut self) -> Result<(), Fatal> {
+        if let Some(written) = self.checkpoints.poll() {
+            let at = written.map_err(|error| Fatal::Storage(error.to_string()))?;
+            self.schedule.complete(at);
+        }
+        let written_bytes = self.log.written_bytes();
+        let applied = self.replica.state().applied();
+        if self.schedule.is_due(applied, written_bytes) {
+            self.schedule.begin(written_bytes);
+            let image = self.replica.state().image();
+            self.checkpoints.write(image, self.schedule.kept());
+        }
+        self.cut()
+    }
+
+    fn cut(&mut self) -> Result<(), Fatal> {
+        let held = self.replica.held_by_all();
+        let upto = self.schedule.cut(held, self.log.bytes());
+        if upto > held && !self.is_warned {
+            let reason = "the log is too long to keep it for a member that is away";
+            tracing::warn!(upto, held, reason, "that member cannot come back any more");
+        }
+        self.is_warned = upto > held;
+        if self.log.cut(upto).map_err(storage)? {
+            self.replica.cut(upto);
+            let bytes = self.log.bytes();
+            tracing::info!(upto, bytes, "cut the log");
+            self.shared.log_bytes.store(bytes, Ordering::Relaxed);
         }
         Ok(())
     }

@@ -38,8 +38,8 @@ use std::{
 
 use bytes::Bytes;
 use conclave_proto::internal::{
-    Forward, ForwardRefused, Hello, HelloReply, Origin, PeerMessage, RenewalReplies, RenewalReply,
-    Renewals, command, peer_message,
+    Forward, ForwardRefused, Held, Hello, HelloReply, Origin, PeerMessage, RenewalReplies,
+    RenewalReply, Renewals, command, peer_message,
 };
 
 pub use self::api::{
@@ -86,6 +86,9 @@ pub struct Replica<M: Machine> {
     /// In this turn; deadlines are looked at as often.
     has_ticked: bool,
     next_publish_us: u64,
+
+    /// Every member has the log up to here on disk; only grows.
+    held: Index,
 
     /// While this directory is new.
     admission: Option<Admission>,
@@ -147,13 +150,21 @@ struct PendingRenewal {
 }
 
 impl<M: Machine> Replica<M> {
-    /// A replica over what its log held. Entries are applied as they are learnt
-    /// to be committed.
+    /// A replica over what its log held, which must be all of it. Entries are
+    /// applied as they are learnt to be committed.
     pub fn new(config: Config, recovered: Recovered, now: Now) -> Self {
+        let state = State::new(recovered.identity.cluster);
+        Self::restored(config, recovered, state, now)
+    }
+
+    /// A replica over a state that a checkpoint held, and a log that goes on from
+    /// there; see [`checkpoint::restore`](crate::checkpoint::restore).
+    pub fn restored(config: Config, recovered: Recovered, state: State<M>, now: Now) -> Self {
         let Recovered {
             identity,
             hard_state,
             facts,
+            first: _,
             entries,
         } = recovered;
         #[cfg(conclave_plant)]
@@ -165,12 +176,16 @@ impl<M: Machine> Replica<M> {
             seed: config.seed,
             heartbeats_per_election: usize::try_from(config.election_ms / config.heartbeat_ms)
                 .expect("validated to be a small number"),
+            applied: (state.applied(), state.term()),
         };
+        let mut clock = Clock::new(now, config.election_ms * 1_000);
+        clock.follow(state.system().log_time());
         let admission = (!facts.admitted).then(|| Admission::new(config.node, &facts.voters));
         Self {
             consensus: Consensus::new(&consensus_config, hard_state, entries),
-            clock: Clock::new(now, config.election_ms * 1_000),
-            state: State::new(identity.cluster),
+            clock,
+            state,
+            held: 0,
             incarnation: identity.incarnation,
             facts,
             config,
@@ -203,6 +218,18 @@ impl<M: Machine> Replica<M> {
     /// The replicated state.
     pub fn state(&self) -> &State<M> {
         &self.state
+    }
+
+    /// Up to where every member is known to have the log on disk: nobody will ever
+    /// need that from this node. Only grows.
+    pub fn held_by_all(&self) -> Index {
+        self.held
+    }
+
+    /// Forgets the log up to an index, as far as it is applied. It must be in a
+    /// durable checkpoint. A follower that still needs it gets nothing any more.
+    pub fn cut(&mut self, upto: Index) {
+        self.consensus.cut(upto);
     }
 
     /// What this node knows, as of the end of its last turn.
@@ -342,6 +369,7 @@ impl<M: Machine> Replica<M> {
             }
             Message::RenewalReplies(replies) => self.receive_renewal_replies(replies),
             Message::StateDigest(digest) => return self.receive_digest(from, digest),
+            Message::Held(Held { index }) => self.held = self.held.max(index),
         }
         Ok(())
     }
@@ -393,6 +421,7 @@ impl<M: Machine> Replica<M> {
         self.has_ticked = true;
         let Some(admission) = &self.admission else {
             self.consensus.tick(self.facts.voters.len() == 1);
+            self.tell_held();
             return;
         };
         if admission.is_complete() {
@@ -407,6 +436,20 @@ impl<M: Machine> Replica<M> {
         for peer in admission.unanswered() {
             self.outbox
                 .push(to(peer, peer_message::Message::Hello(hello)));
+        }
+    }
+
+    /// Tells the others how much of the log nobody needs any more, if that has grown.
+    fn tell_held(&mut self) {
+        let index = self.consensus.held_by_all();
+        if index <= self.held {
+            return;
+        }
+        self.held = index;
+        let others = self.facts.voters.iter().copied();
+        for peer in others.filter(|peer| *peer != self.config.node) {
+            let held = peer_message::Message::Held(Held { index });
+            self.outbox.push(to(peer, held));
         }
     }
 

@@ -67,6 +67,18 @@ impl RequestWindow {
         self.cancelled.len() >= limits::CANCELLED_REQUESTS_MAX
     }
 
+    /// Up to where requests are acknowledged, and those cancelled above that.
+    pub(crate) fn parts(&self) -> (u64, impl Iterator<Item = u64>) {
+        (self.acknowledged, self.cancelled.iter().copied())
+    }
+
+    pub(crate) fn from_parts(acknowledged: u64, cancelled: impl Iterator<Item = u64>) -> Self {
+        Self {
+            acknowledged,
+            cancelled: cancelled.collect(),
+        }
+    }
+
     pub(crate) fn acknowledge(&mut self, request: u64) {
         if request > self.acknowledged {
             self.acknowledged = request;
@@ -113,6 +125,10 @@ impl Sessions {
     /// The size of all of them, by [`Session::bytes`].
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    pub(crate) fn into_iter(self) -> impl Iterator<Item = (SessionId, Session)> {
+        self.live.into_iter()
     }
 
     pub(crate) fn get_mut(&mut self, id: SessionId) -> Option<&mut Session> {

@@ -13,6 +13,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
     APPLY_VERSION,
+    checkpoint::Image,
     ids::{Index, LogTime, NodeId, Revision, SessionId, Term},
     keyspace::{Change, Keyspace, Writes, txn},
     limits,
@@ -27,6 +28,8 @@ use crate::{
 pub struct State<M: Machine> {
     cluster: u64,
     applied: Index,
+    /// Of the newest entry.
+    term: Term,
     digest: u64,
     keyspace: Keyspace,
     sessions: Sessions,
@@ -90,12 +93,62 @@ impl<M: Machine> State<M> {
         Self {
             cluster,
             applied: 0,
+            term: 0,
             digest: cluster,
             machine: M::rebuild(&keyspace),
             keyspace,
             sessions: Sessions::default(),
             system: System::default(),
         }
+    }
+
+    /// A picture of everything, which further entries do not change. Costs a
+    /// handle a key and version, and a copy of the rest.
+    pub fn image(&self) -> Image {
+        Image {
+            cluster: self.cluster,
+            applied: self.applied,
+            term: self.term,
+            digest: self.digest,
+            keyspace: self.keyspace.picture(),
+            sessions: self.sessions.clone(),
+            system: self.system.clone(),
+        }
+    }
+
+    /// The state of a picture. Whoever restores it applies the entry behind
+    /// [`State::applied`] next.
+    pub fn restore(image: Image) -> Self {
+        let Image {
+            cluster,
+            applied,
+            term,
+            digest,
+            keyspace,
+            sessions,
+            system,
+        } = image;
+        let keyspace = Keyspace::restore(keyspace);
+        Self {
+            cluster,
+            applied,
+            term,
+            digest,
+            machine: M::rebuild(&keyspace),
+            keyspace,
+            sessions,
+            system,
+        }
+    }
+
+    /// The cluster it belongs to.
+    pub fn cluster(&self) -> u64 {
+        self.cluster
+    }
+
+    /// The term of the newest entry applied; 0 before the first.
+    pub fn term(&self) -> Term {
+        self.term
     }
 
     /// Up to where entries are applied.
@@ -173,6 +226,7 @@ impl<M: Machine> State<M> {
             }
         }
         self.applied = index;
+        self.term = term;
         self.update_digest(term, &applied);
         Ok(applied)
     }

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use conclave_proto::internal::CheckpointSystem;
+
 use crate::{
     ids::{LogTime, NodeId, Revision, SessionId},
     limits,
@@ -38,22 +40,22 @@ pub struct ForcedRelease {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct System {
     /// Raised by every entry; never goes down.
-    log_time: LogTime,
+    pub(crate) log_time: LogTime,
     /// The date of the newest entry, for display.
-    date_ms: u64,
+    pub(crate) date_ms: u64,
     /// Sessions opened so far, from which ids are made.
-    sessions_opened: u64,
-    members: BTreeMap<NodeId, PublishedMember>,
+    pub(crate) sessions_opened: u64,
+    pub(crate) members: BTreeMap<NodeId, PublishedMember>,
     /// How often a member published itself.
-    publications: u64,
-    apply_version: u32,
+    pub(crate) publications: u64,
+    pub(crate) apply_version: u32,
     /// The alarm NOSPACE.
-    is_out_of_space: bool,
+    pub(crate) is_out_of_space: bool,
     /// The newest at the back; bounded.
-    ended: VecDeque<(SessionId, EndReason)>,
-    ended_by_id: BTreeMap<SessionId, EndReason>,
+    pub(crate) ended: VecDeque<(SessionId, EndReason)>,
+    pub(crate) ended_by_id: BTreeMap<SessionId, EndReason>,
     /// By token; bounded.
-    forced: BTreeMap<Revision, ForcedRelease>,
+    pub(crate) forced: BTreeMap<Revision, ForcedRelease>,
 }
 
 impl System {
@@ -111,6 +113,23 @@ impl System {
     pub(crate) fn stamp(&mut self, log_time: LogTime, date_ms: u64) {
         self.log_time = self.log_time.max(log_time);
         self.date_ms = date_ms;
+    }
+
+    pub(crate) fn restore_counts(&mut self, counts: CheckpointSystem) {
+        let CheckpointSystem {
+            log_time_ms,
+            date_ms,
+            sessions_opened,
+            publications,
+            apply_version,
+            is_out_of_space,
+        } = counts;
+        self.log_time = log_time_ms;
+        self.date_ms = date_ms;
+        self.sessions_opened = sessions_opened;
+        self.publications = publications;
+        self.apply_version = apply_version;
+        self.is_out_of_space = is_out_of_space;
     }
 
     pub(crate) fn count_session(&mut self) -> u64 {

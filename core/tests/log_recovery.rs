@@ -144,6 +144,7 @@ fn the_newest_state_is_recovered() {
         identity: identity(),
         hard_state,
         facts: newer,
+        first: 1,
         entries: entries
             .into_iter()
             .flat_map(|batch| batch.entries)
@@ -212,13 +213,16 @@ fn a_missing_segment_is_refused() {
     let mut disk = SimDisk::new();
     let mut log = create(&disk);
     write(&mut log, 1..=20);
-    for number in [1, 2] {
-        let mut disk = disk.fork();
-        disk.remove(&segment(number)).unwrap();
-        let message = refusal(&disk);
-        assert!(message.contains(&segment(number)), "{message}");
-        assert!(message.contains("missing"), "{message}");
-    }
+    let mut gap = disk.fork();
+    gap.remove(&segment(2)).unwrap();
+    let message = refusal(&gap);
+    assert!(message.contains(&segment(2)), "{message}");
+    assert!(message.contains("missing"), "{message}");
+    // Without the first it looks as if it had been cut: a checkpoint must hold
+    // what is not there.
+    let mut cut = disk.fork();
+    cut.remove(&segment(1)).unwrap();
+    assert!(open(&cut).1.first > 1);
     // A copy under the next number is no continuation.
     let count = disk.list().unwrap().len() as u64;
     let copied = disk.read(&segment(count)).unwrap();
@@ -329,4 +333,66 @@ fn a_real_directory_is_opened_again() {
     let (_, recovered) = Log::open_with(disk(), TINY).unwrap().unwrap();
     assert_eq!(recovered.entries.len(), 30);
     std::fs::remove_dir_all(&path).unwrap();
+}
+
+#[test]
+fn a_log_is_cut_by_whole_segments_and_goes_on() {
+    let disk = SimDisk::new();
+    let mut log = create(&disk);
+    write(&mut log, 1..=20);
+    let segments = disk.list().unwrap().len();
+    let bytes = log.bytes();
+    assert!(!log.cut(0).unwrap());
+    assert!(log.cut(10).unwrap());
+    assert!(disk.list().unwrap().len() < segments);
+    assert!(log.bytes() < bytes);
+    write(&mut log, 21..=22);
+    drop(log);
+    let (mut log, recovered) = open(&disk);
+    assert!((2..=11).contains(&recovered.first), "{}", recovered.first);
+    let indexes: Vec<u64> = recovered.entries.iter().map(|e| e.index).collect();
+    assert_eq!(indexes, (recovered.first..=22).collect::<Vec<_>>());
+    // The newest segment stays, whatever is cut.
+    log.cut(u64::MAX).unwrap();
+    write(&mut log, 23..=24);
+    let (_, recovered) = open(&disk);
+    assert_eq!(recovered.entries.last().unwrap().index, 24);
+    assert_eq!(recovered.facts, facts());
+}
+
+#[test]
+fn a_log_is_not_cut_behind_a_header_that_nothing_attests() {
+    let disk = SimDisk::new();
+    let mut log = create(&disk);
+    let mut index = 0;
+    // Until a segment was begun by a batch that is not synced yet.
+    while disk.list().unwrap().len() < 2 {
+        index += 1;
+        log.append(&batch(index, 100)).unwrap();
+    }
+    assert!(!log.cut(index - 1).unwrap());
+    log.sync().unwrap();
+    assert!(log.cut(index - 1).unwrap());
+    let mut damaged = disk.fork();
+    damaged.damage(&segment(2), |bytes| bytes[60] ^= 1);
+    refusal(&damaged);
+}
+
+#[test]
+fn entries_that_replace_others_of_a_segment_that_was_cut_are_kept() {
+    let disk = SimDisk::new();
+    let mut log = create(&disk);
+    write(&mut log, 1..=5);
+    let mut index = 5;
+    while disk.list().unwrap().len() < 2 {
+        index += 1;
+        write(&mut log, index..=index);
+    }
+    let replaced = index - 2;
+    write(&mut log, replaced..=index + 1);
+    assert!(log.cut(index - 1).unwrap());
+    drop(log);
+    let (_, recovered) = open(&disk);
+    assert_eq!(recovered.first, replaced);
+    assert_eq!(recovered.entries.last().unwrap().index, index + 1);
 }

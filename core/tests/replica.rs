@@ -16,18 +16,20 @@ use std::{
 use bytes::Bytes;
 use conclave_core::{
     APPLY_VERSION,
+    checkpoint::{SimCheckpoints, Writer},
     disk::SimDisk,
-    ids::{LogTime, NodeId, RequestNumber, SessionId, Term},
+    ids::{Index, LogTime, NodeId, RequestNumber, SessionId, Term},
     keyspace::{Change, KeyRange, Keyspace, Record},
     limits,
     log::{Facts, HardState, Identity, Log, LogEntry, Recovered},
     machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
-    node::{self, Outlets, Responder},
+    node::{self, Outlets, Responder, Stores},
     replica::{
         Answer, AnswerBody, Config, EventBody, Failure, Fatal, Finished, Input, Now, Query,
         Replica, Role,
     },
     session::EndReason,
+    state::State,
 };
 use conclave_proto::internal::{
     CloseSession, Command, Compact, Forward, Hello, NoSpace, OpenSession, Operation, Origin,
@@ -170,6 +172,7 @@ fn fresh(node: NodeId, size: u64, incarnation: u64) -> Recovered {
             voters: (1..=size).map(NodeId).collect(),
             ..Facts::default()
         },
+        first: 1,
         entries: Vec::new(),
     }
 }
@@ -189,9 +192,14 @@ fn config(log: &Recovered, boot: u64) -> Config {
 }
 
 fn replica(log: &Recovered, boot: u64, boot_us: u64) -> Replica<Register> {
-    Replica::new(
+    restored(log, State::new(log.identity.cluster), boot, boot_us)
+}
+
+fn restored(log: &Recovered, state: State<Register>, boot: u64, boot_us: u64) -> Replica<Register> {
+    Replica::restored(
         config(log, boot),
         log.clone(),
+        state,
         Now {
             boot_us,
             date_ms: 0,
@@ -421,6 +429,25 @@ impl Cluster {
         self.nodes.insert(id, Node::new(log, boot, self.boot_us));
     }
 
+    /// The same, over a checkpoint of now and a log of which only the newest
+    /// entries are left.
+    fn restart_from_checkpoint(&mut self, id: NodeId, boot: u64, left: u64) {
+        let node = &self.nodes[&id];
+        let image = node.replica.state().image();
+        let mut log = node.log.clone();
+        log.first = image.applied() + 1 - left;
+        log.entries.retain(|entry| entry.index >= log.first);
+        let replica = restored(&log, State::restore(image), boot, self.boot_us);
+        self.nodes.insert(id, Node::with(replica, log));
+    }
+
+    fn append_some(&mut self, node: NodeId, count: u64) {
+        for _ in 0..count {
+            self.append(node, "a");
+            self.settle();
+        }
+    }
+
     fn assert_equal_states(&self) {
         let digests: Vec<_> = self
             .nodes
@@ -441,8 +468,13 @@ impl Cluster {
 
 impl Node {
     fn new(log: Recovered, boot: u64, boot_us: u64) -> Self {
+        let replica = replica(&log, boot, boot_us);
+        Self::with(replica, log)
+    }
+
+    fn with(replica: Replica<Register>, log: Recovered) -> Self {
         Self {
-            replica: replica(&log, boot, boot_us),
+            replica,
             log,
             inbox: VecDeque::new(),
             outcomes: BTreeMap::new(),
@@ -461,7 +493,7 @@ impl Node {
             for entry in batch.entries {
                 self.log
                     .entries
-                    .truncate(usize::try_from(entry.index).unwrap() - 1);
+                    .retain(|earlier| earlier.index < entry.index);
                 self.log.entries.push(entry);
             }
         }
@@ -1249,7 +1281,14 @@ fn what_gives_something_back_goes_ahead_of_other_work() {
         publish: Box::new(|_| ()),
     };
     let config = config(&recovered, 1);
-    let (handle, mut node) = node::open::<Register, _>(config, log, recovered, outlets);
+    let stores = Stores {
+        log,
+        state: State::<Register>::new(recovered.identity.cluster),
+        recovered,
+        checkpoints: Writer::start(SimCheckpoints::new()).unwrap(),
+        checkpoint_every: Index::MAX,
+    };
+    let (handle, mut node) = node::open(config, stores, outlets);
     let mut turn = || {
         node.begin_turn().unwrap();
         node.finish_turn().unwrap();
@@ -1278,4 +1317,72 @@ fn what_gives_something_back_goes_ahead_of_other_work() {
     let expected = ["c", "ca", "cab"]
         .map(|text| format!("{:?}", AnswerBody::<Register>::Machine(Ok(text.into()))));
     assert_eq!(told, expected);
+}
+
+#[test]
+fn members_go_on_from_checkpoints() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    cluster.open(leader, 60_000);
+    cluster.append_some(follower, 5);
+    cluster.run_ms(300);
+    for (boot, id) in (2..).zip([1, 2, 3]) {
+        cluster.restart_from_checkpoint(NodeId(id), boot, id - 1);
+        cluster.run_ms(3_000);
+        let leader = cluster.leader();
+        cluster.append_some(leader, 2);
+        // So that nobody needs what the next one has cut off.
+        cluster.run_ms(300);
+    }
+    cluster.assert_equal_states();
+    assert_eq!(cluster.register(follower), "a".repeat(11));
+    let sessions = cluster.nodes[&leader].replica.state().sessions();
+    assert_eq!(sessions.len(), 1);
+}
+
+#[test]
+fn the_log_is_kept_for_who_is_away() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, away) = (cluster.leader(), cluster.follower());
+    let held = |cluster: &Cluster| {
+        let nodes = cluster.nodes.values();
+        nodes.map(|node| node.replica.held_by_all()).max().unwrap()
+    };
+    cluster.cut.push(away);
+    cluster.run_ms(100);
+    let before = held(&cluster);
+    let reached = cluster.nodes[&away].replica.status().last;
+    assert!(before <= reached);
+    cluster.append_some(leader, 10);
+    cluster.run_ms(100);
+    assert!(held(&cluster) <= reached, "it may need all behind that");
+    cluster.cut.clear();
+    cluster.run_ms(1_000);
+    for node in cluster.nodes.values() {
+        let status = node.replica.status();
+        assert_eq!(node.replica.held_by_all(), status.last);
+    }
+}
+
+#[test]
+fn who_is_behind_a_log_that_was_cut_harms_nobody() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, away) = (cluster.leader(), cluster.follower());
+    cluster.append_some(leader, 3);
+    cluster.cut.push(away);
+    cluster.run_ms(100);
+    let reached = cluster.nodes[&away].replica.state().applied();
+    cluster.append_some(leader, 10);
+    for node in cluster.nodes.values_mut() {
+        // More than is applied is never cut.
+        node.replica.cut(u64::MAX);
+    }
+    cluster.cut.clear();
+    cluster.run_ms(3_000);
+    let leader = cluster.leader();
+    let number = cluster.append(leader, "b");
+    cluster.run_ms(1_000);
+    assert!(cluster.outcome(leader, number).starts_with("Ok("));
+    assert!(cluster.nodes.values().all(|node| node.fatal.is_none()));
+    assert_eq!(cluster.nodes[&away].replica.state().applied(), reached);
 }

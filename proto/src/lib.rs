@@ -1,8 +1,8 @@
 //! Every schema of Conclave, in reading order:
 //!
 //! - [`v1`]: the native API, a stable contract (`conclave/v1/*.proto`);
-//! - [`internal`]: log entries and peer messages (`conclave/internal/*.proto`),
-//!   the contract between members and with the disk.
+//! - [`internal`]: log entries, checkpoints and peer messages
+//!   (`conclave/internal/*.proto`), the contract between members and with the disk.
 //!
 //! Messages only; with the feature `grpc` also clients and servers of the
 //! services. What the messages mean is written in the schemas.
@@ -16,7 +16,7 @@ pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/conclave.v1.rs"));
 }
 
-/// Log entries and peer messages.
+/// Log entries, checkpoints and peer messages.
 #[allow(warnings, clippy::all, reason = "generated; documented in the schema")]
 pub mod internal {
     include!(concat!(env!("OUT_DIR"), "/conclave.internal.rs"));

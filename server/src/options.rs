@@ -69,6 +69,8 @@ pub struct Options {
     /// The size of the state, in bytes, above which commands that grow it are
     /// refused; 0: the default of 2 GiB; below 0: no limit.
     pub quota_backend_bytes: i64,
+    /// Entries of the log between two checkpoints; 0 stands for the default.
+    pub snapshot_count: u64,
     /// Threads that serve clients; with 0 the thread of the node serves them, too.
     /// By default none with one or two processors, where a change of threads costs
     /// more than it gains, else half as many as processors, up to 4.
@@ -94,6 +96,7 @@ impl Default for Options {
             auto_compaction_mode: CompactionMode::default(),
             auto_compaction_retention: None,
             quota_backend_bytes: 0,
+            snapshot_count: limits::CHECKPOINT_ENTRIES,
             io_threads: None,
         }
     }
@@ -143,6 +146,10 @@ impl Options {
                 Ok(0) => limits::QUOTA_BYTES_DEFAULT,
                 Ok(bytes) => bytes,
                 Err(_) => u64::MAX,
+            },
+            snapshot_count: match self.snapshot_count {
+                0 => limits::CHECKPOINT_ENTRIES,
+                count => count,
             },
             io_threads: self.io_threads.unwrap_or_else(default_io_threads),
         })
@@ -273,6 +280,8 @@ pub struct Settings {
     pub retention: Option<Retention>,
     /// The size of the state above which it may not grow, in bytes.
     pub quota_bytes: u64,
+    /// Entries between two checkpoints, at least 1.
+    pub snapshot_count: u64,
     /// See [`Options::io_threads`].
     pub io_threads: usize,
 }

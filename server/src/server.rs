@@ -2,7 +2,8 @@
 //!
 //! Threads: `conclave-loop` runs the node and carries messages between members;
 //! `conclave-io-N` serve clients, or `conclave-loop` where a machine has too few
-//! cores for more; the thread that calls [`Server::wait`] accepts connections and watches over the others.
+//! cores for more; `conclave-checkpoint` writes checkpoints; the thread that calls
+//! [`Server::wait`] accepts connections and watches over the others.
 
 use std::{
     future::{Future, pending},
@@ -14,8 +15,9 @@ use std::{
 };
 
 use conclave_core::{
+    checkpoint::Writer,
     limits,
-    node::{self, Outlets},
+    node::{self, Outlets, Stores},
     replica::{Config, Fatal, Role, Status},
 };
 use tokio::{
@@ -135,7 +137,7 @@ impl Server {
         log_start(&settings, &addresses);
         let (phase, phases) = watch::channel(Phase::Serving);
         let (health, health_server) = health_reporter();
-        let (gateway, turns) = open_node(settings, storage);
+        let (gateway, turns) = open_node(settings, storage)?;
         let gateway = Arc::new(gateway);
         let links = Arc::clone(&gateway.peers).run(gateway.handle.clone(), peer_listeners);
         let (client_threads, mut services): (Vec<_>, Vec<_>) = gateway
@@ -295,8 +297,13 @@ fn local_addresses(listeners: &[StdListener]) -> Vec<SocketAddr> {
 fn open_node(
     settings: Settings,
     storage: Storage,
-) -> (Gateway, impl Future<Output = Result<(), Fatal>> + Send) {
-    let Storage { log, recovered } = storage;
+) -> Result<(Gateway, impl Future<Output = Result<(), Fatal>> + Send), ServerError> {
+    let Storage {
+        log,
+        recovered,
+        state,
+        checkpoints,
+    } = storage;
     let config = Config {
         node: settings.topology.own().id,
         boot: storage::random(),
@@ -337,10 +344,17 @@ fn open_node(
             move |events| hub.publish(events)
         }),
     };
-    let (handle, node) = node::open(config, log, recovered, outlets);
+    let stores = Stores {
+        log,
+        recovered,
+        state,
+        checkpoints: Writer::start(checkpoints).map_err(ServerError::Thread)?,
+        checkpoint_every: settings.snapshot_count,
+    };
+    let (handle, node) = node::open(config, stores, outlets);
     let settings = Arc::new(settings);
     let gateway = Gateway::new(handle, settings, hub, peers, mailboxes, storage::random());
-    (gateway, turns::run(node, arrived))
+    Ok((gateway, turns::run(node, arrived)))
 }
 
 /// What the loop thread does: the turns of the node, the links to other members,

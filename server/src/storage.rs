@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! NAME.conclave/
-//!   log/    the write-ahead log, locked
+//!   log/            the write-ahead log, locked
+//!   checkpoints/    the state at two moments, from which the log goes on
 //! ```
 
 use std::{
@@ -13,38 +14,61 @@ use std::{
 };
 
 use conclave_core::{
+    checkpoint::{self, CheckpointStore as _, FjallCheckpoints, RestoreError},
     disk::FileDisk,
     ids::NodeId,
     log::{Facts, Identity, Log, LogError, Recovered},
+    state::State,
 };
+use conclave_primitives::Primitives;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::options::{ClusterState, Settings, Topology};
 
 const LOG: &str = "log";
+const CHECKPOINTS: &str = "checkpoints";
 
-/// The log of a data directory, with what it held when it was opened.
+/// What a data directory held when it was opened, and where more goes.
 #[derive(Debug)]
 pub(crate) struct Storage {
     pub(crate) log: Log<FileDisk>,
     pub(crate) recovered: Recovered,
+    pub(crate) state: State<Primitives>,
+    pub(crate) checkpoints: FjallCheckpoints,
 }
 
 impl Storage {
     /// Takes the directory for this process, and opens its log or begins one.
     pub(crate) fn open(settings: &Settings) -> Result<Self, StorageError> {
         let path = &settings.data_dir;
-        make_durable(path).map_err(|source| StorageError::Io {
+        let failed = |source| StorageError::Io {
             path: path.clone(),
             source,
-        })?;
+        };
+        make_durable(path).map_err(failed)?;
         let unusable = |source| StorageError::Log {
             path: path.clone(),
             source,
         };
-        if let Some((log, recovered)) = Log::open(disk(path)?).map_err(unusable)? {
+        // The lock of the log is that of the whole directory.
+        let opened = Log::open(disk(path)?).map_err(unusable)?;
+        let checkpoints = FjallCheckpoints::open(path.join(CHECKPOINTS)).map_err(failed)?;
+        if let Some((log, recovered)) = opened {
             check_identity(&recovered, &settings.topology, path)?;
-            return Ok(Self { log, recovered });
+            let restored = checkpoint::restore(&checkpoints, &recovered);
+            let state = restored.map_err(|source| StorageError::Checkpoint {
+                path: path.clone(),
+                source,
+            })?;
+            return Ok(Self {
+                log,
+                recovered,
+                state,
+                checkpoints,
+            });
+        }
+        if !checkpoints.list().map_err(failed)?.is_empty() {
+            return Err(StorageError::LogGone { path: path.clone() });
         }
         if settings.cluster_state == ClusterState::Existing {
             return Err(StorageError::EmptyButExisting { path: path.clone() });
@@ -53,8 +77,14 @@ impl Storage {
         let Recovered {
             identity, facts, ..
         } = recovered.clone();
+        let state = State::new(identity.cluster);
         let log = Log::create(disk(path)?, identity, facts).map_err(unusable)?;
-        Ok(Self { log, recovered })
+        Ok(Self {
+            log,
+            recovered,
+            state,
+            checkpoints,
+        })
     }
 }
 
@@ -86,6 +116,7 @@ fn first_contents(topology: &Topology, incarnation: u64) -> Recovered {
             voters,
             ..Facts::default()
         },
+        first: 1,
         entries: Vec::new(),
     }
 }
@@ -159,6 +190,13 @@ pub enum StorageError {
     InUse { path: PathBuf },
     #[error("the log in {} cannot be used", path.display())]
     Log { path: PathBuf, source: LogError },
+    #[error("the checkpoints in {} cannot be used", path.display())]
+    Checkpoint { path: PathBuf, source: RestoreError },
+    #[error(
+        "data directory {} holds checkpoints, but its log is gone; restore it as it was",
+        path.display()
+    )]
+    LogGone { path: PathBuf },
     #[error(
         "data directory {} belongs to another cluster ({found:x}, not {own:x}); \
          give another --data-dir, or the --initial-cluster and token it was made with",
@@ -263,6 +301,22 @@ mod tests {
             Storage::open(&other),
             Err(StorageError::OtherCluster { .. })
         ));
+        fs::remove_dir_all(&path).unwrap();
+    }
+
+    #[test]
+    fn checkpoints_without_a_log_are_not_taken_for_a_new_directory() {
+        let path = std::env::temp_dir().join(format!("conclave-storage-{:x}", random()));
+        let options = Options {
+            data_dir: Some(path.clone()),
+            ..Options::default()
+        };
+        let settings = options.validate().unwrap();
+        drop(Storage::open(&settings).unwrap());
+        fs::create_dir(path.join(CHECKPOINTS).join(format!("{:020}", 9))).unwrap();
+        fs::remove_dir_all(path.join(LOG)).unwrap();
+        let opened = Storage::open(&settings);
+        assert!(matches!(opened, Err(StorageError::LogGone { .. })));
         fs::remove_dir_all(&path).unwrap();
     }
 

@@ -4,6 +4,8 @@
 
 mod harness;
 
+use std::time::Instant;
+
 use conclave_proto::v1::{self, LossReason, session_event::Event};
 use conclave_server::{
     Options, ServerError, net::BindError, options::OptionsError, storage::StorageError,
@@ -566,6 +568,51 @@ async fn what_was_granted_is_there_after_a_restart() {
     );
     assert_eq!(status.members.len(), 1);
     assert!(status.log_bytes > 0);
+}
+
+#[tokio::test]
+async fn a_start_goes_on_from_the_newest_checkpoint_that_is_whole() {
+    let directory = Directory::new();
+    let options = Options {
+        snapshot_count: 5,
+        ..alone(&directory)
+    };
+    let start = || {
+        let node = Node::start(&options).unwrap();
+        node.await_ready();
+        node
+    };
+    let node = start();
+    let client = node.connect().await;
+    let session = client.open("worker").await;
+    let token = client.acquire(acquire("l", session, None)).await.unwrap();
+    let checkpoints = directory.0.join("alone/checkpoints");
+    let stored = || {
+        let mut stored: Vec<_> = std::fs::read_dir(&checkpoints)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect();
+        stored.sort();
+        stored
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while stored().len() < 2 {
+        assert!(Instant::now() < deadline, "no checkpoints: {:?}", stored());
+        let other = client.acquire(acquire("m", session, None)).await.unwrap();
+        release(&client, "m", session, other).await.unwrap();
+    }
+    node.stop().unwrap();
+
+    // The newest one loses its records; then all are gone, and the log is whole.
+    let newest = stored().pop().unwrap();
+    std::fs::remove_dir_all(newest.join("keyspaces")).unwrap();
+    for _ in 0..2 {
+        let node = start();
+        let client = node.connect().await;
+        assert!(check(&client, "l", token).await);
+        node.stop().unwrap();
+        std::fs::remove_dir_all(&checkpoints).unwrap();
+    }
 }
 
 #[tokio::test]

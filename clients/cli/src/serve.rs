@@ -41,6 +41,7 @@ const OWN: &[&str] = &[
     "auto-compaction-mode",
     "auto-compaction-retention",
     "quota-backend-bytes",
+    "snapshot-count",
     "listen-metrics-urls",
     "log-level",
     "log-format",
@@ -48,7 +49,6 @@ const OWN: &[&str] = &[
 
 /// Flags of etcd that tune or describe: they are ignored with a warning.
 const TUNING: &[&str] = &[
-    "snapshot-count",
     "snapshot-catchup-entries",
     "listen-client-http-urls",
     "max-snapshots",
@@ -221,6 +221,9 @@ pub(crate) struct ServeArgs {
         allow_negative_numbers = true
     )]
     pub(crate) quota_backend_bytes: i64,
+    /// Entries of the log between two checkpoints of the state.
+    #[arg(long, default_value_t = 100_000, value_name = "ENTRIES")]
+    pub(crate) snapshot_count: u64,
     /// Where to serve metrics and health in addition to the client addresses.
     #[arg(long, value_delimiter = ',', value_name = "URLS")]
     pub(crate) listen_metrics_urls: Vec<String>,
@@ -336,6 +339,7 @@ impl From<ServeArgs> for Options {
             },
             auto_compaction_retention: args.auto_compaction_retention,
             quota_backend_bytes: args.quota_backend_bytes,
+            snapshot_count: args.snapshot_count,
             io_threads: None,
         }
     }
@@ -480,7 +484,7 @@ mod tests {
 
     #[test]
     fn tuning_is_dropped_and_safety_refused() {
-        let line = "conclave serve --snapshot-count 5 --pre-vote --name a --experimental-x=1";
+        let line = "conclave serve --max-wals 5 --pre-vote --name a --experimental-x=1";
         assert_eq!(prepared(line, &[]).unwrap(), "conclave serve --name a");
         for unsafe_line in [
             "conclave serve -cert-file x",

@@ -25,6 +25,24 @@ pub(super) struct History {
 }
 
 impl History {
+    /// A history of these versions, each with the revision that ended it.
+    pub(super) fn restore(compacted: Revision, past: Vec<(Revision, Record)>) -> Self {
+        let mut history = Self {
+            compacted,
+            ..Self::default()
+        };
+        for (ended, record) in past {
+            history.add(ended, record);
+        }
+        history
+    }
+
+    /// Every version with the revision that ended it, in order of key.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (Revision, Record)> {
+        let past = self.past.iter();
+        past.map(|((_, ended), record)| (*ended, record.clone()))
+    }
+
     /// The lowest revision that can be read, if it is not 0.
     pub(super) fn compacted(&self) -> Revision {
         self.compacted

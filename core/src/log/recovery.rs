@@ -5,15 +5,17 @@
 //! during the repair leaves segments of which the next start makes the same,
 //! but for a tail that was never durable and may by then be lost.
 
+use std::collections::VecDeque;
+
 use bytes::Bytes;
 
 use super::{
-    LogEntry, LogError, Recovered,
+    LogEntry, LogError, Older, Recovered,
     body::{self, FORMAT_VERSION, Malformed, Standing},
     record::{self, Link, Position, Record},
     segment_name,
 };
-use crate::disk::Disk;
+use crate::{disk::Disk, ids::Index};
 
 /// The number of the first segment of all.
 pub(super) const FIRST_SEGMENT: u64 = 1;
@@ -31,8 +33,12 @@ pub(super) struct Found {
     pub(super) is_marked: bool,
     /// How long the newest segment is on disk.
     pub(super) length: u64,
-    /// How long those before it are together.
-    pub(super) older_bytes: u64,
+    /// Those before it.
+    pub(super) older: VecDeque<Older>,
+    /// See [`Older::behind`]; of the newest segment.
+    pub(super) behind: Index,
+    /// The index of the first entry, or of the next one if there are none.
+    first: Index,
     newest: Segment,
     /// A segment behind the newest whose header was never completed.
     torn: Option<Segment>,
@@ -86,9 +92,10 @@ fn row(disk: &impl Disk) -> Result<Vec<u64>, LogError> {
         row.push(number);
     }
     row.sort_unstable();
-    // Segments are never cut yet. Once they are, the oldest one may have another
-    // number: its header then restates all that was in those before it.
-    for (&number, expected) in row.iter().zip(FIRST_SEGMENT..) {
+    // The oldest may be cut off: the header of the first one that is left restates
+    // all that was in those before it.
+    let oldest = row.first().copied().unwrap_or(FIRST_SEGMENT);
+    for (&number, expected) in row.iter().zip(oldest..) {
         if number != expected {
             return Err(LogError::Damaged {
                 file: segment_name(expected),
@@ -116,16 +123,19 @@ impl Found {
     }
 
     fn first(segment: Segment, header: &Record, standing: Standing) -> Result<Self, LogError> {
-        if standing.first != standing.next || header.link.previous != 0 {
+        let is_first = standing.first == standing.next && header.link.previous == 0;
+        if segment.number == FIRST_SEGMENT && !is_first {
             return Err(segment.corrupt(0, "it is not the first of its row"));
         }
         Ok(Self {
+            first: standing.next,
+            behind: standing.next,
             standing,
             entries: Vec::new(),
             tail: header.link,
             is_marked: false,
             length: segment.bytes.len() as u64,
-            older_bytes: 0,
+            older: VecDeque::new(),
             newest: segment,
             torn: None,
         })
@@ -144,7 +154,12 @@ impl Found {
         if *standing != self.standing {
             return Err(segment.corrupt(0, "its header restates something else"));
         }
-        self.older_bytes += self.length;
+        self.older.push_back(Older {
+            number: self.newest.number,
+            length: self.length,
+            behind: self.behind,
+        });
+        self.behind = standing.next;
         self.length = segment.bytes.len() as u64;
         self.tail.at = segment.at(0);
         self.newest = segment;
@@ -178,10 +193,12 @@ impl Found {
         }
         self.standing.advance(&batch, next);
         self.is_marked = batch.is_empty();
+        self.behind = self.behind.max(next);
         for entry in batch.entries {
-            // Checked: not below the first index and not behind the end.
-            self.entries
-                .truncate((entry.index - self.standing.first) as usize);
+            // It may replace entries of segments that are cut off. Checked: it is
+            // not behind the end.
+            self.first = self.first.min(entry.index);
+            self.entries.truncate((entry.index - self.first) as usize);
             self.entries.push(entry);
         }
         self.follow(record);
@@ -243,6 +260,7 @@ impl Found {
             identity: self.standing.identity.clone(),
             hard_state: self.standing.hard_state,
             facts: self.standing.facts.clone(),
+            first: self.first,
             entries: std::mem::take(&mut self.entries),
         }
     }

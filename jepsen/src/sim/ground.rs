@@ -39,6 +39,8 @@ pub(crate) enum Event {
     Alarm { owner: Owner },
     /// A sync has taken its time.
     Synced { node: usize, boot: u64 },
+    /// A checkpoint has taken its time.
+    CheckpointWritten { node: usize, boot: u64 },
     /// A node that was down starts.
     Start { node: usize },
     /// A node goes on after a pause.

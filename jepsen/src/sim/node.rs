@@ -5,10 +5,11 @@
 use std::collections::BTreeMap;
 
 use conclave_core::{
+    checkpoint::{self, CheckpointStore as _, Schedule, SimCheckpoints},
     disk::SimDisk,
-    ids::NodeId,
+    ids::{Index, NodeId},
     limits,
-    log::{Facts, Identity, Log},
+    log::{Facts, Identity, Layout, Log},
     replica::{Config, EventBody, Finished, Input, Now, Replica, Role},
     session::EndReason,
 };
@@ -27,11 +28,21 @@ use crate::checkers::early_expiry::Moment;
 /// How often an index is made anew and compared, in a million turns.
 const REBUILDS: u64 = 200;
 
+/// Small, so that there is always something to cut.
+const LAYOUT: Layout = Layout {
+    segment_bytes: 8 << 10,
+    step_bytes: 2 << 10,
+};
+
+/// How often a start finds its newest checkpoint damaged, in a million.
+const DAMAGES: u64 = 50_000;
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Node {
     index: usize,
     disk: SimDisk,
+    checkpoints: SimCheckpoints,
     clock: Clock,
     running: Option<Running>,
     /// Counts starts.
@@ -50,6 +61,9 @@ pub(crate) struct Node {
 struct Running {
     replica: Replica<Primitives>,
     log: Log<SimDisk>,
+    schedule: Schedule,
+    /// The checkpoint that is being written.
+    checkpoint: Option<Index>,
     inbox: Vec<Input<Primitives>>,
     /// Between the halves of a turn.
     sync: Sync,
@@ -92,7 +106,7 @@ impl Node {
             voters: (0..ground.settings.nodes).map(id).collect(),
             ..Facts::default()
         };
-        if let Err(error) = Log::create(disk.clone(), identity, facts) {
+        if let Err(error) = Log::create_with(disk.clone(), LAYOUT, identity, facts) {
             ground.checks.node_failed(index, &error);
         }
         let soon = ground.now_us + ground.rng.below(50_000);
@@ -100,6 +114,7 @@ impl Node {
         Self {
             index,
             disk,
+            checkpoints: SimCheckpoints::new(),
             clock,
             running: None,
             boot: 0,
@@ -153,17 +168,25 @@ impl Node {
                 .restarted(ground.now_us, ground.rng.below(10_000_000));
         }
         ground.stall_free[self.index].restart(self.clock, ground.now_us);
-        let (log, recovered) = match Log::open(self.disk.clone()) {
+        self.damage_checkpoint(ground);
+        let (log, recovered) = match Log::open_with(self.disk.clone(), LAYOUT) {
             Ok(Some(opened)) => opened,
             Ok(None) => return ground.checks.node_failed(self.index, &"its log is gone"),
             Err(error) => return ground.checks.node_failed(self.index, &error),
         };
+        let state = match checkpoint::restore::<Primitives>(&self.checkpoints, &recovered) {
+            Ok(state) => state,
+            Err(error) => return ground.checks.node_failed(self.index, &error),
+        };
         self.boot += 1;
+        let (restored, entries) = (state.applied(), recovered.entries.len());
         ground.tell(format_args!(
-            "node {} starts with {} entries",
-            self.index,
-            recovered.entries.len()
+            "node {} starts from {restored} with {entries} entries",
+            self.index
         ));
+        if restored > 0 {
+            ground.did(Operation::Restored);
+        }
         let config = Config {
             node: id(self.index),
             boot: ground.rng.next(),
@@ -175,19 +198,39 @@ impl Node {
             retention: Some(RETENTION),
             quota_bytes: limits::QUOTA_BYTES_DEFAULT,
         };
-        let replica = Replica::new(config, recovered, self.clocks(ground));
+        let replica = Replica::restored(config, recovered, state, self.clocks(ground));
         self.running = Some(Running {
             replica,
             log,
+            schedule: Schedule::new(ground.settings.checkpoint_every, restored),
+            checkpoint: None,
             inbox: Vec::new(),
             sync: Sync::None,
             callers: BTreeMap::new(),
             calls: 0,
-            applied: 0,
+            applied: restored,
         });
         self.paused = false;
         self.alarm.stop();
         self.alarm.set(ground.now_us, ground);
+    }
+
+    /// Damages the newest checkpoint at rest, if there is another one.
+    fn damage_checkpoint(&mut self, ground: &mut Ground) {
+        let Ok(stored) = self.checkpoints.list() else {
+            return;
+        };
+        let is_whole = |at: &&Index| checkpoint::read(&self.checkpoints, **at).is_ok();
+        if let [_, newest] = stored.iter().filter(is_whole).collect::<Vec<_>>()[..]
+            && ground.rng.chance(DAMAGES)
+        {
+            ground.tally.fault(Fault::CheckpointDamaged);
+            let newest = *newest;
+            self.checkpoints.damage(newest, |records| {
+                let lost = ground.rng.index(records.len());
+                records.remove(lost);
+            });
+        }
     }
 
     /// Loses power: of what was not synced, any part is lost.
@@ -200,8 +243,12 @@ impl Node {
             ground.tally.fault(Fault::CrashDuringSync);
         }
         let kept_of_million = [0, 500_000, 900_000, 1_000_000][ground.rng.index(4)];
+        if running.checkpoint.is_some() {
+            ground.tally.fault(Fault::CrashDuringCheckpoint);
+        }
         let rng = &mut ground.rng;
         self.disk.crash(&mut || rng.chance(kept_of_million));
+        self.checkpoints.crash(&mut || rng.chance(kept_of_million));
         ground.checks.wakeups.stopped(self.index);
         for caller in running.callers.values() {
             // Some clients are told at once; others find out by waiting.
@@ -436,6 +483,10 @@ impl Node {
             ground.led_us[index] = Some(ground.now_us);
         }
         running.deliver(index, finished, ground);
+        self.keep_checkpoints(ground);
+        let Some(running) = &mut self.running else {
+            return;
+        };
         let next_us = self.clock.true_at(running.replica.next_turn_us());
         let next_us = if running.inbox.is_empty() {
             next_us
@@ -443,6 +494,50 @@ impl Node {
             ground.now_us
         };
         self.alarm.set(next_us.max(ground.now_us + 1), ground);
+    }
+
+    /// Begins a checkpoint when one is due, and cuts the log.
+    fn keep_checkpoints(&mut self, ground: &mut Ground) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        let written_bytes = running.log.written_bytes();
+        let applied = running.replica.state().applied();
+        if running.schedule.is_due(applied, written_bytes) {
+            running.schedule.begin(written_bytes);
+            running.checkpoint = Some(applied);
+            let image = running.replica.state().image();
+            self.checkpoints.begin(applied, image.into_records());
+            let (node, boot) = (self.index, self.boot);
+            let at_us = ground.now_us + ground.rng.skewed(200_000);
+            ground.schedule(at_us, Event::CheckpointWritten { node, boot });
+        }
+        let held = running.replica.held_by_all();
+        let upto = running.schedule.cut(held, running.log.bytes());
+        running.replica.cut(upto);
+        if let Err(error) = running.log.cut(upto) {
+            self.disk_failed(&error, ground);
+        }
+    }
+
+    /// A checkpoint has taken its time.
+    pub(crate) fn checkpoint_written(&mut self, boot: u64, ground: &mut Ground) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        if boot == self.boot
+            && let Some(at) = running.checkpoint.take()
+        {
+            self.checkpoints.sync(at);
+            running.schedule.complete(at);
+            let kept = running.schedule.kept();
+            let old = self.checkpoints.list().into_iter().flatten();
+            for old in old.filter(|old| !kept.contains(old)) {
+                if let Err(error) = self.checkpoints.remove(old) {
+                    ground.checks.node_failed(self.index, &error);
+                }
+            }
+        }
     }
 
     fn clocks(&self, ground: &Ground) -> Now {

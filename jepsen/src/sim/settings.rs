@@ -56,6 +56,8 @@ pub(crate) struct Settings {
     pub(crate) weather: Weather,
     /// The usual time a sync takes.
     pub(crate) sync_us: u64,
+    /// Entries between two checkpoints of a node.
+    pub(crate) checkpoint_every: u64,
     /// The usual time between two faults.
     pub(crate) fault_gap_us: u64,
     /// Faults a seed leaves out, as a set of bits by kind.
@@ -89,6 +91,7 @@ impl Settings {
                 late_us: *pick(rng, &[100_000, 1_000_000, 3_000_000]),
             },
             sync_us: *pick(rng, &[100, 300, 1_000]),
+            checkpoint_every: *pick(rng, &[30, 100, 500, 1_000_000]),
             fault_gap_us: *pick(rng, &[500_000, 1_000_000, 2_000_000]),
             left_out: if rng.chance(500_000) {
                 0

@@ -35,6 +35,8 @@ counted! {
         CrashOfLeader = "crash_leader",
         CrashOfAll = "crash_all",
         CrashDuringSync = "crash_during_sync",
+        CrashDuringCheckpoint = "crash_during_checkpoint",
+        CheckpointDamaged = "checkpoint_damaged",
         Reboot = "boot_clock_reset",
         Pause = "pause",
         PauseOfLeader = "pause_leader",
@@ -74,6 +76,7 @@ counted! {
         Swapped = "compare_and_put",
         SwapMissed = "compare_failed",
         Unknown = "outcome_unknown",
+        Restored = "restored_from_checkpoint",
     }
 }
 
@@ -124,13 +127,14 @@ impl Tally {
         injected.map(|fault| self.faults[*fault as usize]).sum()
     }
 
-    /// Operations completed: renewals, sessions that expired and unknown
-    /// outcomes do not count.
+    /// Operations completed: renewals, sessions that expired, unknown outcomes and
+    /// starts do not count.
     pub(crate) fn operations(&self) -> u64 {
         let others = [
             Operation::Renewed,
             Operation::SessionExpired,
             Operation::Unknown,
+            Operation::Restored,
         ];
         let completed = Operation::ALL
             .iter()

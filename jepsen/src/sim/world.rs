@@ -128,6 +128,9 @@ impl World {
                 owner: Owner::Actor(actor),
             } => actors[actor].wake(ground),
             Event::Synced { node, boot } => nodes[node].synced(boot, ground),
+            Event::CheckpointWritten { node, boot } => {
+                nodes[node].checkpoint_written(boot, ground);
+            }
             Event::Start { node } => nodes[node].start(ground),
             Event::Resume { node, pause } => nodes[node].resume(Some(pause), ground),
             Event::DiskRecovers { node } => nodes[node].slow_down(1),

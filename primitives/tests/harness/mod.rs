@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use conclave_core::{
+    checkpoint::Reader,
     ids::{LogTime, SessionId},
     machine::{Machine as _, Outcome},
     replica::{Answer, AnswerBody},
@@ -15,8 +16,9 @@ use prost::Message as _;
 
 const TERM: u64 = 1;
 
-/// Applies commands; after each one the index must equal the one made from the
-/// keys alone.
+/// Applies commands. After each one the index must equal the one made from the
+/// keys alone, and the state the one read back from a checkpoint, with which it
+/// goes on.
 pub(crate) struct Driver {
     pub(crate) state: State<Primitives>,
     pub(crate) now: LogTime,
@@ -104,6 +106,19 @@ impl Driver {
             Primitives::rebuild(self.state.keyspace()),
             "the index must follow from the keys alone"
         );
+        self.restart();
         applied
+    }
+
+    /// Goes on from a checkpoint of the state.
+    fn restart(&mut self) {
+        let mut reader = Reader::default();
+        for record in self.state.image().into_records() {
+            reader.take(record).expect("it was just written");
+        }
+        let image = reader.finish().expect("it is whole");
+        let restored = State::restore(image);
+        assert_eq!(restored, self.state, "a checkpoint holds everything");
+        self.state = restored;
     }
 }

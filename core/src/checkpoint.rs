@@ -1,0 +1,56 @@
+//! Checkpoints: the whole replicated state on disk, so that the log need not
+//! reach back to the beginning.
+//!
+//! A checkpoint is an [`Image`] of the state after one entry, written as a row of
+//! records that ends with a manifest: how many records there are, and a hash over
+//! all of them. Only a row that agrees with its manifest is a checkpoint, so one
+//! whose writing was interrupted, or that was damaged since, is never taken for
+//! the state.
+//!
+//! The two newest are kept, and the log behind the older one. [`Schedule`] says
+//! when the next is due; the [`Writer`] writes it, on a thread of its own, to a
+//! [`CheckpointStore`]; a start goes on from the newest that verifies
+//! ([`restore`]).
+
+mod fjall;
+mod records;
+mod schedule;
+mod sim;
+mod start;
+mod store;
+mod writer;
+
+use crate::{
+    ids::{Index, Term},
+    keyspace::Picture,
+    session::Sessions,
+    system::System,
+};
+
+pub use self::fjall::FjallCheckpoints;
+pub use records::{Invalid, Reader};
+pub use schedule::Schedule;
+pub use sim::SimCheckpoints;
+pub use start::{ReadError, RestoreError, read, restore};
+pub use store::CheckpointStore;
+pub use writer::{WriteError, Writer};
+
+/// Everything that is replicated, after one entry. See
+/// [`State::image`](crate::state::State::image).
+#[derive(Debug)]
+pub struct Image {
+    pub(crate) cluster: u64,
+    pub(crate) applied: Index,
+    pub(crate) term: Term,
+    pub(crate) digest: u64,
+    pub(crate) keyspace: Picture,
+    pub(crate) sessions: Sessions,
+    pub(crate) system: System,
+}
+
+impl Image {
+    /// The newest entry that it holds.
+    pub fn applied(&self) -> Index {
+        self.applied
+    }
+}

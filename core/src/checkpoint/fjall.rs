@@ -1,0 +1,277 @@
+//! Checkpoints as fjall databases: one directory each, named by the newest entry
+//! that it holds.
+//!
+//! A checkpoint is written once, in order, straight into tables that fjall syncs
+//! when it finishes them; nothing of it goes through a journal, whose damage fjall
+//! may not notice, nor through memory tables. What it does notice and what it does
+//! not makes no difference to us: the records say whether they are whole.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+};
+
+use ::fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
+use bytes::Bytes;
+
+use super::CheckpointStore;
+use crate::ids::Index;
+
+/// The only keyspace of a database. Keys are places in the row of records.
+const RECORDS: &str = "records";
+/// It is read once, from beginning to end.
+const CACHE_BYTES: u64 = 1 << 20;
+
+/// See the module.
+#[derive(Debug)]
+pub struct FjallCheckpoints {
+    path: PathBuf,
+}
+
+impl FjallCheckpoints {
+    /// The checkpoints in a directory, which is made if it is not there. The
+    /// caller sees to it that no other process uses it.
+    pub fn open(path: PathBuf) -> io::Result<Self> {
+        match DirBuilder::new().mode(0o700).create(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => {
+                made?;
+                sync_directory(path.parent().unwrap_or_else(|| Path::new(".")))?;
+            }
+        }
+        Ok(Self { path })
+    }
+
+    fn directory(&self, at: Index) -> PathBuf {
+        self.path.join(format!("{at:020}"))
+    }
+}
+
+impl CheckpointStore for FjallCheckpoints {
+    fn list(&self) -> io::Result<Vec<Index>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.path)? {
+            let name = entry?.file_name();
+            let at = name.to_str().and_then(|name| name.parse().ok());
+            if let Some(at) = at
+                && name == *format!("{at:020}")
+            {
+                found.push(at);
+            }
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    fn read(&self, at: Index, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
+        let directory = self.directory(at);
+        // fjall would make it anew.
+        fs::metadata(&directory)?;
+        let (_database, records) = open(&directory).map_err(plain)?;
+        for record in records.iter() {
+            let value = record.value().map_err(plain)?;
+            // A copy, so that one record does not keep a whole block in memory.
+            if !take(Bytes::copy_from_slice(&value)) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, at: Index, rows: &mut dyn Iterator<Item = Bytes>) -> io::Result<()> {
+        self.remove(at)?;
+        let directory = self.directory(at);
+        DirBuilder::new().mode(0o700).create(&directory)?;
+        let write = || {
+            let (database, records) = open(&directory)?;
+            let mut ingestion = records.start_ingestion()?;
+            for (place, record) in (0u64..).zip(rows) {
+                ingestion.write(place.to_be_bytes(), &record[..])?;
+            }
+            ingestion.finish()?;
+            database.persist(PersistMode::SyncAll)
+        };
+        write().map_err(plain)?;
+        sync_directory(&directory)?;
+        sync_directory(&self.path)
+    }
+
+    fn remove(&mut self, at: Index) -> io::Result<()> {
+        match fs::remove_dir_all(self.directory(at)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        }
+    }
+}
+
+fn open(directory: &Path) -> ::fjall::Result<(Database, Keyspace)> {
+    let database = Database::builder(directory)
+        .cache_size(CACHE_BYTES)
+        .worker_threads(1)
+        .open()?;
+    let records = database.keyspace(RECORDS, KeyspaceCreateOptions::default)?;
+    Ok((database, records))
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+fn plain(error: ::fjall::Error) -> io::Error {
+    match error {
+        ::fjall::Error::Io(error) => error,
+        error => io::Error::other(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RECORDS: u32 = 20_000;
+
+    /// A store in a directory that goes away with it.
+    struct Scratch(FjallCheckpoints);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let name = format!("conclave-{name}-{}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            fs::remove_dir_all(&path).ok();
+            Self(FjallCheckpoints::open(path).unwrap())
+        }
+
+        fn write(&mut self, at: Index) {
+            self.0.write(at, &mut records()).unwrap();
+        }
+
+        fn read(&self, at: Index) -> io::Result<Vec<Bytes>> {
+            let mut read = Vec::new();
+            self.0.read(at, &mut |record| {
+                read.push(record);
+                true
+            })?;
+            Ok(read)
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.0.path).ok();
+        }
+    }
+
+    fn records() -> impl Iterator<Item = Bytes> {
+        (0..RECORDS).map(|number| format!("record {number}").into())
+    }
+
+    #[test]
+    fn records_are_read_back_in_order() {
+        let mut store = Scratch::new("order");
+        store.write(7);
+        store.write(12);
+        assert_eq!(store.0.list().unwrap(), [7, 12]);
+        assert_eq!(store.read(7).unwrap(), records().collect::<Vec<_>>());
+        let mut taken = 0;
+        store
+            .0
+            .read(12, &mut |_| {
+                taken += 1;
+                taken < 3
+            })
+            .unwrap();
+        assert_eq!(taken, 3);
+        store.0.remove(7).unwrap();
+        store.0.remove(7).unwrap();
+        assert_eq!(store.0.list().unwrap(), [12]);
+        assert_eq!(store.read(7).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(store.0.list().unwrap(), [12]);
+    }
+
+    #[test]
+    fn a_checkpoint_is_written_in_place_of_what_was_left_of_one() {
+        let mut store = Scratch::new("again");
+        store.0.write(7, &mut records().take(5)).unwrap();
+        store.write(7);
+        assert_eq!(store.read(7).unwrap().len(), RECORDS as usize);
+    }
+
+    #[test]
+    fn long_records_are_kept() {
+        let mut store = Scratch::new("long");
+        let long = Bytes::from(vec![7; 3 << 20]);
+        store.0.write(1, &mut [long.clone()].into_iter()).unwrap();
+        assert_eq!(store.read(1).unwrap(), [long]);
+    }
+
+    /// Neither taken for whole nor a panic: the records that come back are an
+    /// error, or others than were written.
+    #[test]
+    fn damage_to_any_file_is_survived() {
+        let mut store = Scratch::new("damage");
+        store.write(7);
+        let mut files = Vec::new();
+        files_below(&store.0.directory(7), &mut files);
+        assert!(files.len() > 4, "{files:?}");
+        let whole: Vec<_> = files.iter().map(content).collect();
+        for (file, bytes) in files.iter().zip(&whole) {
+            for damaged in damages(bytes) {
+                restore(&store.0.directory(7), &files, &whole);
+                match &damaged {
+                    Some(damaged) => fs::write(file, damaged).unwrap(),
+                    None => fs::remove_file(file).unwrap(),
+                }
+                let read = store.read(7);
+                if let Ok(read) = read
+                    && read.len() == RECORDS as usize
+                {
+                    // Then it did not matter, or the manifest will tell.
+                    assert!(read.iter().all(|record| !record.is_empty()));
+                }
+            }
+        }
+    }
+
+    fn restore(directory: &Path, files: &[PathBuf], whole: &[Vec<u8>]) {
+        fs::remove_dir_all(directory).unwrap();
+        for (file, bytes) in files.iter().zip(whole) {
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, bytes).unwrap();
+        }
+    }
+
+    /// Without the zeros that a journal ends with: there are 64 MiB of them.
+    fn content(file: &PathBuf) -> Vec<u8> {
+        let mut bytes = fs::read(file).unwrap();
+        let length = bytes.iter().rposition(|byte| *byte != 0);
+        bytes.truncate(length.map_or(0, |last| last + 1));
+        bytes
+    }
+
+    fn files_below(path: &Path, files: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(path).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                files_below(&path, files);
+            } else {
+                files.push(path);
+            }
+        }
+    }
+
+    /// Flipped, zeroed, cut, missing.
+    fn damages(bytes: &[u8]) -> impl Iterator<Item = Option<Vec<u8>>> {
+        let length = bytes.len().min(1 << 20);
+        let places = (0..length).step_by((length / 40).max(1));
+        let flipped = places.map(move |place| {
+            let mut flipped = bytes.to_vec();
+            flipped[place] ^= 0xff;
+            Some(flipped)
+        });
+        let cut = bytes[..bytes.len() / 2].to_vec();
+        let zeroed = vec![0; bytes.len()];
+        flipped.chain([Some(cut), Some(zeroed), None])
+    }
+}

@@ -1,0 +1,109 @@
+//! Checkpoints in memory, in a world that can crash.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use bytes::Bytes;
+
+use super::CheckpointStore;
+use crate::ids::Index;
+
+/// See the module. Clones are handles on the same store, so that whoever gave one
+/// away can crash it. Nothing here is random: what a crash keeps is asked of the
+/// caller, always in the same order.
+#[derive(Clone, Debug, Default)]
+pub struct SimCheckpoints {
+    stored: Arc<Mutex<BTreeMap<Index, Stored>>>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Stored {
+    records: Vec<Bytes>,
+    is_durable: bool,
+}
+
+impl SimCheckpoints {
+    /// An empty store.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Begins to write a checkpoint, which takes until [`SimCheckpoints::sync`].
+    pub fn begin(&mut self, at: Index, records: impl Iterator<Item = Bytes>) {
+        let stored = Stored {
+            records: records.collect(),
+            is_durable: false,
+        };
+        self.stored().insert(at, stored);
+    }
+
+    /// Makes durable what was begun.
+    pub fn sync(&mut self, at: Index) {
+        if let Some(stored) = self.stored().get_mut(&at) {
+            stored.is_durable = true;
+        }
+    }
+
+    /// Loses power: of a checkpoint that was not durable, any records are lost, or
+    /// everything. What is left is durable.
+    pub fn crash(&mut self, keep: &mut dyn FnMut() -> bool) {
+        self.stored().retain(|_, stored| {
+            if stored.is_durable {
+                return true;
+            }
+            stored.is_durable = true;
+            stored.records.retain(|_| keep());
+            keep()
+        });
+    }
+
+    /// Changes a durable checkpoint behind everyone's back.
+    ///
+    /// # Panics
+    ///
+    /// If it is not there.
+    pub fn damage(&mut self, at: Index, change: impl FnOnce(&mut Vec<Bytes>)) {
+        let mut stored = self.stored();
+        change(
+            &mut stored
+                .get_mut(&at)
+                .expect("the one to damage is there")
+                .records,
+        );
+    }
+
+    fn stored(&self) -> MutexGuard<'_, BTreeMap<Index, Stored>> {
+        // Nothing panics while it holds the lock but `damage`, for a test to fail.
+        self.stored.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl CheckpointStore for SimCheckpoints {
+    fn list(&self) -> io::Result<Vec<Index>> {
+        Ok(self.stored().keys().copied().collect())
+    }
+
+    fn read(&self, at: Index, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
+        let stored = self.stored().get(&at).cloned();
+        for record in stored.ok_or(io::ErrorKind::NotFound)?.records {
+            if !take(record) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, at: Index, records: &mut dyn Iterator<Item = Bytes>) -> io::Result<()> {
+        self.begin(at, records);
+        self.sync(at);
+        Ok(())
+    }
+
+    fn remove(&mut self, at: Index) -> io::Result<()> {
+        self.stored().remove(&at);
+        Ok(())
+    }
+}
