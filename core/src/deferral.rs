@@ -113,6 +113,10 @@ impl Deferral {
 
 /// Adds an append to one that is to be sent before it; gives it back if it does
 /// not follow on that.
+#[expect(
+    clippy::result_large_err,
+    reason = "the message is moved on at once, and boxing each would cost more"
+)]
 fn join(before: &mut Message, after: Message) -> Result<(), Message> {
     let last = before.index + before.entries.len() as u64;
     if (before.term, last) != (after.term, after.index) {

@@ -8,10 +8,12 @@
 //! there, so that reads of the present never meet what was deleted; `past` has
 //! every version that was replaced or deleted, each under the revision that
 //! ended it. The version of a key that was there at revision r is thus the one
-//! with the lowest end above r, if it was made by then. A compaction at r will
-//! drop from `past` what ended by r, and nothing else. Keys and values are
-//! reference-counted: an index on top costs a handle, not a copy.
+//! with the lowest end above r, if it was made by then. A compaction at r drops
+//! from `past` what ended by r, and nothing else: r and all after it stay
+//! readable. Keys and values are reference-counted: an index on top costs a
+//! handle, not a copy.
 
+mod history;
 mod overlay;
 mod range;
 pub mod txn;
@@ -19,13 +21,16 @@ pub mod txn;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    ops::Bound,
 };
 
 use bytes::Bytes;
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::ids::{Revision, SessionId};
+use self::history::History;
+use crate::{
+    ids::{Revision, SessionId},
+    limits,
+};
 
 pub use overlay::{Overlay, Writes};
 pub use range::KeyRange;
@@ -50,6 +55,35 @@ pub struct Record {
     pub lease: Option<SessionId>,
 }
 
+impl Record {
+    /// What it counts for in the size of the state: its key and value, and what
+    /// the maps around them take.
+    pub fn bytes(&self) -> u64 {
+        (self.key.len() + self.value.len()) as u64 + limits::RECORD_OVERHEAD_BYTES
+    }
+}
+
+/// Why a keyspace cannot be read, or compacted, at a revision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RevisionError {
+    /// What there was is dropped.
+    #[error("revision {asked} is compacted; the lowest that is left is {compacted}")]
+    Compacted {
+        /// The revision asked for.
+        asked: Revision,
+        /// That of the newest compaction.
+        compacted: Revision,
+    },
+    /// It is yet to come.
+    #[error("revision {asked} is beyond the newest, {newest}")]
+    Future {
+        /// The revision asked for.
+        asked: Revision,
+        /// The newest.
+        newest: Revision,
+    },
+}
+
 /// One change, as it was kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
@@ -71,10 +105,10 @@ pub struct Keyspace {
     revision: Revision,
     /// The newest version of every key that is there.
     live: BTreeMap<Bytes, Record>,
-    /// Versions that are no more, by key and the main revision that ended them.
-    /// A version made and ended inside one revision is never seen by a read, and
-    /// not here.
-    past: BTreeMap<(Bytes, Revision), Record>,
+    live_bytes: u64,
+    /// Versions that are no more. A version made and ended inside one revision is
+    /// never seen by a read, and not here.
+    past: History,
     /// The live keys of each session that has any.
     bound: BTreeMap<SessionId, BTreeSet<Bytes>>,
     digest: u64,
@@ -86,7 +120,8 @@ impl Keyspace {
         Self {
             revision: REVISION_FRESH,
             live: BTreeMap::new(),
-            past: BTreeMap::new(),
+            live_bytes: 0,
+            past: History::default(),
             bound: BTreeMap::new(),
             digest: 0,
         }
@@ -112,8 +147,62 @@ impl Keyspace {
         self.live.get(key)
     }
 
-    /// The keys of a range in order, as they were at `revision`. `None`, or a
-    /// revision not reached yet, means now.
+    /// The revision of the newest compaction: the lowest that can be read. 0
+    /// before the first.
+    pub fn compacted(&self) -> Revision {
+        self.past.compacted()
+    }
+
+    /// The size of everything, by [`Record::bytes`].
+    pub fn bytes(&self) -> u64 {
+        self.live_bytes + self.history_bytes()
+    }
+
+    /// The size of the versions that are no more, by [`Record::bytes`].
+    pub fn history_bytes(&self) -> u64 {
+        self.past.bytes()
+    }
+
+    /// Whether the keyspace can be read as it was at `revision`.
+    pub fn check_readable(&self, revision: Revision) -> Result<(), RevisionError> {
+        let compacted = self.compacted();
+        if revision < compacted {
+            return Err(RevisionError::Compacted {
+                asked: revision,
+                compacted,
+            });
+        }
+        self.check_reached(revision)
+    }
+
+    /// Gives up everything that only reads below `revision` would need. Those
+    /// are refused from now on; what they would have seen is dropped by
+    /// [`Self::sweep`].
+    pub fn compact(&mut self, revision: Revision) -> Result<(), RevisionError> {
+        let compacted = self.compacted();
+        if revision <= compacted {
+            return Err(RevisionError::Compacted {
+                asked: revision,
+                compacted,
+            });
+        }
+        self.check_reached(revision)?;
+        self.past.compact(revision);
+        Ok(())
+    }
+
+    /// Drops what compactions have given up, `max` versions at most.
+    pub fn sweep(&mut self, max: usize) {
+        self.past.sweep(max);
+    }
+
+    /// Whether compactions have given up something that is not dropped yet.
+    pub fn has_superseded(&self) -> bool {
+        self.past.has_superseded()
+    }
+
+    /// The keys of a range in order, as they were at `revision`, which must be
+    /// readable; see [`Self::check_readable`]. `None` means now.
     pub fn range(
         &self,
         range: &KeyRange,
@@ -126,7 +215,7 @@ impl Keyspace {
             .map(|(_, record)| record)
             .filter(move |record| record.mod_revision <= at);
         // Of one key, at most one version was there at a time, so no key is in both.
-        let ended = (at < self.revision).then(|| self.ended_after(range, at));
+        let ended = (at < self.revision).then(|| self.past.ended_after(range, at));
         merge(live, ended.into_iter().flatten())
     }
 
@@ -178,6 +267,8 @@ impl Keyspace {
             Some(after) => self.live.insert(change.key.clone(), after.clone()),
             None => self.live.remove(&change.key),
         };
+        let size = |record: &Option<Record>| record.as_ref().map_or(0, Record::bytes);
+        self.live_bytes = self.live_bytes + size(&change.after) - size(&replaced);
         debug_assert_eq!(
             replaced, change.before,
             "a change follows from the version before"
@@ -185,8 +276,7 @@ impl Keyspace {
         if let Some(replaced) = replaced
             && replaced.mod_revision < change.revision
         {
-            self.past
-                .insert((change.key.clone(), change.revision), replaced);
+            self.past.add(change.revision, replaced);
         }
     }
 
@@ -213,24 +303,14 @@ impl Keyspace {
         }
     }
 
-    /// What was there at `at` and has ended since, in order of key. Costs two
-    /// descents a key, however many versions it has had.
-    fn ended_after(&self, range: &KeyRange, at: Revision) -> impl Iterator<Item = &Record> {
-        let mut from = Bound::Included((range.start().clone(), 0));
-        std::iter::from_fn(move || {
-            loop {
-                let next = self.past.range((from.clone(), Bound::Unbounded)).next();
-                let ((key, ended), record) = next.filter(|((key, _), _)| range.contains(key))?;
-                if *ended <= at {
-                    from = Bound::Included((key.clone(), at + 1));
-                    continue;
-                }
-                from = Bound::Excluded((key.clone(), Revision::MAX));
-                if record.mod_revision <= at {
-                    return Some(record);
-                }
-            }
-        })
+    fn check_reached(&self, revision: Revision) -> Result<(), RevisionError> {
+        if revision > self.revision {
+            return Err(RevisionError::Future {
+                asked: revision,
+                newest: self.revision,
+            });
+        }
+        Ok(())
     }
 }
 
@@ -246,6 +326,7 @@ impl fmt::Debug for Keyspace {
             .field("revision", &self.revision)
             .field("live", &self.live.len())
             .field("past", &self.past.len())
+            .field("compacted", &self.compacted())
             .field("digest", &format_args!("{:016x}", self.digest))
             .finish()
     }
@@ -339,11 +420,8 @@ mod tests {
         put(&mut keyspace, "a", None); // 4
         delete(&mut keyspace, "a"); // 5
         put(&mut keyspace, "a", None); // 6
-        let seen: Vec<_> = (1..=7).map(|at| versions_at(&keyspace, "a", at)).collect();
-        assert_eq!(
-            seen,
-            [vec![], vec![1], vec![1], vec![2], vec![], vec![1], vec![1]]
-        );
+        let seen: Vec<_> = (1..=6).map(|at| versions_at(&keyspace, "a", at)).collect();
+        assert_eq!(seen, [vec![], vec![1], vec![1], vec![2], vec![], vec![1]]);
         assert_eq!(keyspace.get(b"a").unwrap().create_revision, 6);
     }
 
@@ -357,7 +435,7 @@ mod tests {
         assert_eq!(keyspace.keep(writes).len(), 2);
         assert_eq!(keyspace.revision(), 2);
         assert_eq!(versions_at(&keyspace, "a", 2), []);
-        assert!(keyspace.past.is_empty());
+        assert_eq!(keyspace.past.len(), 0);
     }
 
     #[test]
@@ -382,6 +460,40 @@ mod tests {
         let stale = overlay.into_writes();
         put(&mut keyspace, "a", None);
         keyspace.keep(stale);
+    }
+
+    #[test]
+    fn a_compaction_refuses_at_once_and_drops_later() {
+        let mut keyspace = Keyspace::new();
+        put(&mut keyspace, "a", None); // 2
+        put(&mut keyspace, "b", None); // 3
+        put(&mut keyspace, "a", None); // 4
+        delete(&mut keyspace, "b"); // 5
+        let full = keyspace.history_bytes();
+        let (asked, newest) = (6, 5);
+        let future = RevisionError::Future { asked, newest };
+        assert_eq!(keyspace.compact(6), Err(future));
+        assert_eq!(keyspace.check_readable(6), Err(future));
+
+        assert_eq!(keyspace.compact(4), Ok(()));
+        let (asked, compacted) = (3, 4);
+        let gone = RevisionError::Compacted { asked, compacted };
+        assert_eq!(keyspace.check_readable(3), Err(gone));
+        assert_eq!(keyspace.compact(3), Err(gone));
+        assert!(keyspace.compact(4).is_err() && keyspace.check_readable(4).is_ok());
+        assert_eq!((keyspace.history_bytes(), keyspace.past.len()), (full, 2));
+
+        keyspace.sweep(9);
+        assert!(!keyspace.has_superseded());
+        assert_eq!(
+            (keyspace.past.len(), versions_at(&keyspace, "b", 4)),
+            (1, vec![1])
+        );
+        assert!(keyspace.history_bytes() < full);
+        keyspace.compact(5).unwrap();
+        keyspace.sweep(9);
+        assert_eq!((keyspace.past.len(), keyspace.history_bytes()), (0, 0));
+        assert_eq!(versions_at(&keyspace, "a", 5), [2]);
     }
 
     #[test]

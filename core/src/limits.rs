@@ -45,6 +45,28 @@ pub const TIMERS_PER_ENTRY_MAX: usize = 1_024;
 /// Sessions ended by one expiry command.
 pub const EXPIRIES_PER_COMMAND_MAX: usize = 256;
 
+/// Revisions that automatic compaction keeps.
+pub const REVISIONS_KEPT: u64 = 1_000_000;
+/// For how long it keeps what could be read.
+pub const HISTORY_KEPT_MS: u64 = 10 * 60 * 1_000;
+/// Bytes of history above which it keeps less than that.
+pub const HISTORY_BYTES_KEPT: u64 = 512 << 20;
+/// How often in the time that is kept the leader notes the revision.
+pub const COMPACTION_SAMPLES: u64 = 600;
+/// Superseded versions dropped by one entry: some milliseconds of work.
+pub const SWEPT_PER_ENTRY_MAX: usize = 4_096;
+/// What a version of a key counts for beside its key and value.
+pub const RECORD_OVERHEAD_BYTES: u64 = 128;
+/// What a session counts for beside its name and metadata: its requests, too.
+pub const SESSION_OVERHEAD_BYTES: u64 = 1_024;
+/// The size of the state above which commands that grow it are refused, unless
+/// an operator says another.
+pub const QUOTA_BYTES_DEFAULT: u64 = 2 << 30;
+/// Entries between two comparisons of the members' states.
+pub const DIGEST_EVERY: u64 = 128;
+/// Comparisons that wait for members who lag.
+pub const DIGESTS_KEPT: usize = 64;
+
 /// Commands and reads waiting for the node.
 pub const QUEUED_REQUESTS_MAX: usize = 65_536;
 /// Commands waiting for the node that give something back: as many again, so that
@@ -77,6 +99,8 @@ const _: () = {
     assert!(ENTRY_BYTES_MAX <= COMMAND_BYTES_MAX);
     assert!(UNCOMMITTED_BYTES_MAX > COMMAND_BYTES_MAX as u64);
     assert!(QUEUED_REQUESTS_MAX + QUEUED_ENDINGS_MAX <= PENDING_COMMANDS_MAX);
+    // What an entry supersedes by single writes, the next one can drop.
+    assert!(SWEPT_PER_ENTRY_MAX >= ENTRY_COMMANDS_MAX);
     // A command with the longest of everything fits.
     assert!(NAME_BYTES_MAX + 3 * OWNER_BYTES_MAX + REASON_BYTES_MAX < COMMAND_BYTES_MAX);
     assert!(SESSION_METADATA_BYTES_MAX + SESSION_NAME_BYTES_MAX < COMMAND_BYTES_MAX);

@@ -22,6 +22,7 @@ pub const NAMES: &[&str] = &[
     "accept-stale-release",
     "forget-lock-at-recovery",
     "skip-lock-delay",
+    "compact-locally",
 ];
 
 /// The chosen one: its place in the list, counted from 1.

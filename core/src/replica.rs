@@ -22,9 +22,13 @@
 mod admission;
 mod api;
 mod commands;
+mod compaction;
+mod divergence;
 mod leadership;
+mod quota;
 mod reads;
 mod renewals;
+mod versions;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -42,8 +46,10 @@ pub use self::api::{
     Answer, AnswerBody, Begun, Config, Event, EventBody, Failure, Fatal, Finished, Input, Now,
     Query, Role, Status,
 };
+pub use self::compaction::Retention;
 use self::{
     admission::Admission,
+    divergence::Digests,
     leadership::{Leadership, Taken},
     reads::{Ask, AskBody, Reads, Renewer},
 };
@@ -102,6 +108,8 @@ pub struct Replica<M: Machine> {
     /// Those of which the leader said that the session ended; why is in this
     /// node's state once it has applied the entry.
     renewals_ended: BTreeSet<(Index, RequestNumber)>,
+
+    digests: Digests,
 
     outbox: Vec<(NodeId, PeerMessage)>,
     /// Answers to other members by node and boot: one message a turn for all.
@@ -180,6 +188,7 @@ impl<M: Machine> Replica<M> {
             reads: Reads::default(),
             renewals: BTreeMap::new(),
             renewals_ended: BTreeSet::new(),
+            digests: Digests::default(),
             outbox: Vec::new(),
             refusals: BTreeMap::new(),
             renewal_replies: BTreeMap::new(),
@@ -212,7 +221,7 @@ impl<M: Machine> Replica<M> {
             .as_ref()
             .and_then(|leadership| leadership.tell_commit_us);
         let timer_us = self.leadership.as_ref().and_then(|leadership| {
-            let due_us = self.state.machine().next_due()?.saturating_mul(1_000);
+            let due_us = self.state.next_due()?.saturating_mul(1_000);
             let wait_us = due_us.saturating_sub(self.clock.micros());
             let under_way = leadership.timers_entry > self.state.applied();
             (!under_way).then(|| self.now.boot_us.saturating_add(wait_us.max(TIMER_RETRY_US)))
@@ -269,6 +278,7 @@ impl<M: Machine> Replica<M> {
         if mem::take(&mut self.has_ticked) {
             self.give_up_late();
         }
+        self.tell_digest();
         let messages = self.take_outbox();
         self.output.messages.extend(messages);
         self.update_status();
@@ -331,6 +341,7 @@ impl<M: Machine> Replica<M> {
                     }));
             }
             Message::RenewalReplies(replies) => self.receive_renewal_replies(replies),
+            Message::StateDigest(digest) => return self.receive_digest(from, digest),
         }
         Ok(())
     }
@@ -502,13 +513,13 @@ impl<M: Machine> Replica<M> {
                 range,
                 revision,
                 limit,
-            } => AnswerBody::Range(
-                keyspace
-                    .range(&range, revision)
-                    .take(limit)
-                    .cloned()
-                    .collect(),
-            ),
+            } => {
+                let at = revision.unwrap_or_else(|| keyspace.revision());
+                let records = keyspace
+                    .check_readable(at)
+                    .map(|()| keyspace.range(&range, revision).take(limit).cloned());
+                AnswerBody::Range(records.map(Iterator::collect))
+            }
             Query::Machine(query) => {
                 AnswerBody::Query(self.state.machine().query(self.state.view(), query))
             }
@@ -524,6 +535,7 @@ impl<M: Machine> Replica<M> {
             });
         }
         let applied = self.state.apply(entry.index, entry.term, &entry.data)?;
+        self.note_own_digest()?;
         if self.leadership.is_none() && !entry.data.is_empty() {
             self.clock.follow(self.state.system().log_time());
         }
@@ -697,8 +709,11 @@ impl<M: Machine> Replica<M> {
         self.status.committed = self.consensus.committed();
         self.status.last = self.consensus.last_index();
         self.status.revision = self.state.keyspace().revision();
+        self.status.compacted = self.state.keyspace().compacted();
         self.status.sessions = self.state.sessions().len();
         self.status.keys = self.state.keyspace().len();
+        self.status.state_bytes = self.state.bytes();
+        self.status.is_out_of_space = self.state.system().is_out_of_space();
     }
 
     fn take_outbox(&mut self) -> Vec<(NodeId, PeerMessage)> {

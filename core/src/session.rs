@@ -4,7 +4,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::ids::{LogTime, Revision, SessionId};
+use crate::{
+    ids::{LogTime, Revision, SessionId},
+    limits,
+};
 
 /// Why a session is not alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +39,15 @@ pub struct Session {
     pub requests: RequestWindow,
 }
 
+impl Session {
+    /// What it counts for in the size of the state. Stays the same while it lives.
+    pub fn bytes(&self) -> u64 {
+        let metadata = self.metadata.iter();
+        let metadata = metadata.map(|(key, value)| key.len() + value.len());
+        (self.name.len() + metadata.sum::<usize>()) as u64 + limits::SESSION_OVERHEAD_BYTES
+    }
+}
+
 /// The numbered requests of a session that must not run (again).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RequestWindow {
@@ -52,7 +64,7 @@ impl RequestWindow {
     /// Whether a cancellation can still be noted; see
     /// [`crate::limits::CANCELLED_REQUESTS_MAX`].
     pub fn is_full(&self) -> bool {
-        self.cancelled.len() >= crate::limits::CANCELLED_REQUESTS_MAX
+        self.cancelled.len() >= limits::CANCELLED_REQUESTS_MAX
     }
 
     pub(crate) fn acknowledge(&mut self, request: u64) {
@@ -74,6 +86,7 @@ impl RequestWindow {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sessions {
     live: BTreeMap<SessionId, Session>,
+    bytes: u64,
 }
 
 impl Sessions {
@@ -97,16 +110,24 @@ impl Sessions {
         self.live.is_empty()
     }
 
+    /// The size of all of them, by [`Session::bytes`].
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     pub(crate) fn get_mut(&mut self, id: SessionId) -> Option<&mut Session> {
         self.live.get_mut(&id)
     }
 
     pub(crate) fn insert(&mut self, id: SessionId, session: Session) {
+        self.bytes += session.bytes();
         let before = self.live.insert(id, session);
         assert!(before.is_none(), "session id {id} given out twice");
     }
 
     pub(crate) fn remove(&mut self, id: SessionId) -> Option<Session> {
-        self.live.remove(&id)
+        let removed = self.live.remove(&id);
+        self.bytes -= removed.as_ref().map_or(0, Session::bytes);
+        removed
     }
 }

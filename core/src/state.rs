@@ -12,8 +12,9 @@ use prost::Message as _;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
+    APPLY_VERSION,
     ids::{Index, LogTime, NodeId, Revision, SessionId, Term},
-    keyspace::{Change, Keyspace, txn},
+    keyspace::{Change, Keyspace, Writes, txn},
     limits,
     machine::{Cause, Context, Machine, Outcome, Place, Settled, Staged, View},
     replica::{Answer, AnswerBody, Event, EventBody, Fatal},
@@ -102,9 +103,17 @@ impl<M: Machine> State<M> {
         self.applied
     }
 
-    /// A hash of the history: equal on all nodes that applied the same entries.
+    /// A hash of the history: of every change of keys, and of what each entry led
+    /// to. Equal on all nodes that applied the same entries; members compare it.
+    /// What goes into it changes only with the apply version.
     pub fn digest(&self) -> u64 {
         self.digest
+    }
+
+    /// The size of everything in it, as the same number on every node: keys,
+    /// values, history, sessions, with a flat rate for what maps around them take.
+    pub fn bytes(&self) -> u64 {
+        self.keyspace.bytes() + self.sessions.bytes()
     }
 
     /// The keys.
@@ -136,9 +145,13 @@ impl<M: Machine> State<M> {
         }
     }
 
-    /// Whether a timer is due at `now`.
-    pub fn has_due(&self, now: LogTime) -> bool {
-        self.machine.next_due().is_some_and(|due| due <= now)
+    /// When an entry is due although nobody asks for one: for the next timer, or
+    /// at once while a compaction has left something to drop.
+    pub fn next_due(&self) -> Option<LogTime> {
+        if self.keyspace.has_superseded() {
+            return Some(0);
+        }
+        self.machine.next_due()
     }
 
     /// Applies the entry at `index`, which must be the next one. An empty entry
@@ -153,19 +166,21 @@ impl<M: Machine> State<M> {
                 date_ms,
             } = entry.stamp.unwrap_or_default();
             self.system.stamp(log_time_ms, date_ms);
+            self.keyspace.sweep(limits::SWEPT_PER_ENTRY_MAX);
             self.fire_timers(&mut applied);
             for command in entry.commands {
                 self.apply_command(index, term, command, &mut applied)?;
             }
         }
         self.applied = index;
-        self.update_digest(term);
+        self.update_digest(term, &applied);
         Ok(applied)
     }
 
     fn fire_timers(&mut self, applied: &mut Applied<M>) {
         for _ in 0..limits::TIMERS_PER_ENTRY_MAX {
-            if !self.has_due(self.system.log_time()) {
+            let now = self.system.log_time();
+            if self.machine.next_due().is_none_or(|due| due > now) {
                 break;
             }
             let mut context = self.context();
@@ -202,6 +217,21 @@ impl<M: Machine> State<M> {
             }
             command::Body::Txn(txn) => Outcome::Done(self.txn(txn, applied)),
             command::Body::PublishMember(member) => Outcome::Done(self.publish_member(member)),
+            command::Body::Compact(compact) => {
+                let compacted = self.keyspace.compact(compact.revision);
+                Outcome::Done(AnswerBody::Compacted(compacted))
+            }
+            command::Body::NoSpace(alarm) => {
+                self.system.set_out_of_space(alarm.raised);
+                Outcome::Done(AnswerBody::Done)
+            }
+            command::Body::RaiseApplyVersion(raise) => {
+                if raise.version > APPLY_VERSION {
+                    return Err(unknown(&format!("apply version {}", raise.version)));
+                }
+                self.system.raise_apply_version(raise.version);
+                Outcome::Done(AnswerBody::Done)
+            }
             command::Body::Machine(bytes) => {
                 let command =
                     M::decode(bytes).ok_or_else(|| unknown("an unknown command of the machine"))?;
@@ -219,6 +249,9 @@ impl<M: Machine> State<M> {
     }
 
     fn open_session(&mut self, open: OpenSession, applied: &mut Applied<M>) -> AnswerBody<M> {
+        if self.system.is_out_of_space() {
+            return AnswerBody::NoSpace;
+        }
         let session = self.next_session_id();
         let ttl_ms = open
             .ttl_ms
@@ -309,12 +342,22 @@ impl<M: Machine> State<M> {
         match txn::execute(&mut overlay, &self.sessions, txn) {
             Ok(reply) => {
                 let writes = overlay.into_writes();
+                if self.lacks_space_for(&writes) {
+                    return AnswerBody::NoSpace;
+                }
                 let changes = self.keyspace.keep(writes);
                 self.settle(&changes, Cause::Txn, applied);
                 AnswerBody::Txn(Ok(reply))
             }
             Err(error) => AnswerBody::Txn(Err(error)),
         }
+    }
+
+    /// A mistake: nobody else hears of it.
+    #[cfg(conclave_plant)]
+    pub(crate) fn compact_locally(&mut self, revision: Revision) {
+        let refused = self.keyspace.compact(revision).is_err();
+        tracing::debug!(revision, refused, "compacted without the log");
     }
 
     fn publish_member(&mut self, member: PublishMember) -> AnswerBody<M> {
@@ -340,6 +383,9 @@ impl<M: Machine> State<M> {
         match self.machine.execute(&mut context, command) {
             Ok(executed) => {
                 let (writes, staged) = context.into_parts();
+                if self.lacks_space_for(&writes) {
+                    return Outcome::Done(AnswerBody::NoSpace);
+                }
                 let changes = self.keyspace.keep(writes);
                 self.keep_staged(staged);
                 self.settle(&changes, Cause::Machine(&executed.note), applied);
@@ -350,6 +396,12 @@ impl<M: Machine> State<M> {
             }
             Err(rejection) => Outcome::Done(AnswerBody::Machine(Err(rejection))),
         }
+    }
+
+    /// Whether the alarm forbids these writes. What only deletes passes, so that
+    /// releases, ends of sessions and waits go on.
+    fn lacks_space_for(&self, writes: &Writes) -> bool {
+        self.system.is_out_of_space() && writes.has_puts()
     }
 
     fn context(&self) -> Context<'_> {
@@ -403,20 +455,52 @@ impl<M: Machine> State<M> {
         }
     }
 
-    fn update_digest(&mut self, term: Term) {
+    fn update_digest(&mut self, term: Term, applied: &Applied<M>) {
         let parts = [
             self.applied,
             term,
             self.keyspace.digest(),
             self.keyspace.revision(),
+            self.keyspace.compacted(),
+            self.bytes(),
             self.sessions.len() as u64,
             self.system.log_time(),
+            u64::from(self.system.is_out_of_space()),
+            u64::from(self.system.apply_version()),
+            applied.fingerprint(),
         ];
-        let mut bytes = [0; 48];
+        let mut bytes = [0; 88];
         for (chunk, part) in bytes.chunks_exact_mut(8).zip(parts) {
             chunk.copy_from_slice(&part.to_be_bytes());
         }
         self.digest = xxh3_64_with_seed(&bytes, self.digest);
+    }
+}
+
+impl<M: Machine> Applied<M> {
+    /// A number made of what each command came to: which of them wait and where,
+    /// which were refused, whose wait ended how, who lived and ended.
+    fn fingerprint(&self) -> u64 {
+        let outcomes = self.outcomes.iter().map(|(_, outcome)| match outcome {
+            Outcome::Waiting(place) => *place,
+            Outcome::Done(answer) => u64::from(answer.body.is_refusal()),
+        });
+        let resolved = self.resolved.iter();
+        let resolved = resolved.map(|end| end.place << 1 | u64::from(end.result.is_ok()));
+        let events = self
+            .events
+            .iter()
+            .map(|event| event.session.0.cast_unsigned());
+        let lives = self.lives.iter().map(|life| match life {
+            Life::Opened { session, .. } | Life::Ended(session) => session.0.cast_unsigned(),
+        });
+        let all = outcomes.chain(resolved).chain(events).chain(lives);
+        // Each step is a bijection of the number before, so that order counts.
+        all.fold(0, |number, part| {
+            (number ^ part)
+                .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+                .rotate_left(29)
+        })
     }
 }
 

@@ -46,6 +46,9 @@ pub struct System {
     members: BTreeMap<NodeId, PublishedMember>,
     /// How often a member published itself.
     publications: u64,
+    apply_version: u32,
+    /// The alarm NOSPACE.
+    is_out_of_space: bool,
     /// The newest at the back; bounded.
     ended: VecDeque<(SessionId, EndReason)>,
     ended_by_id: BTreeMap<SessionId, EndReason>,
@@ -72,6 +75,17 @@ impl System {
     /// How often a member published itself; changes whenever `members` may have.
     pub fn publications(&self) -> u64 {
         self.publications
+    }
+
+    /// Which meaning commands have. 0 until all members have served once, which
+    /// is that of 1.
+    pub fn apply_version(&self) -> u32 {
+        self.apply_version
+    }
+
+    /// Whether the alarm NOSPACE is raised: what would grow the state is refused.
+    pub fn is_out_of_space(&self) -> bool {
+        self.is_out_of_space
     }
 
     /// Why a session that is not alive ended, as far as it is on record.
@@ -107,6 +121,14 @@ impl System {
     pub(crate) fn publish(&mut self, node: NodeId, member: PublishedMember) {
         self.members.insert(node, member);
         self.publications += 1;
+    }
+
+    pub(crate) fn raise_apply_version(&mut self, version: u32) {
+        self.apply_version = self.apply_version.max(version);
+    }
+
+    pub(crate) fn set_out_of_space(&mut self, is_out_of_space: bool) {
+        self.is_out_of_space = is_out_of_space;
     }
 
     pub(crate) fn record_end(&mut self, id: SessionId, reason: EndReason) {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use conclave_core::{
     ids::{Revision, SessionId},
-    keyspace::{Change, KeyRange, Keyspace, Record},
+    keyspace::{Change, KeyRange, Keyspace, Record, RevisionError},
 };
 use proptest::prelude::*;
 
@@ -95,6 +95,21 @@ impl Model {
             touched.push(self.events.len() - before);
         }
         touched
+    }
+
+    /// The size of the versions that were there at some revision from `compacted`
+    /// on, and are no more.
+    fn history_bytes(&self, compacted: Revision) -> u64 {
+        let newest = self.state_at(self.revision());
+        let mut past = BTreeMap::new();
+        for at in compacted..self.revision() {
+            for (key, record) in self.state_at(at) {
+                if newest.get(&key) != Some(&record) {
+                    past.insert((key, record.mod_revision), record.bytes());
+                }
+            }
+        }
+        past.values().sum()
     }
 
     fn delete_if(&mut self, revision: Revision, chosen: impl Fn(&Bytes) -> bool) {
@@ -188,6 +203,26 @@ fn check_present(keyspace: &Keyspace, model: &Model) {
     }
 }
 
+/// Everything from the compaction on is there, and what was before is refused.
+fn check_compacted(keyspace: &Keyspace, model: &Model, compacted: Revision) {
+    check_present(keyspace, model);
+    assert_eq!(keyspace.compacted(), compacted);
+    let newest = model.revision();
+    for asked in 0..compacted {
+        let refusal = RevisionError::Compacted { asked, compacted };
+        assert_eq!(keyspace.check_readable(asked), Err(refusal));
+    }
+    for at in compacted..=newest {
+        let everything = KeyRange::prefix(b"");
+        let seen = keyspace.range(&everything, Some(at));
+        assert_eq!(keyspace.check_readable(at), Ok(()));
+        assert!(seen.eq(model.state_at(at).values()), "at {at}");
+    }
+    let asked = newest + 1;
+    let refusal = RevisionError::Future { asked, newest };
+    assert_eq!(keyspace.check_readable(asked), Err(refusal));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: 512,
@@ -251,5 +286,38 @@ proptest! {
             prop_assert_eq!(one.digest(), other.digest());
         }
         prop_assert_eq!(one, other);
+    }
+
+    #[test]
+    fn a_compaction_takes_what_is_below_it_and_nothing_else(
+        rounds in prop::collection::vec((commands(), 0..40u64, 0..4usize), 1..4),
+    ) {
+        let (mut keyspace, mut model) = (Keyspace::new(), Model::default());
+        let mut compacted = 0;
+        for (commands, at, sweep) in rounds {
+            for command in commands.iter().filter(|command| command.kept) {
+                run(&mut keyspace, command);
+                model.apply(&command.writes);
+            }
+            let newest = model.revision();
+            let expected = match at {
+                _ if at <= compacted => Err(RevisionError::Compacted { asked: at, compacted }),
+                _ if at > newest => Err(RevisionError::Future { asked: at, newest }),
+                _ => Ok(()),
+            };
+            prop_assert_eq!(keyspace.compact(at), expected);
+            if expected.is_ok() {
+                compacted = at;
+            }
+            // Some of what is superseded stays for the next round.
+            keyspace.sweep(sweep);
+            check_compacted(&keyspace, &model, compacted);
+        }
+        keyspace.sweep(usize::MAX);
+        prop_assert!(!keyspace.has_superseded());
+        check_compacted(&keyspace, &model, compacted);
+        let live: u64 = model.state_at(model.revision()).values().map(Record::bytes).sum();
+        prop_assert_eq!(keyspace.history_bytes(), model.history_bytes(compacted));
+        prop_assert_eq!(keyspace.bytes(), live + keyspace.history_bytes());
     }
 }

@@ -8,6 +8,7 @@
 pub(crate) mod acknowledged;
 pub(crate) mod early_expiry;
 pub(crate) mod equal_state;
+pub(crate) mod fenced;
 pub(crate) mod fifo;
 pub(crate) mod linearizable;
 pub(crate) mod liveness;

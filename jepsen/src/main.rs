@@ -1,6 +1,7 @@
-//! Workloads, faults and checkers for Conclave, in a deterministic simulator.
+//! Workloads, faults and checkers for Conclave, in two worlds that share the
+//! checkers: a deterministic simulator, and real processes ([`real`]).
 //!
-//! A run is one seed: three or five servers, clients and an operator in one
+//! A run of the simulator is one seed: three or five servers, clients and an operator in one
 //! thread, with simulated time. What runs is the real code: the replica with
 //! consensus, sessions and locks (`conclave_core`, `conclave_primitives`), the
 //! write-ahead log with its recovery, and the client library's logic of sessions
@@ -27,6 +28,7 @@
 
 mod checkers;
 mod plants;
+mod real;
 mod rng;
 mod runner;
 mod sim;
@@ -58,11 +60,15 @@ enum Command {
     ///
     /// Exits with 0 if each is found, 1 if one is not, 3 if the harness failed.
     Plants(plants::Options),
+    /// Hurts a cluster of real servers while real clients use it.
+    #[command(after_help = real::HELP)]
+    Real(real::Options),
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Sim(options) => runner::run(&options),
         Command::Plants(options) => plants::run(&options),
+        Command::Real(options) => real::run(&options),
     }
 }

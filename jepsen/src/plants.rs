@@ -20,6 +20,7 @@ const PLANTS: &[&str] = &[
     "accept-stale-release",
     "forget-lock-at-recovery",
     "skip-lock-delay",
+    "compact-locally",
 ];
 
 /// How to look for them.

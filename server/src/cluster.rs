@@ -3,11 +3,16 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use conclave_core::replica::{Role, Status as NodeStatus};
-use conclave_proto::v1::{self, cluster_server::Cluster};
+use conclave_core::replica::{AnswerBody, Role, Status as NodeStatus};
+use conclave_proto::{
+    internal::{Compact, NoSpace, command::Body},
+    v1::{self, cluster_server::Cluster},
+};
 use tonic::{Request, Response, Status};
 
-use crate::{gateway::Gateway, metrics::Method, options::Member};
+use crate::{gateway::Gateway, metrics::Method, options::Member, status::Refusal};
+
+const ANOTHER_KIND: Refusal = Refusal::Internal("cluster");
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -24,6 +29,47 @@ impl Cluster for ClusterService {
             .serve(Method::ClusterStatus, async { Ok(status(gateway)) })
             .await
     }
+
+    async fn compact(
+        &self,
+        request: Request<v1::CompactRequest>,
+    ) -> Result<Response<v1::CompactResponse>, Status> {
+        let gateway = &self.0;
+        let work = compact(gateway, request.into_inner());
+        gateway.serve(Method::ClusterCompact, work).await
+    }
+
+    async fn disarm(
+        &self,
+        _request: Request<v1::DisarmRequest>,
+    ) -> Result<Response<v1::DisarmResponse>, Status> {
+        let gateway = &self.0;
+        let work = disarm(gateway);
+        gateway.serve(Method::ClusterDisarm, work).await
+    }
+}
+
+async fn compact(
+    gateway: &Gateway,
+    request: v1::CompactRequest,
+) -> Result<v1::CompactResponse, Refusal> {
+    let revision = request.revision;
+    tracing::info!(revision, "history is to be compacted");
+    let body = Body::Compact(Compact { revision });
+    let answer = gateway.command(body).await?;
+    let AnswerBody::Compacted(Ok(())) = answer.body else {
+        return Err(ANOTHER_KIND);
+    };
+    let header = gateway.header(answer.revision, answer.term);
+    Ok(v1::CompactResponse { header })
+}
+
+async fn disarm(gateway: &Gateway) -> Result<v1::DisarmResponse, Refusal> {
+    tracing::info!("alarms are to be cleared");
+    let body = Body::NoSpace(NoSpace { raised: false });
+    let answer = gateway.command(body).await?;
+    let header = gateway.header(answer.revision, answer.term);
+    Ok(v1::DisarmResponse { header })
 }
 
 fn status(gateway: &Gateway) -> v1::StatusResponse {
@@ -44,6 +90,13 @@ fn status(gateway: &Gateway) -> v1::StatusResponse {
             .members()
             .iter()
             .map(|member| describe(member, &status))
+            .collect(),
+        compacted_revision: status.compacted,
+        state_bytes: status.state_bytes,
+        alarms: status
+            .is_out_of_space
+            .then(|| "NOSPACE".to_owned())
+            .into_iter()
             .collect(),
     }
 }

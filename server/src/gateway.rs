@@ -140,6 +140,14 @@ impl Gateway {
                 body: AnswerBody::Machine(Err(rejection)),
                 ..
             } => Err(Refusal::Rejected(rejection)),
+            Answer {
+                body: AnswerBody::Compacted(Err(error)) | AnswerBody::Range(Err(error)),
+                ..
+            } => Err(Refusal::Revision(error)),
+            Answer {
+                body: AnswerBody::NoSpace,
+                ..
+            } => Err(Refusal::NoSpace),
             answer => Ok(answer),
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! In reading order:
 //!
-//! - [`options`]: what a server is told, and who is in its cluster;
+//! - [`options`] with `retention`: what a server is told, and who is in its
+//!   cluster;
 //! - [`server`]: how it is put together, and taken apart;
 //! - [`storage`], [`net`], [`shutdown`]: the data directory, sockets, signals;
 //! - `routes`: everything that is served on the client addresses, which is
@@ -32,6 +33,7 @@ mod metrics;
 pub mod net;
 pub mod options;
 mod peers;
+mod retention;
 mod routes;
 pub mod server;
 mod session;

@@ -67,8 +67,20 @@ const APPLIED: Metric = gauge("conclave_applied_index", "The last entry applied.
 const LAST: Metric = gauge("conclave_last_index", "The last entry of the log.");
 const LOG_BYTES: Metric = gauge("conclave_log_bytes", "Bytes of the log on disk.");
 const REVISION: Metric = gauge("conclave_revision", "The newest revision of the keyspace.");
+const COMPACTED: Metric = gauge(
+    "conclave_compacted_revision",
+    "The lowest revision that can be read; 0 if all can.",
+);
 const SESSIONS: Metric = gauge("conclave_sessions", "Sessions that are alive.");
 const KEYS: Metric = gauge("conclave_keys", "Keys that are there now.");
+const STATE_BYTES: Metric = gauge(
+    "conclave_state_bytes",
+    "Size of the state that counts against the quota, in bytes.",
+);
+const NO_SPACE: Metric = gauge(
+    "conclave_alarm_nospace",
+    "Whether the state is at its quota and may not grow.",
+);
 const PEER_CONNECTED: Metric = gauge(
     "conclave_peer_connected",
     "Whether the link to a member stands, by member.",
@@ -94,7 +106,7 @@ const CPU: Metric = counter("process_cpu_seconds_total", "Processor time used.")
 
 /// Every metric there is.
 #[cfg(test)]
-const CATALOGUE: [Metric; 23] = [
+const CATALOGUE: [Metric; 26] = [
     REQUESTS,
     IN_FLIGHT,
     CONNECTIONS,
@@ -109,8 +121,11 @@ const CATALOGUE: [Metric; 23] = [
     LAST,
     LOG_BYTES,
     REVISION,
+    COMPACTED,
     SESSIONS,
     KEYS,
+    STATE_BYTES,
+    NO_SPACE,
     PEER_CONNECTED,
     PEER_SENT,
     PEER_DROPPED,
@@ -138,10 +153,12 @@ pub(crate) enum Method {
     LockList,
     LockCheck,
     ClusterStatus,
+    ClusterCompact,
+    ClusterDisarm,
 }
 
 impl Method {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 14] = [
         Self::SessionOpen,
         Self::SessionRenew,
         Self::SessionClose,
@@ -154,6 +171,8 @@ impl Method {
         Self::LockList,
         Self::LockCheck,
         Self::ClusterStatus,
+        Self::ClusterCompact,
+        Self::ClusterDisarm,
     ];
 
     fn label(self) -> &'static str {
@@ -170,6 +189,8 @@ impl Method {
             Self::LockList => "Lock/List",
             Self::LockCheck => "Lock/Check",
             Self::ClusterStatus => "Cluster/Status",
+            Self::ClusterCompact => "Cluster/Compact",
+            Self::ClusterDisarm => "Cluster/Disarm",
         }
     }
 }
@@ -330,8 +351,11 @@ fn render_status(page: &mut Page, snapshot: &Snapshot<'_>) {
     page.one(LAST, status.last);
     page.one(LOG_BYTES, snapshot.log_bytes);
     page.one(REVISION, status.revision);
+    page.one(COMPACTED, status.compacted);
     page.one(SESSIONS, status.sessions);
     page.one(KEYS, status.keys);
+    page.one(STATE_BYTES, status.state_bytes);
+    page.one(NO_SPACE, u8::from(status.is_out_of_space));
     page.one(WATCHED, snapshot.watched_sessions);
 }
 

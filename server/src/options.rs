@@ -8,8 +8,11 @@
 use std::{collections::BTreeSet, fmt, path::PathBuf, thread};
 
 use axum::http::Uri;
-use conclave_core::{ids::NodeId, limits};
+use conclave_core::{ids::NodeId, limits, replica::Retention};
 use xxhash_rust::xxh3::xxh3_64;
+
+pub use crate::retention::CompactionMode;
+use crate::retention::retention;
 
 /// More voters make every write slower and the cluster no safer.
 const MEMBERS_MAX: usize = 7;
@@ -58,6 +61,14 @@ pub struct Options {
     pub listen_metrics_urls: Vec<String>,
     /// The largest request of a client, in bytes.
     pub max_request_bytes: usize,
+    /// What `auto_compaction_retention` counts.
+    pub auto_compaction_mode: CompactionMode,
+    /// What automatic compaction keeps, as text; `0`: everything. By default the
+    /// newest 1,000,000 revisions and 10 minutes.
+    pub auto_compaction_retention: Option<String>,
+    /// The size of the state, in bytes, above which commands that grow it are
+    /// refused; 0: the default of 2 GiB; below 0: no limit.
+    pub quota_backend_bytes: i64,
     /// Threads that serve clients; with 0 the thread of the node serves them, too.
     /// By default none with one or two processors, where a change of threads costs
     /// more than it gains, else half as many as processors, up to 4.
@@ -80,6 +91,9 @@ impl Default for Options {
             election_timeout_ms: 500,
             listen_metrics_urls: Vec::new(),
             max_request_bytes: limits::COMMAND_BYTES_MAX,
+            auto_compaction_mode: CompactionMode::default(),
+            auto_compaction_retention: None,
+            quota_backend_bytes: 0,
             io_threads: None,
         }
     }
@@ -121,6 +135,15 @@ impl Options {
             heartbeat_ms: self.heartbeat_interval_ms,
             election_ms: self.election_timeout_ms,
             max_request_bytes: self.max_request_bytes,
+            retention: retention(
+                self.auto_compaction_mode,
+                self.auto_compaction_retention.as_deref(),
+            )?,
+            quota_bytes: match u64::try_from(self.quota_backend_bytes) {
+                Ok(0) => limits::QUOTA_BYTES_DEFAULT,
+                Ok(bytes) => bytes,
+                Err(_) => u64::MAX,
+            },
             io_threads: self.io_threads.unwrap_or_else(default_io_threads),
         })
     }
@@ -246,6 +269,10 @@ pub struct Settings {
     pub election_ms: u64,
     /// See [`Options::max_request_bytes`].
     pub max_request_bytes: usize,
+    /// What automatic compaction keeps; `None`: everything.
+    pub retention: Option<Retention>,
+    /// The size of the state above which it may not grow, in bytes.
+    pub quota_bytes: u64,
     /// See [`Options::io_threads`].
     pub io_threads: usize,
 }
@@ -534,6 +561,11 @@ pub enum OptionsError {
         limits::COMMAND_BYTES_MAX
     )]
     RequestBytes { bytes: usize },
+    #[error(
+        "--auto-compaction-retention: `{text}` is not a time such as 1h or 30m, \
+         or, with --auto-compaction-mode=revision, a number"
+    )]
+    CompactionRetention { text: String },
     #[error("{threads} I/O threads were asked for; it must be at most {IO_THREADS_MAX}")]
     IoThreads { threads: usize },
 }
@@ -565,6 +597,7 @@ mod tests {
         );
         assert_eq!(settings.advertise_client, settings.listen_client);
         assert!(settings.io_threads <= 4);
+        assert_eq!(settings.quota_bytes, 2 << 30);
     }
 
     #[test]
@@ -687,6 +720,11 @@ mod tests {
         assert_eq!(refused(|o| o.max_request_bytes = 1), "RequestBytes");
         assert_eq!(refused(|o| o.max_request_bytes = 1 << 30), "RequestBytes");
         assert_eq!(refused(|o| o.io_threads = Some(65)), "IoThreads");
+        let retention = Some("1d".to_owned());
+        assert_eq!(
+            refused(|o| o.auto_compaction_retention = retention),
+            "CompactionRetention"
+        );
     }
 
     #[test]

@@ -192,7 +192,7 @@ impl Server {
         }
     }
 
-    /// Whether it came to its end in time.
+    /// Whether the threads may have a moment to end.
     async fn serve(&mut self, shutdown: Shutdown) -> Result<bool, ServerError> {
         let mut shutdown = shutdown.listen().map_err(ServerError::Signals)?;
         self.accept();
@@ -247,15 +247,15 @@ impl Server {
         }
     }
 
-    /// Hands leadership over and lets requests finish. Whether that was done in
-    /// time, and nobody asked to stop at once.
+    /// Hands leadership over and lets requests finish, for as long as there is time.
+    /// False if it was asked again meanwhile, to stop at once.
     async fn drain(&self, shutdown: &mut Requests) -> bool {
         tracing::info!("stopping");
         self.phase.send_replace(Phase::Draining);
         self.gateway.hub.close();
         self.gateway.handle.stop();
         tokio::select! {
-            drained = time::timeout(DRAIN_WITHIN, self.drained()) => drained.is_ok(),
+            _ = time::timeout(DRAIN_WITHIN, self.drained()) => true,
             () = shutdown.next() => false,
         }
     }
@@ -309,6 +309,8 @@ fn open_node(
             .iter()
             .map(Url::to_string)
             .collect(),
+        retention: settings.retention,
+        quota_bytes: settings.quota_bytes,
     };
     let incarnation = recovered.identity.incarnation;
     let peers = Arc::new(Peers::new(&settings.topology, incarnation, config.boot));

@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 
-use conclave_core::{replica::Failure, session::EndReason};
+use conclave_core::{keyspace::RevisionError, replica::Failure, session::EndReason};
 use conclave_primitives::{LossReason, Rejection, name};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -34,6 +34,12 @@ pub(crate) enum Refusal {
     /// The state machine refused it.
     #[error("{}", rejected(.0))]
     Rejected(Rejection),
+    /// A revision that cannot be read or compacted.
+    #[error(transparent)]
+    Revision(#[from] RevisionError),
+    /// The state is at its quota, and the command would grow it.
+    #[error("the state is at its quota: compact, or end sessions, then clear the alarm")]
+    NoSpace,
     /// This attempt got no answer.
     #[error(transparent)]
     Failed(#[from] Failure),
@@ -63,6 +69,11 @@ impl Refusal {
             Self::Invalid(invalid) => (Code::InvalidArgument, invalid_reason(*invalid)),
             Self::SessionEnded(end) => session_ended(*end),
             Self::Rejected(rejection) => rejection_status(rejection),
+            Self::Revision(RevisionError::Compacted { .. }) => {
+                (Code::OutOfRange, "REVISION_COMPACTED")
+            }
+            Self::Revision(RevisionError::Future { .. }) => (Code::OutOfRange, "REVISION_FUTURE"),
+            Self::NoSpace => (Code::ResourceExhausted, "NO_SPACE"),
             Self::Failed(failure) => match failure {
                 Failure::NotLeader { .. } => (Code::Unavailable, "NOT_LEADER"),
                 Failure::Overloaded => (Code::ResourceExhausted, "OVERLOADED"),
@@ -76,7 +87,9 @@ impl Refusal {
 
     fn metadata(&self) -> HashMap<String, String> {
         let pairs = match self {
-            Self::Invalid(_) | Self::SessionEnded(_) => vec![],
+            Self::Invalid(_) | Self::SessionEnded(_) | Self::Revision(_) | Self::NoSpace => {
+                vec![]
+            }
             Self::Rejected(rejection) => rejection_metadata(rejection),
             Self::Failed(failure) => {
                 vec![("may_have_applied", failure.may_have_applied().to_string())]
@@ -315,6 +328,20 @@ mod tests {
             let shown = format!("{refusal:?}");
             assert_eq!(told(refusal), expected, "{shown}");
         }
+    }
+
+    #[test]
+    fn revisions_out_of_reach_are_told_apart() {
+        let (asked, compacted, newest) = (3, 4, 2);
+        let gone = RevisionError::Compacted { asked, compacted };
+        let future = RevisionError::Future { asked, newest };
+        assert_eq!(told(gone.into()), "OutOfRange REVISION_COMPACTED");
+        assert_eq!(told(future.into()), "OutOfRange REVISION_FUTURE");
+    }
+
+    #[test]
+    fn no_space_has_a_reason_of_its_own() {
+        assert_eq!(told(Refusal::NoSpace), "ResourceExhausted NO_SPACE");
     }
 
     #[test]

@@ -664,3 +664,58 @@ fn trouble_at_the_start_is_told_apart() {
         Node::start(&alone(&directory)).is_ok()
     });
 }
+
+#[tokio::test]
+async fn history_is_compacted_on_request_and_only_once() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let session = client.open("s").await;
+    let token = client.acquire(acquire("l", session, None)).await.unwrap();
+    let compact = async |revision| {
+        let request = v1::CompactRequest { revision };
+        client.cluster().compact(request).await
+    };
+    let future = compact(token + 1).await.unwrap_err();
+    assert_eq!(reason(&future), "REVISION_FUTURE");
+    compact(token).await.unwrap();
+    let again = compact(token).await.unwrap_err();
+    assert_eq!(reason(&again), "REVISION_COMPACTED");
+    assert!(check(&client, "l", token).await);
+    let status = client.cluster().status(v1::StatusRequest {}).await;
+    assert_eq!(status.unwrap().into_inner().compacted_revision, token);
+}
+
+#[tokio::test]
+async fn at_the_quota_nothing_grows_until_the_alarm_is_cleared() {
+    let directory = Directory::new();
+    let node = Node::start(&Options {
+        quota_backend_bytes: 3_000,
+        ..alone(&directory)
+    })
+    .unwrap();
+    let client = node.connect().await;
+    let first = client.open("first").await;
+    let token = client.acquire(acquire("l", first, None)).await.unwrap();
+    let others = [client.open("second").await, client.open("third").await];
+    let alarmed = || {
+        get(node.client(), "/metrics")
+            .1
+            .contains("conclave_alarm_nospace 1")
+    };
+    eventually("the alarm", alarmed);
+    let refused = client.acquire(acquire("m", first, None)).await.unwrap_err();
+    assert_eq!(
+        (refused.code(), reason(&refused)),
+        (Code::ResourceExhausted, "NO_SPACE".to_owned())
+    );
+    release(&client, "l", first, token).await.unwrap();
+    for session_id in others {
+        let request = v1::CloseSessionRequest { session_id };
+        client.sessions().close(request).await.unwrap();
+    }
+    let status = client.cluster().status(v1::StatusRequest {}).await;
+    assert_eq!(status.unwrap().into_inner().alarms, ["NOSPACE"]);
+    client.cluster().disarm(v1::DisarmRequest {}).await.unwrap();
+    client.acquire(acquire("m", first, None)).await.unwrap();
+}

@@ -127,6 +127,7 @@ pub(crate) async fn status(global: Global) -> Result<u8, Failure> {
         Format::Table => {
             let header = [
                 "ENDPOINT", "MEMBER", "ROLE", "TERM", "APPLIED", "REVISION", "SESSIONS", "KEYS",
+                "ALARMS",
             ];
             output::table(&header, &servers.iter().map(server_row).collect::<Vec<_>>())?;
         }
@@ -229,6 +230,9 @@ fn server(server: &ServerStatus) -> Value {
         "log_bytes": status.log_bytes,
         "sessions": status.sessions,
         "keys": status.keys,
+        "compacted_revision": status.compacted_revision,
+        "state_bytes": status.state_bytes,
+        "alarms": status.alarms,
         "members": status.members.iter().map(member).collect::<Vec<_>>(),
     })
 }
@@ -246,6 +250,7 @@ fn server_row(server: &ServerStatus) -> Vec<String> {
                 header.revision.to_string(),
                 status.sessions.to_string(),
                 status.keys.to_string(),
+                status.alarms.join(","),
             ]
         }
         Err(_) => vec![

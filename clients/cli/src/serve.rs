@@ -14,7 +14,7 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
-use conclave_server::{ClusterState, Options, ServerError, Shutdown};
+use conclave_server::{ClusterState, Options, ServerError, Shutdown, options::CompactionMode};
 use rustix::process::{Signal, getpid, kill_process};
 use tracing_subscriber::EnvFilter;
 
@@ -38,6 +38,9 @@ const OWN: &[&str] = &[
     "heartbeat-interval",
     "election-timeout",
     "max-request-bytes",
+    "auto-compaction-mode",
+    "auto-compaction-retention",
+    "quota-backend-bytes",
     "listen-metrics-urls",
     "log-level",
     "log-format",
@@ -53,12 +56,9 @@ const TUNING: &[&str] = &[
     "wal-dir",
     "max-txn-ops",
     "max-concurrent-streams",
-    "quota-backend-bytes",
     "backend-bbolt-freelist-type",
     "backend-batch-interval",
     "backend-batch-limit",
-    "auto-compaction-mode",
-    "auto-compaction-retention",
     "grpc-keepalive-min-time",
     "grpc-keepalive-interval",
     "grpc-keepalive-timeout",
@@ -206,6 +206,21 @@ pub(crate) struct ServeArgs {
     /// The largest request of a client.
     #[arg(long, default_value_t = 1_572_864, value_name = "BYTES")]
     pub(crate) max_request_bytes: usize,
+    /// What --auto-compaction-retention counts.
+    #[arg(long, default_value = "periodic", value_parser = ["periodic", "revision"], value_name = "MODE")]
+    pub(crate) auto_compaction_mode: String,
+    /// History to keep: a time such as 30m (a bare number is hours), or a number
+    /// of revisions; 0 keeps all. By default 1,000,000 revisions and 10 minutes.
+    #[arg(long, value_name = "AMOUNT")]
+    pub(crate) auto_compaction_retention: Option<String>,
+    /// The size of the state above which it may not grow; 0: 2 GiB; below 0: none.
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "BYTES",
+        allow_negative_numbers = true
+    )]
+    pub(crate) quota_backend_bytes: i64,
     /// Where to serve metrics and health in addition to the client addresses.
     #[arg(long, value_delimiter = ',', value_name = "URLS")]
     pub(crate) listen_metrics_urls: Vec<String>,
@@ -315,6 +330,12 @@ impl From<ServeArgs> for Options {
             election_timeout_ms: args.election_timeout,
             listen_metrics_urls: args.listen_metrics_urls,
             max_request_bytes: args.max_request_bytes,
+            auto_compaction_mode: match args.auto_compaction_mode.as_str() {
+                "revision" => CompactionMode::Revision,
+                _ => CompactionMode::Periodic,
+            },
+            auto_compaction_retention: args.auto_compaction_retention,
+            quota_backend_bytes: args.quota_backend_bytes,
             io_threads: None,
         }
     }

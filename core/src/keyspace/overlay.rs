@@ -128,6 +128,11 @@ impl Writes {
         self.changes.is_empty()
     }
 
+    /// Whether anything was put, and not only deleted.
+    pub fn has_puts(&self) -> bool {
+        self.changes.iter().any(|change| change.after.is_some())
+    }
+
     pub(super) fn into_changes(self) -> Vec<Change> {
         self.changes
     }

@@ -9,11 +9,8 @@ use conclave_proto::internal::{
     operation::Operation as Kind,
 };
 
-use super::{KeyRange, Overlay, Record};
-use crate::{
-    ids::{Revision, SessionId},
-    session::Sessions,
-};
+use super::{KeyRange, Overlay, Record, RevisionError};
+use crate::{ids::SessionId, session::Sessions};
 
 /// The result of a transaction.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,14 +44,9 @@ pub enum TxnError {
     /// A put binds its key to a session that is not alive.
     #[error("session {0} is not alive")]
     SessionNotAlive(SessionId),
-    /// A range asks for a revision that is yet to come.
-    #[error("revision {asked} is beyond the newest, {newest}")]
-    FutureRevision {
-        /// The revision asked for.
-        asked: Revision,
-        /// The newest.
-        newest: Revision,
-    },
+    /// A range asks for a revision that is compacted or yet to come.
+    #[error(transparent)]
+    Revision(#[from] RevisionError),
     /// An operation or compare of a kind that there is not.
     #[error("unknown operation")]
     UnknownOperation,
@@ -180,12 +172,8 @@ fn run(
 }
 
 fn read(overlay: &Overlay<'_>, read: Range) -> Result<Vec<Record>, TxnError> {
-    let newest = overlay.base().revision();
-    if read.revision > newest {
-        return Err(TxnError::FutureRevision {
-            asked: read.revision,
-            newest,
-        });
+    if read.revision != 0 {
+        overlay.base().check_readable(read.revision)?;
     }
     let limit = match read.limit {
         0 => usize::MAX,
@@ -396,10 +384,10 @@ mod tests {
             ),
             (
                 vec![put("a", "1"), range("a", "", 2, 0)],
-                TxnError::FutureRevision {
+                TxnError::Revision(RevisionError::Future {
                     asked: 2,
                     newest: 1,
-                },
+                }),
             ),
             (
                 vec![Operation { operation: None }],

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use conclave_proto::internal::{PeerMessage, command};
 
+use super::compaction::Retention;
 use crate::{
     ids::{Index, NodeId, RequestNumber, Revision, SessionId, Term},
     keyspace::{
-        KeyRange, Record,
+        KeyRange, Record, RevisionError,
         txn::{TxnError, TxnReply},
     },
     log::Batch,
@@ -41,6 +42,11 @@ pub struct Config {
     pub name: String,
     /// Where clients reach this member, told to the others.
     pub client_urls: Vec<String>,
+    /// What automatic compaction keeps while this member leads; `None`: all.
+    pub retention: Option<Retention>,
+    /// The size of the state above which this member, while it leads, raises the
+    /// alarm NOSPACE, in bytes by [`crate::state::State::bytes`].
+    pub quota_bytes: u64,
 }
 
 /// What a turn takes in.
@@ -150,13 +156,31 @@ pub enum AnswerBody<M: Machine> {
         sessions: Vec<(SessionId, Session, usize)>,
     },
     /// To `Query::Range`.
-    Range(Vec<Record>),
+    Range(Result<Vec<Record>, RevisionError>),
+    /// Of a compaction by request.
+    Compacted(Result<(), RevisionError>),
+    /// Refused, because it would grow a state that is at its quota.
+    NoSpace,
     /// Of a transaction.
     Txn(Result<TxnReply, TxnError>),
     /// Of a machine's command.
     Machine(Result<M::Reply, M::Rejection>),
     /// To `Query::Machine`.
     Query(M::Answer),
+}
+
+impl<M: Machine> AnswerBody<M> {
+    /// Whether it says that a command changed nothing.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::SessionEnded(_)
+                | Self::NoSpace
+                | Self::Compacted(Err(_))
+                | Self::Txn(Err(_))
+                | Self::Machine(Err(_))
+        )
+    }
 }
 
 /// Why this attempt has no answer.
@@ -255,10 +279,16 @@ pub struct Status {
     pub last: Index,
     /// The newest revision.
     pub revision: Revision,
+    /// The lowest revision that can be read; 0 if all can.
+    pub compacted: Revision,
     /// Live sessions.
     pub sessions: usize,
     /// Live keys.
     pub keys: usize,
+    /// The size of the state; see [`crate::state::State::bytes`].
+    pub state_bytes: u64,
+    /// Whether the alarm NOSPACE is raised.
+    pub is_out_of_space: bool,
     /// Members that have served: id, name, client addresses.
     pub members: Arc<Vec<(NodeId, String, Vec<String>)>>,
 }
@@ -286,11 +316,23 @@ pub enum Fatal {
     /// Another directory is known under this member's id.
     #[error(
         "member {node} is known to the cluster with another data directory; \
-         restore that directory, or remove the member and add it again under a new id"
+         restore that directory (this version cannot yet replace a member)"
     )]
     Replaced {
         /// This member.
         node: NodeId,
+    },
+    /// This member's state is another than a majority's after the same entries.
+    #[error(
+        "member {node} holds another state than a majority after entry {index}; start it again, \
+         and it makes its state anew; if it stops again, keep its directory, leave it stopped, \
+         and report it"
+    )]
+    Diverged {
+        /// This member.
+        node: NodeId,
+        /// Up to where entries were applied.
+        index: Index,
     },
     /// The log holds what this version does not know in full.
     #[error("entry {index} was written by a newer version: {what}")]

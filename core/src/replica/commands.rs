@@ -61,6 +61,9 @@ impl<M: Machine> Replica<M> {
         }
         self.expire();
         self.publish_self();
+        self.compact();
+        self.guard_quota();
+        self.raise_apply_version();
         self.propose_due_timers();
     }
 
@@ -137,13 +140,16 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    /// Proposes an entry for timers that are due; applying it fires them.
+    /// Proposes an entry for timers that are due, or for what a compaction left
+    /// to drop; applying it does the work.
     fn propose_due_timers(&mut self) {
         let Some(leadership) = &self.leadership else {
             return;
         };
         let under_way = leadership.timers_entry > self.state.applied();
-        if !under_way && self.state.has_due(self.clock.log_time()) && self.propose(Vec::new()) {
+        let now = self.clock.log_time();
+        let is_due = self.state.next_due().is_some_and(|due| due <= now);
+        if !under_way && is_due && self.propose(Vec::new()) {
             let entry = self.consensus.last_index();
             if let Some(leadership) = &mut self.leadership {
                 leadership.timers_entry = entry;
@@ -318,11 +324,17 @@ fn may_be_forwarded<M: Machine>(from: NodeId, boot: u64, command: &Command) -> b
     match &command.body {
         Some(command::Body::PublishMember(member)) => member.node == from.0,
         Some(
-            command::Body::OpenSession(_) | command::Body::CloseSession(_) | command::Body::Txn(_),
+            command::Body::OpenSession(_)
+            | command::Body::CloseSession(_)
+            | command::Body::Txn(_)
+            | command::Body::Compact(_)
+            | command::Body::NoSpace(_),
         ) => command.origin.as_ref().is_some_and(from_sender),
         Some(command::Body::Machine(bytes)) => {
             command.origin.as_ref().is_some_and(from_sender) && M::decode(bytes.clone()).is_some()
         }
-        Some(command::Body::ExpireSessions(_)) | None => false,
+        Some(command::Body::ExpireSessions(_) | command::Body::RaiseApplyVersion(_)) | None => {
+            false
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::reads::RenewalAsk;
+use super::{compaction::Compactor, reads::RenewalAsk};
 use crate::{
     ids::{Index, NodeId, RequestNumber, SessionId, Term},
     liveness::Liveness,
@@ -22,8 +22,13 @@ pub(super) struct Leadership {
     pub(super) parked: BTreeMap<SessionId, Vec<RenewalAsk>>,
     /// The entry that fires the timers which are due, if one is on its way.
     pub(super) timers_entry: Index,
+    /// The entry that raises the alarm NOSPACE, if one is on its way.
+    pub(super) alarm_entry: Index,
+    /// The entry that raises the apply version, if one is on its way.
+    pub(super) version_entry: Index,
     /// When followers must be told of a commit, if no append has by then.
     pub(super) tell_commit_us: Option<u64>,
+    pub(super) compactor: Compactor,
 }
 
 impl Leadership {
@@ -34,7 +39,10 @@ impl Leadership {
             early: Vec::new(),
             parked: BTreeMap::new(),
             timers_entry: 0,
+            alarm_entry: 0,
+            version_entry: 0,
             tell_commit_us: None,
+            compactor: Compactor::default(),
         }
     }
 

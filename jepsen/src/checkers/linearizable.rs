@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use super::{Verdict, broken};
+use super::{Verdict, Violation, broken};
 
 const NAME: &str = "linearizable";
 
@@ -56,17 +56,26 @@ impl Linearizable {
         self.keys.keys().copied()
     }
 
-    /// The verdict on all that was recorded.
+    /// The verdict on all that was recorded, however long it takes.
     pub(crate) fn verdict(&self) -> Verdict {
+        self.verdict_within(u64::MAX).map(|_| ())
+    }
+
+    /// The same with a bound on the steps of the search for each key. Keys for
+    /// which it was reached are given back: nothing is known about them.
+    pub(crate) fn verdict_within(&self, steps: u64) -> Result<Vec<u64>, Violation> {
+        let mut undecided = Vec::new();
         for (key, operations) in &self.keys {
-            if !is_linearizable(&relevant(operations)) {
-                return broken(
+            match is_linearizable(&relevant(operations), steps) {
+                Some(true) => {}
+                None => undecided.push(*key),
+                Some(false) => broken(
                     NAME,
                     format!("key {key}: {} operations have no order", operations.len()),
-                );
+                )?,
             }
         }
-        Ok(())
+        Ok(undecided)
     }
 }
 
@@ -116,7 +125,9 @@ fn after(state: u64, action: Action) -> Option<u64> {
     }
 }
 
-fn is_linearizable(operations: &[Operation]) -> bool {
+/// `None` if so many steps do not decide it.
+fn is_linearizable(operations: &[Operation], steps: u64) -> Option<bool> {
+    let mut steps_left = steps;
     let mut history = History::new(operations);
     let mut done = vec![0_u64; operations.len().div_ceil(64)];
     // Only asked, never iterated.
@@ -125,6 +136,7 @@ fn is_linearizable(operations: &[Operation]) -> bool {
     let mut state = ABSENT;
     let mut at = history.first();
     while history.returns_left > 0 {
+        steps_left = steps_left.checked_sub(1)?;
         match history.events[at] {
             Event::Call(operation) => {
                 let (word, bit) = (operation / 64, 1 << (operation % 64));
@@ -144,7 +156,7 @@ fn is_linearizable(operations: &[Operation]) -> bool {
             // Nothing may be put off beyond its return: take the last choice back.
             Event::Return | Event::End => {
                 let Some((operation, before)) = chosen.pop() else {
-                    return false;
+                    return Some(false);
                 };
                 state = before;
                 done[operation / 64] &= !(1 << (operation % 64));
@@ -153,7 +165,7 @@ fn is_linearizable(operations: &[Operation]) -> bool {
             }
         }
     }
-    true
+    Some(true)
 }
 
 #[derive(Clone, Copy)]
@@ -312,6 +324,55 @@ mod tests {
         .unwrap();
     }
 
+    /// A lock is a register that holds the token of its holder, if it has one.
+    #[test]
+    fn finds_a_lock_with_two_holders() {
+        let acquire = |new| Action::Swap { old: ABSENT, new };
+        let release = |old| Action::Swap { old, new: ABSENT };
+        let handed_over = [
+            (0, Some(1), acquire(5)),
+            (2, Some(9), release(5)),
+            (3, Some(4), acquire(6)),
+            (5, Some(6), Action::Read(6)),
+        ];
+        verdict(&handed_over).unwrap();
+        let mut lost = handed_over;
+        lost[1] = (2, None, release(5));
+        verdict(&lost).unwrap();
+        let mut never_given_up = handed_over;
+        never_given_up[1] = (7, None, release(5));
+        assert!(verdict(&never_given_up).is_err());
+        let mut seen_late = handed_over;
+        seen_late[3] = (5, Some(6), Action::Read(5));
+        assert!(verdict(&seen_late).is_err());
+    }
+
+    #[test]
+    fn a_search_without_end_is_no_verdict() {
+        let mut checker = Linearizable::default();
+        for value in 1..40 {
+            let action = Action::Write(value);
+            checker.record(
+                3,
+                Operation {
+                    called_us: 0,
+                    returned_us: Some(9),
+                    action,
+                },
+            );
+        }
+        let action = Action::Read(99);
+        checker.record(
+            3,
+            Operation {
+                called_us: 1,
+                returned_us: Some(8),
+                action,
+            },
+        );
+        assert_eq!(checker.verdict_within(10_000), Ok(vec![3]));
+    }
+
     /// Every order of operations against the search, on small random histories.
     #[test]
     fn agrees_with_trying_all_orders() {
@@ -338,8 +399,8 @@ mod tests {
             }
             let expected = some_order_fits(&mut operations.clone(), ABSENT);
             refused += usize::from(!expected);
-            let found = is_linearizable(&relevant(&operations));
-            assert_eq!(found, expected, "{operations:?}");
+            let found = is_linearizable(&relevant(&operations), u64::MAX);
+            assert_eq!(found, Some(expected), "{operations:?}");
         }
         assert!(
             (100..2_900).contains(&refused),

@@ -1,7 +1,7 @@
 //! Served again.
 //!
 //! While faults last, nothing is promised but safety. Once they stop, within
-//! [`RECOVERY_US`] every client that lives completes what it was at and then
+//! a time (in the simulator [`RECOVERY_US`]) every client that lives completes what it was at and then
 //! something it began after that; and when clients are told to start nothing
 //! new, in the end no request is unanswered, no lock is held or queued for, and
 //! all nodes have applied the same.
@@ -57,13 +57,17 @@ impl Liveness {
         self.began.remove(&client);
     }
 
-    /// Time is up for these clients, which are all that live.
-    pub(crate) fn recovered(&self, clients: impl IntoIterator<Item = usize>) -> Verdict {
+    /// This time is up for these clients, which are all that live.
+    pub(crate) fn recovered(
+        &self,
+        clients: impl IntoIterator<Item = usize>,
+        within_us: u64,
+    ) -> Verdict {
         for client in clients {
             if !self.served.contains_key(&client) {
                 return broken(
                     NAME,
-                    format!("client {client} was not served within {RECOVERY_US} us after faults"),
+                    format!("client {client} was not served within {within_us} us after faults"),
                 );
             }
         }
@@ -105,11 +109,11 @@ mod tests {
         checker.begins(1, 50);
         checker.healed(100);
         checker.completes(1, 120);
-        assert_eq!(checker.recovered([1]).unwrap_err().checker, "liveness");
+        assert_eq!(checker.recovered([1], 20).unwrap_err().checker, "liveness");
         checker.begins(1, 130);
         checker.completes(1, 140);
-        checker.recovered([1]).unwrap();
-        assert!(checker.recovered([1, 2]).is_err());
+        checker.recovered([1], 20).unwrap();
+        assert!(checker.recovered([1, 2], 20).is_err());
     }
 
     #[test]

@@ -167,12 +167,16 @@ impl Checks {
         revision: u64,
         keyspace: &Keyspace,
     ) -> Verdict {
+        self.acknowledged.granted(token, revision)?;
+        self.tokens_grow.answered(lock, session, token)?;
+        if keyspace.check_readable(revision).is_err() {
+            // Compacted since; who was alive then is not to be seen any more.
+            return Ok(());
+        }
         let alive: Vec<u64> = keyspace
             .range(&keys_of(lock), Some(revision))
             .map(|record| record.create_revision)
             .collect();
-        self.acknowledged.granted(token, revision)?;
-        self.tokens_grow.answered(lock, session, token)?;
         self.one_holder.answered(lock, token, revision, &alive)?;
         fifo::answered(lock, token, &alive)
     }

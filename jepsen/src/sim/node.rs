@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use conclave_core::{
     disk::SimDisk,
     ids::NodeId,
+    limits,
     log::{Facts, Identity, Log},
     replica::{Config, EventBody, Finished, Input, Now, Replica, Role},
     session::EndReason,
@@ -18,7 +19,7 @@ use super::{
     alarm::{Alarm, Owner},
     clock::Clock,
     ground::{About, Call, CallBody, Event, Ground, Reply, StallFree},
-    settings::{ELECTION_MS, HEARTBEAT_MS},
+    settings::{ELECTION_MS, HEARTBEAT_MS, RETENTION},
     tally::{Fault, Operation},
 };
 use crate::checkers::early_expiry::Moment;
@@ -171,6 +172,8 @@ impl Node {
             election_ms: ELECTION_MS,
             name: format!("n{}", self.index),
             client_urls: vec![format!("http://n{}:2379", self.index)],
+            retention: Some(RETENTION),
+            quota_bytes: limits::QUOTA_BYTES_DEFAULT,
         };
         let replica = Replica::new(config, recovered, self.clocks(ground));
         self.running = Some(Running {

@@ -1,9 +1,10 @@
-//! An operator: lists locks now and then, and takes one from its holder.
+//! An operator: now and then lists locks, takes one from its holder, or gives up
+//! old history.
 
 use conclave_client::requests::Outcome;
 use conclave_core::replica::{Answer, AnswerBody, Query};
 use conclave_primitives::{Answer as LockAnswer, Query as LockQuery, Rejection};
-use conclave_proto::internal::{LockForceRelease, primitive_command};
+use conclave_proto::internal::{Compact, LockForceRelease, command, primitive_command};
 
 use super::{
     alarm::{Alarm, Owner},
@@ -20,6 +21,8 @@ pub(crate) struct Operator {
     alarm: Alarm,
     pending: Option<Pending>,
     next_us: u64,
+    /// The newest revision it was told of.
+    revision: u64,
 }
 
 impl Operator {
@@ -29,6 +32,7 @@ impl Operator {
             alarm: Alarm::new(Owner::Actor(actor)),
             pending: None,
             next_us: 1_000_000,
+            revision: 0,
         };
         operator.alarm.set(operator.next_us, ground);
         operator
@@ -79,8 +83,12 @@ impl Operator {
                 token: 0,
                 skip_delay: ground.rng.chance(500_000),
             };
-            let command = primitive_command::Command::LockForceRelease(force);
-            CallBody::Command(conclave_primitives::command(command))
+            let force = primitive_command::Command::LockForceRelease(force);
+            CallBody::Command(conclave_primitives::command(force))
+        } else if ground.rng.chance(200_000) {
+            // At times far too late, which is refused.
+            let revision = self.revision.saturating_sub(ground.rng.below(300));
+            CallBody::Command(command::Body::Compact(Compact { revision }))
         } else {
             let query = LockQuery::Locks {
                 name: None,
@@ -94,7 +102,11 @@ impl Operator {
 
     fn ended(&mut self, reply: Reply, ground: &mut Ground) {
         self.pending = None;
-        match outcome(reply) {
+        let outcome = outcome(reply);
+        if let Outcome::Answered(answer) = &outcome.0 {
+            self.revision = answer.revision;
+        }
+        match outcome {
             (
                 Outcome::Answered(Answer {
                     body: AnswerBody::Machine(_),
@@ -111,6 +123,13 @@ impl Operator {
             ) => {
                 ground.did(Operation::Listed);
             }
+            (
+                Outcome::Answered(Answer {
+                    body: AnswerBody::Compacted(Ok(())),
+                    ..
+                }),
+                _,
+            ) => ground.did(Operation::Compacted),
             (Outcome::Answered(_) | Outcome::Refused(Rejection::NotHeld), _) => {}
             (_, hint) => {
                 ground.checks.liveness.gone(self.link.actor);

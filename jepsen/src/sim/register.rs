@@ -142,7 +142,7 @@ impl RegisterClient {
             (
                 Action::Read(_),
                 Outcome::Answered(Answer {
-                    body: AnswerBody::Range(records),
+                    body: AnswerBody::Range(Ok(records)),
                     ..
                 }),
             ) => {

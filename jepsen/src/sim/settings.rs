@@ -1,6 +1,8 @@
 //! What a seed chooses before it begins. Not every seed has every fault: some
 //! bugs need calm in one place and trouble in another.
 
+use conclave_core::replica::Retention;
+
 use crate::{
     checkers::liveness::{DRAIN_US, RECOVERY_US},
     rng::Rng,
@@ -10,6 +12,13 @@ use crate::{
 pub(crate) const HEARTBEAT_MS: u64 = 100;
 /// See [`HEARTBEAT_MS`].
 pub(crate) const ELECTION_MS: u64 = 500;
+
+/// What leaders keep of the history: little, so that they compact in each run.
+pub(crate) const RETENTION: Retention = Retention {
+    revisions: 200,
+    ms: 5_000,
+    bytes: 256 << 10,
+};
 
 /// The weather: what befalls messages at all times while faults last.
 #[derive(Clone, Copy, Debug)]

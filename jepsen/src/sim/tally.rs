@@ -68,6 +68,7 @@ counted! {
         ForceReleased = "force_released",
         Checked = "checked",
         Listed = "listed",
+        Compacted = "compacted",
         Get = "get",
         Put = "put",
         Swapped = "compare_and_put",

@@ -12,7 +12,10 @@ use super::{
     settings::Settings,
     tally::Tally,
 };
-use crate::{checkers::Violation, rng::Rng};
+use crate::{
+    checkers::{Violation, liveness::RECOVERY_US},
+    rng::Rng,
+};
 
 /// See the module.
 #[derive(Debug)]
@@ -151,7 +154,8 @@ impl World {
         self.ground.tell(format_args!("clients begin nothing new"));
         self.ground.draining = true;
         let living = (0..self.actors.len()).filter(|actor| self.actors[*actor].must_be_served());
-        let verdict = self.ground.checks.liveness.recovered(living);
+        let liveness = &self.ground.checks.liveness;
+        let verdict = liveness.recovered(living, RECOVERY_US);
         self.ground.checks.note(verdict);
     }
 

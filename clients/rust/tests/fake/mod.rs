@@ -444,4 +444,18 @@ impl cluster_server::Cluster for Server {
             ..v1::StatusResponse::default()
         }))
     }
+
+    async fn compact(
+        &self,
+        _request: Request<v1::CompactRequest>,
+    ) -> Result<Response<v1::CompactResponse>, Status> {
+        Err(Status::unimplemented("not needed"))
+    }
+
+    async fn disarm(
+        &self,
+        _request: Request<v1::DisarmRequest>,
+    ) -> Result<Response<v1::DisarmResponse>, Status> {
+        Err(Status::unimplemented("not needed"))
+    }
 }
