@@ -157,6 +157,7 @@ pub(crate) struct Staged {
     pub(crate) acknowledged: Option<(SessionId, u64)>,
     pub(crate) cancelled: Vec<(SessionId, u64)>,
     pub(crate) forced: Option<ForcedRelease>,
+    pub(crate) gives_back: bool,
 }
 
 impl<'a> Context<'a> {
@@ -198,6 +199,12 @@ impl<'a> Context<'a> {
     /// Refuses this one request of `session` from now on.
     pub fn cancel(&mut self, session: SessionId, request: u64) {
         self.staged.cancelled.push((session, request));
+    }
+
+    /// Says that the command gives something back, and so runs above the quota
+    /// although it writes.
+    pub fn gives_back(&mut self) {
+        self.staged.gives_back = true;
     }
 
     /// Puts a forced release on record, for the victim that was not listening.

@@ -437,7 +437,7 @@ impl<M: Machine> State<M> {
         match self.machine.execute(&mut context, command) {
             Ok(executed) => {
                 let (writes, staged) = context.into_parts();
-                if self.lacks_space_for(&writes) {
+                if !staged.gives_back && self.lacks_space_for(&writes) {
                     return Outcome::Done(AnswerBody::NoSpace);
                 }
                 let changes = self.keyspace.keep(writes);

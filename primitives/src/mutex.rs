@@ -318,6 +318,7 @@ pub(crate) fn force_release(
     match value::left_by(&record, context.now()) {
         Some(left) if !skip_delay => {
             end_requests(context, &record);
+            context.gives_back();
             context.overlay.put(record.key, left, None);
         }
         _ => remove(context, &record),
@@ -561,6 +562,7 @@ fn leave(context: &mut Context<'_>, record: &Record, entry: u64) {
     });
     match (record.lease, shared) {
         (Some(id), Some((left, value))) => {
+            context.gives_back();
             rewrite(context, record, &value);
             note(context, id, left);
         }

@@ -381,7 +381,7 @@ impl Model {
                     .value
                     .as_ref()
                     .filter(|_| session == Some(self.sessions[who.session]));
-                self.place(*who, native.unwrap_or(&LockContender::default()))
+                self.place(*who, &native.cloned().unwrap_or_default())
             }
             Key::Other(other) => {
                 let key = OTHER_KEYS[*other].to_owned();

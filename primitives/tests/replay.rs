@@ -107,7 +107,6 @@ impl Recorder {
         self.lock(Primitive::LockRelease(LockRelease {
             name: "lock".to_owned(),
             session_id,
-            owner: String::new(),
             token,
             ..LockRelease::default()
         }));

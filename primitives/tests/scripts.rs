@@ -38,8 +38,8 @@ use conclave_primitives::{
     Answer, Contender, Event, LossReason, Primitives, Query, Rejection, Reply, command,
 };
 use conclave_proto::internal::{
-    DeleteRange, LockAcquire, LockCancel, LockForceRelease, LockRelease, Operation, Put, Txn,
-    command::Body, operation, primitive_command::Command,
+    DeleteRange, LockAcquire, LockCancel, LockForceRelease, LockRelease, NoSpace, Operation, Put,
+    Txn, command::Body, operation, primitive_command::Command,
 };
 use harness::{Driver, Step};
 
@@ -76,6 +76,47 @@ fn a_place_is_given_up_even_if_no_more_requests_can_be_noted() {
     assert_eq!(outcome(cancelled), Ok(Reply::Cancelled));
     let again = driver.run(command(Command::LockAcquire(acquire(last + 1))));
     assert!(matches!(again.outcome, Outcome::Waiting(_)), "it is free");
+}
+
+/// Not in a script, since no command of the mutex raises the alarm.
+#[test]
+fn above_the_quota_a_shared_grant_is_given_back_and_taken_by_force() {
+    let mut driver = Driver::new();
+    let session_id = driver.open("a").0;
+    let name = || "deploy".to_owned();
+    let acquire = |request| {
+        command(Command::LockAcquire(LockAcquire {
+            name: name(),
+            session_id,
+            request,
+            delay_ms: 100,
+            reentrant: true,
+            ..LockAcquire::default()
+        }))
+    };
+    driver.run(acquire(1));
+    driver.run(acquire(2));
+    driver.run(Body::NoSpace(NoSpace { raised: true }));
+    let refused = driver.run(acquire(3)).outcome;
+    let Outcome::Done(refused) = refused else {
+        panic!("it waits");
+    };
+    assert!(matches!(refused.body, AnswerBody::NoSpace));
+    let release = LockRelease {
+        name: name(),
+        session_id,
+        token: 2,
+        ..LockRelease::default()
+    };
+    let released = driver.run(command(Command::LockRelease(release)));
+    assert_eq!(outcome(released), Ok(Reply::Released));
+    let force = LockForceRelease {
+        name: name(),
+        reason: "stuck".to_owned(),
+        ..LockForceRelease::default()
+    };
+    let forced = driver.run(command(Command::LockForceRelease(force)));
+    assert!(matches!(outcome(forced), Ok(Reply::ForceReleased(_))));
 }
 
 fn outcome(step: Step) -> Result<Reply, Rejection> {
