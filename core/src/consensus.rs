@@ -8,6 +8,8 @@
 //! - quorum-confirmed reads only (`ReadOnlyOption::Safe`). raft-rs' lease-based
 //!   reads are stale under partitions even with perfect clocks.
 
+mod deferral;
+
 use std::{collections::VecDeque, fmt};
 
 use bytes::Bytes;
@@ -21,8 +23,8 @@ use raft::{
 };
 use slog::{Discard, Logger, o};
 
+use self::deferral::Deferral;
 use crate::{
-    deferral::Deferral,
     ids::{Index, NodeId, Term},
     limits,
     log::{EntryKind, HardState, LogEntry},

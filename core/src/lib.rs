@@ -3,8 +3,7 @@
 //! In reading order:
 //! - [`ids`], [`limits`]: the words and the bounds;
 //! - [`replica`]: one member as a step function with effects, over
-//!   `consensus` (raft-rs) with `deferral` (appends that can wait), `clock`
-//!   (elapsed time) and `liveness` (who renewed);
+//!   `consensus` (raft-rs), `clock` (elapsed time) and `liveness` (who renewed);
 //! - [`state`]: the replicated state and how an entry changes it: [`keyspace`]
 //!   (keys with history), [`session`] (who is alive), [`system`] (the rest), and
 //!   [`machine`] (the seam to what commands mean);
@@ -19,7 +18,6 @@
 pub mod checkpoint;
 mod clock;
 mod consensus;
-mod deferral;
 pub mod disk;
 pub mod ids;
 pub mod keyspace;

@@ -3,9 +3,9 @@
 //!
 //! The rest of the process talks to it through a [`Handle`], which puts requests
 //! into the inbox. Each turn takes all that has arrived, in this order: what peers
-//! sent, renewals, what gives something back, then other work; so under load, batches form by themselves while the
-//! disk is busy. There is one sync a turn at most, between the two halves of the
-//! turn.
+//! sent, renewals, what gives something back, then other work; so under load,
+//! batches form by themselves while the disk is busy. There is one sync a turn at
+//! most, between the two halves of the turn.
 //!
 //! Whoever runs the node does nothing but this, on one thread: wait for
 //! [`Node::wait`] or until woken, [`Node::begin_turn`], let leave what was sent,
@@ -136,7 +136,7 @@ pub fn open<M: Machine, D: Disk>(
     let node = Node {
         election_us: config.election_ms * 1_000,
         schedule: Schedule::new(checkpoint_every, state.applied()),
-        replica: Replica::restored(config, recovered, state, now),
+        replica: Replica::new(config, recovered, state, now),
         log,
         checkpoints,
         is_warned: false,

@@ -150,16 +150,9 @@ struct PendingRenewal {
 }
 
 impl<M: Machine> Replica<M> {
-    /// A replica over what its log held, which must be all of it. Entries are
-    /// applied as they are learnt to be committed.
-    pub fn new(config: Config, recovered: Recovered, now: Now) -> Self {
-        let state = State::new(recovered.identity.cluster);
-        Self::restored(config, recovered, state, now)
-    }
-
-    /// A replica over a state that a checkpoint held, and a log that goes on from
-    /// there; see [`checkpoint::restore`](crate::checkpoint::restore).
-    pub fn restored(config: Config, recovered: Recovered, state: State<M>, now: Now) -> Self {
+    /// A replica over a state, the first one or that of a checkpoint, and a log that
+    /// goes on from there; see [`checkpoint::restore`](crate::checkpoint::restore).
+    pub fn new(config: Config, recovered: Recovered, state: State<M>, now: Now) -> Self {
         let Recovered {
             identity,
             hard_state,

@@ -196,7 +196,7 @@ fn replica(log: &Recovered, boot: u64, boot_us: u64) -> Replica<Register> {
 }
 
 fn restored(log: &Recovered, state: State<Register>, boot: u64, boot_us: u64) -> Replica<Register> {
-    Replica::restored(
+    Replica::new(
         config(log, boot),
         log.clone(),
         state,

@@ -198,7 +198,7 @@ impl Node {
             retention: Some(RETENTION),
             quota_bytes: limits::QUOTA_BYTES_DEFAULT,
         };
-        let replica = Replica::restored(config, recovered, state, self.clocks(ground));
+        let replica = Replica::new(config, recovered, state, self.clocks(ground));
         self.running = Some(Running {
             replica,
             log,

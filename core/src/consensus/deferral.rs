@@ -23,7 +23,7 @@ const SERVES_US: u64 = 100_000;
 
 /// What a leader holds back, and from whom.
 #[derive(Debug, Default)]
-pub(crate) struct Deferral {
+pub(super) struct Deferral {
     /// Followers that wait for nothing.
     eager: BTreeSet<u64>,
     /// Until when followers count as serving clients.
@@ -40,17 +40,17 @@ struct Held {
 
 impl Deferral {
     /// A client of this follower wants something.
-    pub(crate) fn serves(&mut self, follower: u64, now_us: u64) {
+    pub(super) fn serves(&mut self, follower: u64, now_us: u64) {
         self.serves_until_us.insert(follower, now_us + SERVES_US);
     }
 
     /// When something that is held back must leave.
-    pub(crate) fn next_due_us(&self) -> Option<u64> {
+    pub(super) fn next_due_us(&self) -> Option<u64> {
         self.held.values().map(|held| held.due_us).min()
     }
 
     /// Leadership is gone, and what was said under it.
-    pub(crate) fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         self.held.clear();
     }
 
@@ -58,7 +58,7 @@ impl Deferral {
     /// those that acknowledged most, and all that serve clients. Between equals it
     /// stays with the present choice, which keeps a slow follower from coming back
     /// whenever there is nothing to do.
-    pub(crate) fn choose(&mut self, matched: impl Iterator<Item = (u64, u64)>, now_us: u64) {
+    pub(super) fn choose(&mut self, matched: impl Iterator<Item = (u64, u64)>, now_us: u64) {
         let mut followers: Vec<_> = matched
             .map(|(id, matched)| (matched, self.eager.contains(&id), id))
             .collect();
@@ -79,7 +79,7 @@ impl Deferral {
 
     /// What of these messages, and of those held back, leaves now. Appends to one
     /// follower stay in order.
-    pub(crate) fn pass(&mut self, messages: Vec<Message>, now_us: u64) -> Vec<Message> {
+    pub(super) fn pass(&mut self, messages: Vec<Message>, now_us: u64) -> Vec<Message> {
         let mut leaving = Vec::with_capacity(messages.len());
         for message in messages {
             match message.msg_type {
