@@ -14,7 +14,7 @@ use std::{
 };
 
 use conclave_core::{
-    checkpoint::{self, CheckpointStore as _, FjallCheckpoints, Image, Invalid, ReadError},
+    checkpoint::{self, CheckpointStore as _, FjallCheckpoints, Image, ReadError},
     disk::FileDisk,
     ids::Index,
     log::Log,
@@ -43,8 +43,8 @@ pub struct Checkpoint {
     pub at: Index,
     /// Bytes on disk.
     pub bytes: u64,
-    /// What it holds, if it verifies.
-    pub content: Result<Content, NotWhole>,
+    /// What it holds, or why it does not verify.
+    pub content: Result<Content, String>,
 }
 
 /// What a checkpoint holds that verifies.
@@ -62,15 +62,6 @@ pub struct Content {
     pub sessions: usize,
 }
 
-/// Why a checkpoint does not verify.
-#[derive(Clone, Debug)]
-pub struct NotWhole {
-    /// In words.
-    pub reason: String,
-    /// Whether its end is missing, as when a server ends while it writes it.
-    pub is_incomplete: bool,
-}
-
 /// What a start would go on from.
 #[derive(Clone, Copy, Debug)]
 pub struct Start {
@@ -81,15 +72,9 @@ pub struct Start {
 }
 
 impl Inspection {
-    /// Whether everything is whole. The newest checkpoint may be incomplete: then
-    /// it was being written when the server ended.
+    /// Whether everything is whole.
     pub fn is_whole(&self) -> bool {
-        let newest = self.checkpoints.last().map(|newest| newest.at);
-        self.start.is_ok()
-            && self.checkpoints.iter().all(|one| match &one.content {
-                Ok(_) => true,
-                Err(reason) => reason.is_incomplete && Some(one.at) == newest,
-            })
+        self.start.is_ok() && self.checkpoints.iter().all(|one| one.content.is_ok())
     }
 }
 
@@ -127,7 +112,7 @@ pub fn inspect(data_dir: &Path) -> Result<Inspection, StorageError> {
         checkpoints.push(Checkpoint {
             at,
             bytes: bytes_below(&directory.join(name(at))).unwrap_or_default(),
-            content: read.as_ref().map(Content::of).map_err(NotWhole::of),
+            content: read.as_ref().map(Content::of).map_err(ToString::to_string),
         });
         (at, read)
     });
@@ -188,15 +173,6 @@ impl Content {
             digest: image.digest(),
             versions: image.versions(),
             sessions: image.sessions(),
-        }
-    }
-}
-
-impl NotWhole {
-    fn of(error: &ReadError) -> Self {
-        Self {
-            reason: error.to_string(),
-            is_incomplete: matches!(error, ReadError::Invalid(Invalid::Incomplete)),
         }
     }
 }

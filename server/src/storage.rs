@@ -4,7 +4,7 @@
 //! NAME.conclave/
 //!   log/            the write-ahead log, locked
 //!   checkpoints/    the state at two moments, from which the log goes on; made
-//!                   after the log, so that without a log one is missing
+//!                   after the log, so where they are, there was a log
 //! ```
 
 use std::{

@@ -132,11 +132,7 @@ fn checkpoint_row(checkpoint: &Checkpoint) -> Vec<String> {
                 content.term, content.versions, content.sessions, content.digest
             ),
         ),
-        Err(not_whole) if not_whole.is_incomplete => (
-            "incomplete",
-            "normal if it was being written when the server ended".to_owned(),
-        ),
-        Err(not_whole) => ("damaged", not_whole.reason.clone()),
+        Err(reason) => ("damaged", reason.clone()),
     };
     vec![format!("checkpoint {at}"), state.to_owned(), details]
 }
@@ -193,12 +189,11 @@ fn checkpoint_json(checkpoint: &Checkpoint) -> Value {
             "versions": content.versions,
             "sessions": content.sessions,
         }),
-        Err(not_whole) => json!({
+        Err(reason) => json!({
             "index": at,
             "bytes": bytes,
             "ok": false,
-            "incomplete": not_whole.is_incomplete,
-            "error": not_whole.reason,
+            "error": reason,
         }),
     }
 }

@@ -43,6 +43,7 @@ async fn stopped_server() -> (Cluster, Vec<PathBuf>) {
     let list = || {
         let entries = fs::read_dir(&directory).unwrap();
         let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+        paths.retain(|path| !path.ends_with("unfinished"));
         paths.sort();
         paths
     };
