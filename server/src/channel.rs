@@ -14,21 +14,12 @@ use std::{
 
 use async_trait::async_trait;
 use conclave_core::{limits, replica::Failure};
-use conclave_proto::v1::{
-    self, call::Request as Body, channel_server::Channel, reply::Outcome,
-};
+use conclave_proto::v1::{self, call::Request as Body, channel_server::Channel, reply::Outcome};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio_stream::Stream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use crate::{
-    gateway::Gateway,
-    lock,
-    metrics::Method,
-    session,
-    status::Refusal,
-    validate::Invalid,
-};
+use crate::{gateway::Gateway, lock, metrics::Method, session, status::Refusal, validate::Invalid};
 
 /// With so many calls of one stream under way, as many as the replica takes, those
 /// that want a session or a lock are refused.

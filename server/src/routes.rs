@@ -17,7 +17,8 @@ use tonic_health::{
 use tonic_reflection::server::Builder;
 
 use crate::{
-    channel::ChannelService, cluster::ClusterService, gateway::Gateway, http, lock::LockService, session::SessionService,
+    channel::ChannelService, cluster::ClusterService, gateway::Gateway, http, lock::LockService,
+    session::SessionService,
 };
 
 /// What the health service knows; the empty name is the server as a whole.

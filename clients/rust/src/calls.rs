@@ -117,15 +117,10 @@ impl Calls {
         }
     }
 
-    #[expect(clippy::type_complexity, reason = "three parts, each used once")]
     fn begin(
         &self,
         request: Request,
-    ) -> (
-        u64,
-        Arc<Line>,
-        oneshot::Receiver<Result<Outcome, Status>>,
-    ) {
+    ) -> (u64, Arc<Line>, oneshot::Receiver<Result<Outcome, Status>>) {
         let mut line = self.line.lock().expect("no panic while this is locked");
         if line.state().phase == Phase::Ended {
             *line = Arc::default();
@@ -170,7 +165,10 @@ impl Line {
     }
 
     async fn carry(self: &Arc<Self>, mut client: ChannelClient<Channel>) -> Result<(), Status> {
-        let mut frames = client.connect(Sending(Arc::clone(self))).await?.into_inner();
+        let mut frames = client
+            .connect(Sending(Arc::clone(self)))
+            .await?
+            .into_inner();
         while let Some(frame) = frames.message().await? {
             self.state().answered(frame);
         }
@@ -183,11 +181,7 @@ impl Line {
 }
 
 impl State {
-    fn begin(
-        &mut self,
-        request: Request,
-        caller: oneshot::Sender<Result<Outcome, Status>>,
-    ) -> u64 {
+    fn begin(&mut self, request: Request, caller: oneshot::Sender<Result<Outcome, Status>>) -> u64 {
         self.last_tag += 1;
         let tag = self.last_tag;
         self.waiting.insert(tag, caller);
@@ -219,7 +213,9 @@ impl State {
         if self.unsent.is_empty() {
             return None;
         }
-        let rest = self.unsent.split_off(self.unsent.len().min(FRAME_CALLS_MAX));
+        let rest = self
+            .unsent
+            .split_off(self.unsent.len().min(FRAME_CALLS_MAX));
         let calls = std::mem::replace(&mut self.unsent, rest);
         Some(ClientFrame { calls })
     }

@@ -8,7 +8,9 @@ use std::{
 };
 
 use conclave_proto::v1::{
-    self, call::Request as Body, channel_server, cluster_server,
+    self,
+    call::Request as Body,
+    channel_server, cluster_server,
     lock_server::{self, Lock as _},
     reply::Outcome,
     session_event::Event,
