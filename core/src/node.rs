@@ -430,7 +430,7 @@ impl<M: Machine, D: Disk> Node<M, D> {
         if self.schedule.is_due(applied, written_bytes) {
             self.schedule.begin(written_bytes);
             let image = self.replica.state().image();
-            self.checkpoints.write(image, self.schedule.kept());
+            self.checkpoints.write(image, self.schedule.newest());
         }
         self.cut()
     }
