@@ -1320,6 +1320,22 @@ fn what_gives_something_back_goes_ahead_of_other_work() {
 }
 
 #[test]
+fn what_is_kept_does_not_hold_on_to_the_entry_it_came_in() {
+    let mut cluster = Cluster::ready(1);
+    let leader = cluster.leader();
+    cluster.put(leader, 10);
+    cluster.run_ms(10);
+    let node = &cluster.nodes[&leader];
+    let entry = node.log.entries.iter().map(|entry| &entry.data);
+    let inside = |bytes: &Bytes| {
+        let mut entries = entry.clone();
+        entries.any(|entry| entry.as_ptr_range().contains(&bytes.as_ptr()))
+    };
+    let record = node.replica.state().keyspace().get(b"key").unwrap();
+    assert!(!inside(&record.key) && !inside(&record.value));
+}
+
+#[test]
 fn members_go_on_from_checkpoints() {
     let mut cluster = Cluster::ready(3);
     let (leader, follower) = (cluster.leader(), cluster.follower());
