@@ -33,7 +33,7 @@ pub use schedule::Schedule;
 pub use sim::SimCheckpoints;
 pub use start::{ReadError, RestoreError, read, restore};
 pub use store::CheckpointStore;
-pub use writer::{WriteError, Writer};
+pub use writer::{WriteError, Writer, keep_two};
 
 /// Everything that is replicated, after one entry. See
 /// [`State::image`](crate::state::State::image).
