@@ -36,7 +36,7 @@ pub use store::CheckpointStore;
 pub use writer::{WriteError, Writer, keep_two};
 
 /// Everything that is replicated, after one entry. See
-/// [`State::image`](crate::state::State::image).
+/// [`State::begin_image`](crate::state::State::begin_image).
 #[derive(Debug)]
 pub struct Image {
     pub(crate) cluster: u64,
