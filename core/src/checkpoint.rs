@@ -33,10 +33,10 @@ pub use schedule::Schedule;
 pub use sim::SimCheckpoints;
 pub use start::{ReadError, RestoreError, choose, read, restore};
 pub use store::CheckpointStore;
-pub use writer::{WriteError, Writer};
+pub use writer::{WriteError, Writer, keep_two};
 
 /// Everything that is replicated, after one entry. See
-/// [`State::image`](crate::state::State::image).
+/// [`State::begin_image`](crate::state::State::begin_image).
 #[derive(Debug)]
 pub struct Image {
     pub(crate) cluster: u64,
