@@ -103,6 +103,8 @@ answers!(
     ForceReleaseResponse,
     ListLocksResponse,
     CheckResponse,
+    CompactResponse,
+    DisarmResponse,
     StatusResponse
 );
 
