@@ -102,9 +102,11 @@ pub(crate) fn outcome(reply: Reply) -> (CallOutcome, Option<usize>) {
         Reply::Broken | Reply::Event { .. } => return (Outcome::Unknown, None),
     };
     let outcome = match answer.body {
-        // Others must be acknowledged first; the client tries again, as it does
-        // when servers are overloaded.
-        AnswerBody::Machine(Err(Rejection::TooManyCancelled)) => Outcome::NotApplied,
+        // Others must be acknowledged first, or room be made; the client tries again,
+        // as it does when servers are overloaded.
+        AnswerBody::Machine(Err(Rejection::TooManyCancelled)) | AnswerBody::NoSpace => {
+            Outcome::NotApplied
+        }
         AnswerBody::Machine(Err(rejection)) => Outcome::Refused(rejection),
         AnswerBody::SessionEnded(reason) => Outcome::Refused(Rejection::SessionEnded(reason)),
         _ => Outcome::Answered(answer),

@@ -4,7 +4,7 @@
 use conclave_client::requests::Outcome;
 use conclave_core::replica::{Answer, AnswerBody, Query};
 use conclave_primitives::{Answer as LockAnswer, Query as LockQuery, Rejection};
-use conclave_proto::internal::{Compact, LockForceRelease, command, primitive_command};
+use conclave_proto::internal::{Compact, LockForceRelease, NoSpace, command, primitive_command};
 
 use super::{
     alarm::{Alarm, Owner},
@@ -23,6 +23,8 @@ pub(crate) struct Operator {
     next_us: u64,
     /// The newest revision it was told of.
     revision: u64,
+    /// What it does next about the alarm.
+    made_room: bool,
 }
 
 impl Operator {
@@ -33,6 +35,7 @@ impl Operator {
             pending: None,
             next_us: 1_000_000,
             revision: 0,
+            made_room: false,
         };
         operator.alarm.set(operator.next_us, ground);
         operator
@@ -85,6 +88,14 @@ impl Operator {
             };
             let force = primitive_command::Command::LockForceRelease(force);
             CallBody::Command(conclave_primitives::command(force))
+        } else if ground.settings.is_scarce() && ground.rng.chance(600_000) {
+            // First room is made, then the alarm is cleared.
+            let revision = self.revision;
+            self.made_room = !self.made_room;
+            CallBody::Command(match self.made_room {
+                true => command::Body::Compact(Compact { revision }),
+                false => command::Body::NoSpace(NoSpace { raised: false }),
+            })
         } else if ground.rng.chance(200_000) {
             // At times far too late, which is refused.
             let revision = self.revision.saturating_sub(ground.rng.below(300));
@@ -130,6 +141,13 @@ impl Operator {
                 }),
                 _,
             ) => ground.did(Operation::Compacted),
+            (
+                Outcome::Answered(Answer {
+                    body: AnswerBody::Done,
+                    ..
+                }),
+                _,
+            ) => ground.did(Operation::Disarmed),
             (Outcome::Answered(_) | Outcome::Refused(Rejection::NotHeld), _) => {}
             (_, hint) => {
                 ground.checks.liveness.gone(self.link.actor);
