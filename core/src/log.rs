@@ -188,6 +188,20 @@ pub struct Recovered {
     pub entries: Vec<LogEntry>,
 }
 
+/// What a log holds, for one who only looks at it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inspection {
+    /// What a start would find.
+    pub recovered: Recovered,
+    /// The files and how long they are, oldest first.
+    pub segments: Vec<(String, u64)>,
+    /// Where the newest record ends, in the newest segment.
+    pub end: u64,
+    /// How many bytes at the end no later record says to be durable: of damage to
+    /// these a start could not know.
+    pub unattested_bytes: u64,
+}
+
 /// How a log takes up space. Recovery does not depend on it, so it may change
 /// from one start to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -364,6 +378,15 @@ impl<D: Disk> Log<D> {
             is_poisoned: false,
         };
         Ok(Some((log, recovered)))
+    }
+
+    /// What a log holds, or `None` where [`Log::open`] says so. Changes nothing, and
+    /// refuses what `open` refuses.
+    pub fn inspect(disk: &D) -> Result<Option<Inspection>, LogError> {
+        Ok(match recovery::read(disk)? {
+            Contents::Log(found) => Some(found.inspection()),
+            Contents::Nothing | Contents::HalfCreated => None,
+        })
     }
 
     /// Writes a batch; not durable before [`Log::sync`]. An empty one writes

@@ -352,6 +352,9 @@ impl<M: Machine, D: Disk> fmt::Debug for Node<M, D> {
 impl<M: Machine, D: Disk> Node<M, D> {
     /// How long until the next turn is due although nothing arrives.
     pub fn wait(&self) -> Duration {
+        if self.replica.state().is_drawing() {
+            return Duration::ZERO;
+        }
         let wait_us = self.replica.next_turn_us().saturating_sub(now().boot_us);
         Duration::from_micros(wait_us)
     }
@@ -421,7 +424,8 @@ impl<M: Machine, D: Disk> Node<M, D> {
         Ok(())
     }
 
-    /// Orders a checkpoint when one is due, and cuts the log when one is done.
+    /// Begins a checkpoint when one is due, and goes on with it: some of its picture
+    /// each turn, then the writer has it. Cuts the log when one is done.
     fn keep_checkpoints(&mut self) -> Result<(), Fatal> {
         if let Some(written) = self.checkpoints.poll() {
             let at = written.map_err(|error| Fatal::Storage(error.to_string()))?;
@@ -431,7 +435,9 @@ impl<M: Machine, D: Disk> Node<M, D> {
         let applied = self.replica.state().applied();
         if self.schedule.is_due(applied, written_bytes) {
             self.schedule.begin(written_bytes);
-            let image = self.replica.state().image();
+            self.replica.begin_image();
+        }
+        if let Some(image) = self.replica.draw_image(limits::DRAWN_PER_TURN_MAX) {
             self.checkpoints.write(image, self.schedule.newest());
         }
         self.cut()

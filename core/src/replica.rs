@@ -54,6 +54,7 @@ use self::{
     reads::{Ask, AskBody, Reads, Renewer},
 };
 use crate::{
+    checkpoint::Image,
     clock::Clock,
     consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
     ids::{Index, NodeId, RequestNumber, SessionId, Term},
@@ -211,6 +212,16 @@ impl<M: Machine> Replica<M> {
     /// The replicated state.
     pub fn state(&self) -> &State<M> {
         &self.state
+    }
+
+    /// See [`State::begin_image`].
+    pub fn begin_image(&mut self) {
+        self.state.begin_image();
+    }
+
+    /// See [`State::draw_image`].
+    pub fn draw_image(&mut self, max: usize) -> Option<Image> {
+        self.state.draw_image(max)
     }
 
     /// Up to where every member is known to have the log on disk: nobody will ever

@@ -432,8 +432,9 @@ impl Cluster {
     /// The same, over a checkpoint of now and a log of which only the newest
     /// entries are left.
     fn restart_from_checkpoint(&mut self, id: NodeId, boot: u64, left: u64) {
-        let node = &self.nodes[&id];
-        let image = node.replica.state().image();
+        let node = self.nodes.get_mut(&id).unwrap();
+        node.replica.begin_image();
+        let image = node.replica.draw_image(usize::MAX).unwrap();
         let mut log = node.log.clone();
         log.first = image.applied() + 1 - left;
         log.entries.retain(|entry| entry.index >= log.first);
