@@ -97,6 +97,8 @@ pub(crate) struct Pace {
     pending: Option<Pending>,
     /// When it begins the next call.
     next_us: u64,
+    /// From when on it begins nothing new.
+    until_us: u64,
 }
 
 /// What is due for such a client.
@@ -109,13 +111,14 @@ pub(crate) enum Due {
 }
 
 impl Pace {
-    /// A client that begins at `next_us`.
-    pub(crate) fn new(actor: usize, next_us: u64, ground: &mut Ground) -> Self {
+    /// A client that begins at `next_us`, and begins nothing new from `until_us` on.
+    pub(crate) fn new(actor: usize, next_us: u64, until_us: u64, ground: &mut Ground) -> Self {
         let mut pace = Self {
             link: Link::new(actor, ground),
             alarm: Alarm::new(Owner::Actor(actor)),
             pending: None,
             next_us,
+            until_us,
         };
         pace.rearm(ground);
         pace
@@ -132,7 +135,9 @@ impl Pace {
                 self.pending = None;
                 Some(Due::GiveUp(pending))
             }
-            None if self.next_us <= ground.now_us && !ground.draining => Some(Due::Begin),
+            None if self.next_us <= ground.now_us && ground.now_us < self.until_us => {
+                Some(Due::Begin)
+            }
             _ => None,
         };
         if due.is_none() {
@@ -163,7 +168,7 @@ impl Pace {
     fn rearm(&mut self, ground: &mut Ground) {
         let at_us = match self.pending {
             Some(pending) => pending.until_us,
-            None if ground.draining => return,
+            None if ground.now_us >= self.until_us => return,
             None => self.next_us,
         };
         self.alarm.set(at_us, ground);

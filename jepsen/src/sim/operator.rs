@@ -25,8 +25,14 @@ pub(crate) struct Operator {
 
 impl Operator {
     pub(crate) fn new(actor: usize, ground: &mut Ground) -> Self {
+        let (drain_us, end_us) = (ground.settings.drain_us, ground.settings.end_us);
+        let until_us = match ground.settings.is_scarce() {
+            // Without room, what others have begun never ends.
+            true => drain_us.midpoint(end_us),
+            false => drain_us,
+        };
         Self {
-            pace: Pace::new(actor, 1_000_000, ground),
+            pace: Pace::new(actor, 1_000_000, until_us, ground),
             revision: 0,
             made_room: false,
         }

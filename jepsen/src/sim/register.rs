@@ -45,8 +45,9 @@ pub(crate) struct RegisterClient {
 impl RegisterClient {
     pub(crate) fn new(actor: usize, ground: &mut Ground) -> Self {
         let begin_us = ground.rng.below(500_000);
+        let until_us = ground.settings.drain_us;
         Self {
-            pace: Pace::new(actor, begin_us, ground),
+            pace: Pace::new(actor, begin_us, until_us, ground),
             register: actor as u64 % ground.settings.registers,
             values: 0,
             seen: (0, ABSENT),
