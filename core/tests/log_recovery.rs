@@ -484,7 +484,7 @@ fn a_log_of_one_header_is_half_a_creation_or_damaged() {
     log.mark().unwrap();
     while log.cut(10).unwrap() {}
     let newest = disk.list().unwrap().pop().unwrap();
-    assert_eq!(disk.list().unwrap(), [newest.clone()]);
+    assert_eq!(disk.list().unwrap(), std::slice::from_ref(&newest));
     disk.damage(&newest, |bytes| bytes[end..].fill(0));
     let message = refusal(&disk);
     assert!(message.contains(&newest), "{message}");

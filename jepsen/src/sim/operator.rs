@@ -25,11 +25,11 @@ pub(crate) struct Operator {
 
 impl Operator {
     pub(crate) fn new(actor: usize, ground: &mut Ground) -> Self {
-        let (drain_us, end_us) = (ground.settings.drain_us, ground.settings.end_us);
-        let until_us = match ground.settings.is_scarce() {
+        let settings = &ground.settings;
+        let until_us = match settings.is_scarce() {
             // Without room, what others have begun never ends.
-            true => drain_us.midpoint(end_us),
-            false => drain_us,
+            true => settings.end_us.saturating_sub(2_000_000),
+            false => settings.drain_us,
         };
         Self {
             pace: Pace::new(actor, 1_000_000, until_us, ground),
@@ -54,7 +54,7 @@ impl Operator {
 
     fn begin(&mut self, ground: &mut Ground) {
         let name = lock_name(ground.rng.index(ground.settings.locks));
-        let body = if ground.rng.chance(300_000) {
+        let body = if !self.made_room && !ground.draining && ground.rng.chance(300_000) {
             let reason = "taken by the operator".to_owned();
             let force = LockForceRelease {
                 name,
@@ -64,7 +64,9 @@ impl Operator {
             };
             let force = primitive_command::Command::LockForceRelease(force);
             CallBody::Command(conclave_primitives::command(force))
-        } else if ground.settings.is_scarce() && ground.rng.chance(600_000) {
+        } else if ground.settings.is_scarce()
+            && (self.made_room || ground.draining || ground.rng.chance(600_000))
+        {
             // First room is made, then the alarm is cleared.
             let revision = self.revision;
             self.made_room = !self.made_room;
@@ -133,7 +135,10 @@ impl Operator {
             .checks
             .liveness
             .completes(self.pace.link.actor, ground.now_us);
-        let rest_us = ground.rng.between(200_000, 1_500_000);
+        let rest_us = match ground.settings.is_scarce() {
+            true => ground.rng.between(50_000, 500_000),
+            false => ground.rng.between(200_000, 1_500_000),
+        };
         self.pace.rest(rest_us, ground);
     }
 }
