@@ -104,7 +104,8 @@ pub const LOG_BYTES_MAX: u64 = 1 << 30;
 
 /// Locks in one answer of a list.
 pub const LIST_LOCKS_MAX: usize = 1_000;
-/// Waiters shown for one lock in a list.
+/// Waiters shown in one answer of a list, for all its locks: some milliseconds of
+/// work, and no more than clients take in one message.
 pub const LIST_WAITERS_MAX: usize = 1_000;
 
 const _: () = {

@@ -203,8 +203,9 @@ impl<M: Machine> Handle<M> {
         self.shared.log_bytes.load(Ordering::Relaxed)
     }
 
-    /// Refuses new work, hands leadership over if this node has it, and then
-    /// stops, after one election timeout at most.
+    /// Refuses new work, hands leadership over if this node has it, waits for answers
+    /// to what is under way, but for locks, and then stops; after one election timeout
+    /// at most.
     pub fn stop(&self) {
         unpoisoned(self.shared.inbox.lock()).stopping = true;
         (self.shared.wake)();
@@ -401,8 +402,9 @@ impl<M: Machine, D: Disk> Node<M, D> {
         self.keep_checkpoints()?;
         self.publish_status();
         let leads = self.replica.status().role == Role::Leader;
+        let is_free = !leads && !self.replica.owes_answers();
         Ok(match self.give_up_us {
-            Some(give_up_us) if !leads || now().boot_us >= give_up_us => Progress::Stopped,
+            Some(give_up_us) if is_free || now().boot_us >= give_up_us => Progress::Stopped,
             _ => Progress::GoOn,
         })
     }
@@ -436,7 +438,7 @@ impl<M: Machine, D: Disk> Node<M, D> {
             self.replica.begin_image();
         }
         if let Some(image) = self.replica.draw_image(limits::DRAWN_PER_TURN_MAX) {
-            self.checkpoints.write(image, self.schedule.kept());
+            self.checkpoints.write(image, self.schedule.newest());
         }
         self.cut()
     }

@@ -236,6 +236,12 @@ impl<M: Machine> Replica<M> {
         self.consensus.cut(upto);
     }
 
+    /// Whether requests of this node's clients are under way. Those that have a place
+    /// in a queue are not: nobody knows when that comes to its end.
+    pub fn owes_answers(&self) -> bool {
+        !self.pending.is_empty() || !self.renewals.is_empty() || !self.reads.is_empty()
+    }
+
     /// What this node knows, as of the end of its last turn.
     pub fn status(&self) -> &Status {
         &self.status

@@ -507,6 +507,11 @@ impl Node {
         let written_bytes = running.log.written_bytes();
         let applied = running.replica.state().applied();
         if running.schedule.is_due(applied, written_bytes) {
+            if let Err(error) =
+                checkpoint::keep_two(&mut self.checkpoints, running.schedule.newest())
+            {
+                return ground.checks.node_failed(self.index, &error);
+            }
             running.schedule.begin(written_bytes);
             running.replica.begin_image();
         }
@@ -538,12 +543,8 @@ impl Node {
         {
             self.checkpoints.sync(at);
             running.schedule.complete(at);
-            let kept = running.schedule.kept();
-            let old = self.checkpoints.list().into_iter().flatten();
-            for old in old.filter(|old| !kept.contains(old)) {
-                if let Err(error) = self.checkpoints.remove(old) {
-                    ground.checks.node_failed(self.index, &error);
-                }
+            if let Err(error) = checkpoint::keep_two(&mut self.checkpoints, at) {
+                ground.checks.node_failed(self.index, &error);
             }
         }
     }
