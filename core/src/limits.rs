@@ -75,6 +75,12 @@ pub const QUEUED_ENDINGS_MAX: usize = 65_536;
 /// Renewals waiting for the node: more than other requests, so that
 /// overload does not expire sessions.
 pub const QUEUED_RENEWALS_MAX: usize = 262_144;
+/// Commands and reads that one turn takes in, and as many that give something back:
+/// some ten milliseconds of work. A member whose turns take long is late with its
+/// heartbeats.
+pub const REQUESTS_PER_TURN_MAX: usize = 2_048;
+/// Renewals that one turn takes in: as much work.
+pub const RENEWALS_PER_TURN_MAX: usize = 8_192;
 /// Messages of peers waiting for the node.
 pub const QUEUED_PEER_MESSAGES_MAX: usize = 65_536;
 /// Commands given to Raft and not yet applied.

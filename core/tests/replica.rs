@@ -1481,3 +1481,33 @@ fn who_is_behind_a_log_that_was_cut_harms_nobody() {
     assert!(cluster.nodes.values().all(|node| node.fatal.is_none()));
     assert_eq!(cluster.nodes[&away].replica.state().applied(), reached);
 }
+
+#[test]
+fn a_turn_takes_no_more_than_it_bears_and_the_next_follows_at_once() {
+    let mut member = Member::open(NodeId(1), 1, ELECTION_MS);
+    let handle = member.handle.clone();
+    while !(member.serves() && handle.status().role == Role::Leader) {
+        member.turn();
+        thread::yield_now();
+    }
+    let asked = 2 * limits::REQUESTS_PER_TURN_MAX + 1;
+    let (told, answers) = mpsc::channel();
+    for number in 0..asked {
+        let told = told.clone();
+        let respond: Responder<Register> =
+            Box::new(move |answer| told.send((number, answer.is_ok())).unwrap());
+        handle.read(Query::Barrier, respond).unwrap();
+    }
+    let mut turns = 0;
+    let mut told = Vec::new();
+    while told.len() < asked {
+        member.turn();
+        turns += 1;
+        told.extend(answers.try_iter());
+        assert!(told.len() <= turns * limits::REQUESTS_PER_TURN_MAX);
+        if turns < 3 {
+            assert!(member.node.wait().is_zero());
+        }
+    }
+    assert!(told.into_iter().eq((0..asked).map(|number| (number, true))));
+}

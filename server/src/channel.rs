@@ -24,6 +24,9 @@ use crate::{gateway::Gateway, lock, metrics::Method, session, status::Refusal, v
 /// With so many calls of one stream under way, as many as the replica takes, those
 /// that want a session or a lock are refused.
 const RUNNING_MAX: usize = limits::PENDING_COMMANDS_MAX;
+/// Frames taken in before others on this thread have their turn: a client sends some
+/// hundred calls in one.
+const FRAMES_MAX: usize = 4;
 /// Answers of one frame. The largest has some 2 KiB.
 const REPLIES_MAX: usize = 512;
 
@@ -89,14 +92,19 @@ impl Replies {
         if self.frames.is_some() && self.closed.as_mut().poll(cx).is_ready() {
             self.frames = None;
         }
-        while let Some(frames) = &mut self.frames
-            && let Poll::Ready(next) = frames.poll_next_unpin(cx)
-        {
+        for _ in 0..FRAMES_MAX {
+            let Some(frames) = &mut self.frames else {
+                return Ok(());
+            };
+            let Poll::Ready(next) = frames.poll_next_unpin(cx) else {
+                return Ok(());
+            };
             match next.transpose()? {
                 Some(frame) => frame.calls.into_iter().for_each(|call| self.begin(call)),
                 None => self.frames = None,
             }
         }
+        cx.waker().wake_by_ref();
         Ok(())
     }
 
