@@ -42,8 +42,9 @@ pub const ENTRY_BYTES_MAX: usize = 1 << 20;
 pub const COMMAND_BYTES_MAX: usize = 3 << 19;
 /// Timers fired by one entry, so that no entry takes long to apply.
 pub const TIMERS_PER_ENTRY_MAX: usize = 1_024;
-/// Sessions ended by one expiry command.
-pub const EXPIRIES_PER_COMMAND_MAX: usize = 256;
+/// Sessions ended by one expiry command, with their keys: less than a millisecond of
+/// work, so that a turn has more time for others than for expiry, however many expire.
+pub const EXPIRY_WORK_PER_COMMAND_MAX: usize = 256;
 
 /// Revisions that automatic compaction keeps.
 pub const REVISIONS_KEPT: u64 = 1_000_000;
@@ -108,6 +109,8 @@ pub const DRAWN_PER_TURN_MAX: usize = 2_048;
 /// about as much.
 pub const LOG_BYTES_MAX: u64 = 1 << 30;
 
+/// Sessions in one answer of a list.
+pub const LIST_SESSIONS_MAX: usize = 1_000;
 /// Locks in one answer of a list.
 pub const LIST_LOCKS_MAX: usize = 1_000;
 /// Waiters shown in one answer of a list, for all its locks: some milliseconds of

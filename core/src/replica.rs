@@ -253,10 +253,12 @@ impl<M: Machine> Replica<M> {
         if self.consensus.has_ready() || (self.reads.has_fresh() && self.can_confirm()) {
             return self.now.boot_us;
         }
-        let tell_us = self
-            .leadership
-            .as_ref()
-            .and_then(|leadership| leadership.tell_commit_us);
+        let applied = self.state.applied();
+        let leadership = self.leadership.as_ref();
+        if leadership.is_some_and(|leadership| leadership.is_expiry_due(applied)) {
+            return self.now.boot_us;
+        }
+        let tell_us = leadership.and_then(|leadership| leadership.tell_commit_us);
         let timer_us = self.leadership.as_ref().and_then(|leadership| {
             let due_us = self.state.next_due()?.saturating_mul(1_000);
             let wait_us = due_us.saturating_sub(self.clock.micros());
@@ -555,13 +557,17 @@ impl<M: Machine> Replica<M> {
                 },
                 None => AnswerBody::SessionEnded(self.state.system().end_reason(id)),
             },
-            Query::Sessions => AnswerBody::Sessions {
-                log_time_ms: self.state.system().log_time(),
-                sessions: sessions
-                    .iter()
-                    .map(|(id, session)| (id, session.clone(), keyspace.keys_bound(id)))
-                    .collect(),
-            },
+            Query::Sessions { after, limit } => {
+                let mut behind = sessions.behind(after);
+                let listed = behind.by_ref().take(limit);
+                let listed =
+                    listed.map(|(id, session)| (id, session.clone(), keyspace.keys_bound(id)));
+                AnswerBody::Sessions {
+                    log_time_ms: self.state.system().log_time(),
+                    sessions: listed.collect(),
+                    more: behind.next().is_some(),
+                }
+            }
             Query::Range {
                 range,
                 revision,

@@ -8,8 +8,6 @@ mod lock;
 mod sessions;
 mod tally;
 
-use std::time::Duration;
-
 use conclave_client::{Client, Error, Session, SessionOptions};
 use tokio::task::{JoinError, JoinHandle, spawn_local};
 
@@ -42,16 +40,17 @@ async fn clients(global: &Global, connections: u32) -> Result<Vec<Client>, Failu
 }
 
 /// Opens sessions, spread over the clients.
-async fn open(clients: &[Client], count: usize, ttl: Duration) -> Result<Vec<Session>, Failure> {
+async fn open(
+    clients: &[Client],
+    count: usize,
+    options: &SessionOptions,
+) -> Result<Vec<Session>, Failure> {
     let clients: Vec<&Client> = clients.iter().cycle().take(count).collect();
     let mut sessions = Vec::with_capacity(count);
     for some in clients.chunks(PREPARING) {
         let opening = some.iter().map(|client| {
             let client = Client::clone(client);
-            let options = SessionOptions {
-                ttl,
-                ..SessionOptions::default()
-            };
+            let options = options.clone();
             spawn_local(async move { client.session(options).await })
         });
         for opened in all(opening.collect()).await? {

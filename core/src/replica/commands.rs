@@ -122,7 +122,15 @@ impl<M: Machine> Replica<M> {
         let Some(liveness) = &mut leadership.liveness else {
             return;
         };
-        let due = liveness.expire(now_us, limits::EXPIRIES_PER_COMMAND_MAX);
+        // One at a time, so that expiry does not crowd out others where it is applied.
+        if leadership.expiry_entry > self.state.applied() {
+            return;
+        }
+        let keyspace = self.state.keyspace();
+        let work = |session: SessionId| 1 + keyspace.keys_bound(session);
+        let due = liveness.expire(now_us, limits::EXPIRY_WORK_PER_COMMAND_MAX, work);
+        leadership.expires_more =
+            due.iter().copied().map(work).sum::<usize>() >= limits::EXPIRY_WORK_PER_COMMAND_MAX;
         if due.is_empty() {
             return;
         }
@@ -132,11 +140,18 @@ impl<M: Machine> Replica<M> {
             session_ids,
         };
         let body = Some(command::Body::ExpireSessions(expire));
-        if !self.propose(vec![Command { origin: None, body }])
-            && let Some(leadership) = &mut self.leadership
-            && let Some(liveness) = &mut leadership.liveness
-        {
-            liveness.expiry_dropped(&due);
+        let is_proposed = self.propose(vec![Command { origin: None, body }]);
+        let entry = self.consensus.last_index();
+        let Some(leadership) = &mut self.leadership else {
+            return;
+        };
+        match &mut leadership.liveness {
+            _ if is_proposed => leadership.expiry_entry = entry,
+            Some(liveness) => {
+                liveness.expiry_dropped(&due);
+                leadership.expires_more = false;
+            }
+            None => {}
         }
     }
 

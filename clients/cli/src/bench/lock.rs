@@ -2,7 +2,7 @@
 
 use std::{cell::OnceCell, rc::Rc, time::Duration};
 
-use conclave_client::{Client, Error, LockGuard, Session};
+use conclave_client::{Client, Error, LockGuard, Session, SessionOptions};
 use serde_json::json;
 use tokio::{
     task::{JoinHandle, LocalSet, spawn_local},
@@ -21,7 +21,6 @@ use crate::{
 
 /// Connections unless told otherwise.
 const CONNECTIONS: u32 = 4;
-const TTL: Duration = Duration::from_secs(10);
 /// After an error, so that a cluster that is down is not hammered.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(10);
 /// Locks that one session holds for others to work beside.
@@ -61,7 +60,8 @@ async fn measure(
 ) -> Result<(Rc<OnceCell<Tally>>, Rc<Observed>), Failure> {
     let workers = load.clients as usize;
     let owners = load.owners as usize;
-    let sessions = open(clients, workers.div_ceil(owners), TTL).await?;
+    let options = SessionOptions::default();
+    let sessions = open(clients, workers.div_ceil(owners), &options).await?;
     let run = format!("bench/{:x}", sessions[0].id());
     let holders = hold(clients, load.held, &run).await?;
     let tally = Rc::new(OnceCell::new());
@@ -133,7 +133,8 @@ async fn hold(
     count: u32,
     run: &str,
 ) -> Result<Vec<(Session, Vec<LockGuard>)>, Failure> {
-    let sessions = open(clients, count.div_ceil(HELD_PER_SESSION) as usize, TTL).await?;
+    let needed = count.div_ceil(HELD_PER_SESSION) as usize;
+    let sessions = open(clients, needed, &SessionOptions::default()).await?;
     let mut holders = Vec::new();
     for (group, some) in sessions.chunks(PREPARING).enumerate() {
         let holding = some.iter().enumerate().map(|(number, session)| {

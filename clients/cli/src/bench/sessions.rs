@@ -2,13 +2,13 @@
 
 use std::{thread, time::Duration};
 
-use conclave_client::{Client, Session, Status};
+use conclave_client::{Client, Session, SessionOptions, Status};
 use serde_json::json;
 use tokio::{
     runtime::Builder,
     sync::oneshot,
     task::LocalSet,
-    time::{Instant, sleep},
+    time::{Instant, sleep, sleep_until},
 };
 
 use super::{clients, close, open};
@@ -22,7 +22,7 @@ use crate::{
 const EXPIRED_WITHIN: Duration = Duration::from_secs(5);
 /// How long it is waited for that.
 const PATIENCE: Duration = Duration::from_secs(60);
-const LOOK_AROUND: Duration = Duration::from_millis(50);
+const LOOK_AROUND: Duration = Duration::from_millis(200);
 
 /// What became of the sessions while their client was there.
 #[derive(Clone, Copy, Debug)]
@@ -36,32 +36,41 @@ struct Kept {
 
 /// Runs the benchmark and prints its figures.
 pub(super) async fn run(load: BenchSessions, global: Global) -> Result<u8, Failure> {
-    let watcher = clients(&global, 1).await?.remove(0);
-    let before = count(&watcher).await?;
+    // To be told apart from the sessions of others.
+    let name = format!("bench {}", std::process::id());
     let kept = match load.vanish {
         false => {
             LocalSet::new()
                 .run_until(async {
                     let clients = clients(&global, load.connections).await?;
-                    let (sessions, kept) = keep(&clients, &load).await?;
+                    let (sessions, kept) = keep(&clients, &load, &name).await?;
                     close(sessions).await?;
                     Ok::<_, Failure>(kept)
                 })
                 .await?
         }
-        true => vanish(&load, &global).await?,
+        true => vanish(&load, &global, &name).await?,
     };
     let expired_in = match load.vanish {
-        true => expired(&watcher, before, kept.left_at, &load).await?,
+        true => expired(&global, &name, kept.left_at, &load).await?,
         false => None,
     };
     report(&load, &kept, expired_in, global.output)
 }
 
 /// Opens the sessions and keeps them.
-async fn keep(clients: &[Client], load: &BenchSessions) -> Result<(Vec<Session>, Kept), Failure> {
+async fn keep(
+    clients: &[Client],
+    load: &BenchSessions,
+    name: &str,
+) -> Result<(Vec<Session>, Kept), Failure> {
     let began = Instant::now();
-    let sessions = open(clients, load.sessions as usize, load.ttl).await?;
+    let options = SessionOptions {
+        ttl: load.ttl,
+        name: name.to_owned(),
+        ..SessionOptions::default()
+    };
+    let sessions = open(clients, load.sessions as usize, &options).await?;
     let opened_in = began.elapsed();
     sleep(load.seconds).await;
     let (mut lost, mut suspect) = (0, 0);
@@ -84,16 +93,16 @@ async fn keep(clients: &[Client], load: &BenchSessions) -> Result<(Vec<Session>,
 
 /// Keeps the sessions on a thread that ends in the middle of everything, as a
 /// machine does that loses its power, but for the connections: those are reset.
-async fn vanish(load: &BenchSessions, global: &Global) -> Result<Kept, Failure> {
+async fn vanish(load: &BenchSessions, global: &Global, name: &str) -> Result<Kept, Failure> {
     let (done, result) = oneshot::channel();
-    let (load, global) = (load.clone(), global.clone());
+    let (load, global, name) = (load.clone(), global.clone(), name.to_owned());
     thread::spawn(move || {
         let kept = (|| {
             let runtime = Builder::new_current_thread().enable_all().build()?;
             let local = LocalSet::new();
             local.block_on(&runtime, async {
                 let clients = clients(&global, load.connections).await?;
-                let (sessions, kept) = keep(&clients, &load).await?;
+                let (sessions, kept) = keep(&clients, &load, &name).await?;
                 // Dropped, they would be closed.
                 std::mem::forget(sessions);
                 Ok::<_, Failure>(kept)
@@ -109,27 +118,22 @@ async fn vanish(load: &BenchSessions, global: &Global) -> Result<Kept, Failure> 
 
 /// How long after their client left all sessions had ended, if they did.
 async fn expired(
-    watcher: &Client,
-    before: u64,
+    global: &Global,
+    name: &str,
     left_at: Instant,
     load: &BenchSessions,
 ) -> Result<Option<Duration>, Failure> {
+    let watcher = clients(global, 1).await?.remove(0);
+    // Looking at them all is work for the cluster: not before they can be over.
+    sleep_until(left_at + load.ttl).await;
     while left_at.elapsed() < load.ttl + PATIENCE {
-        if count(watcher).await? <= before {
+        let sessions = watcher.sessions().await?;
+        if sessions.iter().all(|session| session.name != name) {
             return Ok(Some(left_at.elapsed()));
         }
         sleep(LOOK_AROUND).await;
     }
     Ok(None)
-}
-
-/// How many sessions there are, as the most advanced server says.
-async fn count(client: &Client) -> Result<u64, Failure> {
-    let servers = client.status().await;
-    let answers = servers.into_iter().filter_map(|server| server.status.ok());
-    let newest = answers.max_by_key(|status| status.applied_index);
-    let newest = newest.ok_or_else(|| Failure::new(GENERAL, "no server answers"))?;
-    Ok(newest.sessions)
 }
 
 fn report(
