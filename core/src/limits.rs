@@ -42,6 +42,11 @@ pub const ENTRY_BYTES_MAX: usize = 1 << 20;
 pub const COMMAND_BYTES_MAX: usize = 3 << 19;
 /// Timers fired by one entry, so that no entry takes long to apply.
 pub const TIMERS_PER_ENTRY_MAX: usize = 1_024;
+/// Changes of keys after which a turn applies no further entry: some ten milliseconds
+/// of work.
+pub const CHANGES_PER_TURN_MAX: usize = 4_096;
+/// Keys bound to the sessions that one entry closes, unless one session has more.
+pub const ENTRY_CLOSED_KEYS_MAX: usize = 4_096;
 /// Sessions ended by one expiry command, with their keys: less than a millisecond of
 /// work, so that a turn has more time for others than for expiry, however many expire.
 pub const EXPIRY_WORK_PER_COMMAND_MAX: usize = 256;

@@ -31,7 +31,7 @@ mod renewals;
 mod versions;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     mem,
     sync::Arc,
 };
@@ -100,6 +100,8 @@ pub struct Replica<M: Machine> {
     /// The leader and term at the end of the last turn.
     served_under: Option<(NodeId, Term)>,
 
+    /// Committed, and not applied yet.
+    unapplied: VecDeque<LogEntry>,
     /// What arrived in this turn.
     arrived: Arrived,
     /// Commands of this node's clients on their way.
@@ -191,6 +193,7 @@ impl<M: Machine> Replica<M> {
             leadership: None,
             taken: Taken::default(),
             served_under: None,
+            unapplied: VecDeque::new(),
             arrived: Arrived::default(),
             pending: BTreeMap::new(),
             waiting: BTreeMap::new(),
@@ -250,7 +253,9 @@ impl<M: Machine> Replica<M> {
     /// When the next turn is due although nothing arrives, by CLOCK_BOOTTIME in
     /// microseconds.
     pub fn next_turn_us(&self) -> u64 {
-        if self.consensus.has_ready() || (self.reads.has_fresh() && self.can_confirm()) {
+        let is_behind = !self.unapplied.is_empty();
+        if is_behind || self.consensus.has_ready() || (self.reads.has_fresh() && self.can_confirm())
+        {
             return self.now.boot_us;
         }
         let applied = self.state.applied();
@@ -306,8 +311,12 @@ impl<M: Machine> Replica<M> {
         self.output
             .messages
             .extend(advanced.messages.into_iter().map(raft_message));
-        for entry in advanced.committed {
-            self.apply(&entry)?;
+        self.unapplied.extend(advanced.committed);
+        let mut changes = 0;
+        while changes < limits::CHANGES_PER_TURN_MAX
+            && let Some(entry) = self.unapplied.pop_front()
+        {
+            changes += self.apply(&entry)?;
         }
         self.follow_role();
         self.plan_to_tell_commit();
@@ -585,7 +594,8 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    fn apply(&mut self, entry: &LogEntry) -> Result<(), Fatal> {
+    /// Applies an entry; how many keys it changed.
+    fn apply(&mut self, entry: &LogEntry) -> Result<usize, Fatal> {
         if entry.kind == EntryKind::Membership {
             let what = "a change of membership".to_owned();
             return Err(Fatal::Unknown {
@@ -603,6 +613,7 @@ impl<M: Machine> Replica<M> {
             resolved,
             events,
             lives,
+            changes,
         } = applied;
         for (origin, outcome) in outcomes {
             if let Some(leadership) = &mut self.leadership
@@ -625,7 +636,7 @@ impl<M: Machine> Replica<M> {
         }
         self.output.events.extend(events);
         self.follow_lives(entry.term, &lives);
-        Ok(())
+        Ok(changes)
     }
 
     fn wait_at(&mut self, place: Place, number: RequestNumber) {
