@@ -31,7 +31,7 @@ mod renewals;
 mod versions;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     mem,
     sync::Arc,
 };
@@ -103,6 +103,8 @@ pub struct Replica<M: Machine> {
     /// The leader and term at the end of the last turn.
     served_under: Option<(NodeId, Term)>,
 
+    /// Committed, and not applied yet.
+    unapplied: VecDeque<LogEntry>,
     /// What arrived in this turn.
     arrived: Arrived,
     /// Commands of this node's clients on their way.
@@ -196,6 +198,7 @@ impl<M: Machine> Replica<M> {
             old_liveness: None,
             taken: Taken::default(),
             served_under: None,
+            unapplied: VecDeque::new(),
             arrived: Arrived::default(),
             pending: BTreeMap::new(),
             waiting: BTreeMap::new(),
@@ -255,13 +258,17 @@ impl<M: Machine> Replica<M> {
     /// When the next turn is due although nothing arrives, by CLOCK_BOOTTIME in
     /// microseconds.
     pub fn next_turn_us(&self) -> u64 {
-        if self.consensus.has_ready() || (self.reads.has_fresh() && self.can_confirm()) {
+        let is_behind = !self.unapplied.is_empty();
+        if is_behind || self.consensus.has_ready() || (self.reads.has_fresh() && self.can_confirm())
+        {
             return self.now.boot_us;
         }
-        let tell_us = self
-            .leadership
-            .as_ref()
-            .and_then(|leadership| leadership.tell_commit_us);
+        let applied = self.state.applied();
+        let leadership = self.leadership.as_ref();
+        if leadership.is_some_and(|leadership| leadership.is_expiry_due(applied)) {
+            return self.now.boot_us;
+        }
+        let tell_us = leadership.and_then(|leadership| leadership.tell_commit_us);
         let timer_us = self.leadership.as_ref().and_then(|leadership| {
             let due_us = self.state.next_due()?.saturating_mul(1_000);
             let wait_us = due_us.saturating_sub(self.clock.micros());
@@ -309,8 +316,12 @@ impl<M: Machine> Replica<M> {
         self.output
             .messages
             .extend(advanced.messages.into_iter().map(raft_message));
-        for entry in advanced.committed {
-            self.apply(&entry)?;
+        self.unapplied.extend(advanced.committed);
+        let mut changes = 0;
+        while changes < limits::CHANGES_PER_TURN_MAX
+            && let Some(entry) = self.unapplied.pop_front()
+        {
+            changes += self.apply(&entry)?;
         }
         self.follow_role();
         self.plan_to_tell_commit();
@@ -564,13 +575,17 @@ impl<M: Machine> Replica<M> {
                 },
                 None => AnswerBody::SessionEnded(self.state.system().end_reason(id)),
             },
-            Query::Sessions => AnswerBody::Sessions {
-                log_time_ms: self.state.system().log_time(),
-                sessions: sessions
-                    .iter()
-                    .map(|(id, session)| (id, session.clone(), keyspace.keys_bound(id)))
-                    .collect(),
-            },
+            Query::Sessions { after, limit } => {
+                let mut behind = sessions.behind(after);
+                let listed = behind.by_ref().take(limit);
+                let listed =
+                    listed.map(|(id, session)| (id, session.clone(), keyspace.keys_bound(id)));
+                AnswerBody::Sessions {
+                    log_time_ms: self.state.system().log_time(),
+                    sessions: listed.collect(),
+                    more: behind.next().is_some(),
+                }
+            }
             Query::Range {
                 range,
                 revision,
@@ -588,7 +603,8 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    fn apply(&mut self, entry: &LogEntry) -> Result<(), Fatal> {
+    /// Applies an entry; how many keys it changed.
+    fn apply(&mut self, entry: &LogEntry) -> Result<usize, Fatal> {
         if entry.kind == EntryKind::Membership {
             let what = "a change of membership".to_owned();
             return Err(Fatal::Unknown {
@@ -608,6 +624,7 @@ impl<M: Machine> Replica<M> {
             resolved,
             events,
             lives,
+            changes,
         } = applied;
         for (origin, outcome) in outcomes {
             if let Some(leadership) = &mut self.leadership
@@ -630,7 +647,7 @@ impl<M: Machine> Replica<M> {
         }
         self.output.events.extend(events);
         self.follow_lives(entry.term, &lives);
-        Ok(())
+        Ok(changes)
     }
 
     fn wait_at(&mut self, place: Place, number: RequestNumber) {

@@ -61,6 +61,8 @@ pub struct Applied<M: Machine> {
     pub events: Vec<Event<M::Event>>,
     /// Sessions that began or ended, in order.
     pub lives: Vec<Life>,
+    /// How many keys were written or deleted: what it took.
+    pub changes: usize,
 }
 
 /// The end of a wait.
@@ -95,6 +97,7 @@ impl<M: Machine> Default for Applied<M> {
             resolved: Vec::new(),
             events: Vec::new(),
             lives: Vec::new(),
+            changes: 0,
         }
     }
 }
@@ -532,6 +535,7 @@ impl<M: Machine> State<M> {
         if changes.is_empty() {
             return;
         }
+        applied.changes += changes.len();
         let Settled { resolved, events } = self.machine.settle(changes, cause);
         let revision = self.keyspace.revision();
         let resolved = resolved.into_iter();

@@ -188,15 +188,27 @@ impl Client {
         Ok(answer.held)
     }
 
-    /// All live sessions. Linearizable.
+    /// All live sessions, in order of id. Linearizable for up to 1,000; more come in
+    /// several reads.
     pub async fn sessions(&self) -> Result<Vec<SessionInfo>, Error> {
-        let call = |channel| async move {
-            let mut client =
-                SessionClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
-            client.list(v1::ListSessionsRequest {}).await
-        };
-        let answer = self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await?;
-        Ok(answer.sessions)
+        let mut sessions: Vec<SessionInfo> = Vec::new();
+        loop {
+            let request = v1::ListSessionsRequest {
+                limit: 0,
+                after: sessions.last().map_or(0, |session| session.session_id),
+            };
+            let call = |channel| async move {
+                let mut client =
+                    SessionClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+                client.list(request).await
+            };
+            let page = self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await?;
+            let is_empty = page.sessions.is_empty();
+            sessions.extend(page.sessions);
+            if !page.more || is_empty {
+                return Ok(sessions);
+            }
+        }
     }
 
     /// Gives up the history below a revision: reads of it are refused from then on.

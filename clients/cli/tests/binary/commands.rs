@@ -155,8 +155,8 @@ async fn the_benchmark_ends_with_its_figures() {
         let ended = cluster.run(line).await;
         assert_eq!(ended.code, 0, "{ended:?}");
         let last: Value = serde_json::from_str(ended.stdout.lines().last().unwrap()).unwrap();
-        let names = "bench hot clients connections seconds ops ops_s p50_us p99_us max_us \
-                     errors violations";
+        let names = "bench hot clients owners held connections seconds ops ops_s ops_s_min \
+                     p50_us p99_us max_us handoff_p50_us handoff_p99_us errors violations";
         assert_eq!(fields(&last), names.split_whitespace().collect());
         assert_eq!(last["bench"], "lock");
         assert_eq!(last["hot"], hot);
@@ -176,6 +176,37 @@ async fn the_benchmark_ends_with_its_figures() {
 }
 
 #[tokio::test]
+async fn the_benchmark_shares_sessions_among_owners_while_others_hold() {
+    let cluster = Cluster::start("bench-owners", 1);
+    cluster.leader().await;
+    let line = "bench lock --clients 6 --owners 3 --held 5 --hot --seconds 1 -o json";
+    let ended = cluster.run(line.split(' ')).await;
+    assert_eq!(ended.code, 0, "{ended:?}");
+    let last = ended.json();
+    assert!(last["ops"].as_u64().unwrap() > 0);
+    assert!(last["handoff_p50_us"].as_u64() > Some(0));
+    let left = cluster.run(["locks", "-o", "json"]).await.json();
+    assert_eq!(left, serde_json::json!({ "locks": [] }));
+}
+
+#[tokio::test]
+async fn the_benchmark_of_sessions_keeps_them_and_sees_them_expire() {
+    let cluster = Cluster::start("bench-sessions", 1);
+    cluster.leader().await;
+    for vanish in [false, true] {
+        let line = "bench sessions --sessions 9 --ttl 1s --connections 2 --seconds 2 -o json";
+        let line = line.split(' ').chain(vanish.then_some("--vanish"));
+        let ended = cluster.run(line).await;
+        assert_eq!(ended.code, 0, "{ended:?}");
+        let last = ended.json();
+        assert_eq!((&last["sessions"], &last["lost"]), (&9.into(), &0.into()));
+        assert_eq!(last["expired_ms"].is_u64(), vanish);
+        let left = cluster.run(["sessions", "-o", "json"]).await.json();
+        assert_eq!(left, serde_json::json!({ "sessions": [] }));
+    }
+}
+
+#[tokio::test]
 async fn help_of_every_command_has_examples() {
     let directory = Directory::new("help");
     let lines = [
@@ -188,6 +219,7 @@ async fn help_of_every_command_has_examples() {
         "status",
         "bench",
         "bench lock",
+        "bench sessions",
         "completions",
     ];
     for line in lines {
