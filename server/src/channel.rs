@@ -27,6 +27,9 @@ const RUNNING_MAX: usize = limits::PENDING_COMMANDS_MAX;
 /// Frames taken in before others on this thread have their turn: a client sends some
 /// hundred calls in one.
 const FRAMES_MAX: usize = 4;
+/// With so many, no more are read until answers have left. Not all of them wait for
+/// locks, so that does not take long, unless the client does not read.
+const TAKEN_MAX: usize = 2 * RUNNING_MAX;
 /// Answers of one frame. The largest has some 2 KiB.
 const REPLIES_MAX: usize = 512;
 
@@ -93,6 +96,9 @@ impl Replies {
             self.frames = None;
         }
         for _ in 0..FRAMES_MAX {
+            if self.running.len() >= TAKEN_MAX {
+                return Ok(());
+            }
             let Some(frames) = &mut self.frames else {
                 return Ok(());
             };
