@@ -95,6 +95,9 @@ pub struct Replica<M: Machine> {
     admission: Option<Admission>,
     /// While this node leads.
     leadership: Option<Leadership>,
+    /// Of the leadership before.
+    #[cfg(conclave_plant)]
+    old_liveness: Option<crate::liveness::Liveness>,
     /// What it took from others while it leads, or when it led last.
     taken: Taken,
     /// The leader and term at the end of the last turn.
@@ -191,6 +194,8 @@ impl<M: Machine> Replica<M> {
             next_publish_us: now.boot_us,
             admission,
             leadership: None,
+            #[cfg(conclave_plant)]
+            old_liveness: None,
             taken: Taken::default(),
             served_under: None,
             unapplied: VecDeque::new(),
@@ -487,6 +492,10 @@ impl<M: Machine> Replica<M> {
             return;
         }
         if let Some(leadership) = self.leadership.take() {
+            #[cfg(conclave_plant)]
+            {
+                self.old_liveness = leadership.liveness;
+            }
             let parked = leadership.parked.into_values().flatten();
             let given_up = leadership.early.into_iter().chain(parked);
             for renewal in given_up.chain(self.reads.take_renewals()) {
@@ -603,6 +612,8 @@ impl<M: Machine> Replica<M> {
                 what,
             });
         }
+        #[cfg(conclave_plant)]
+        crate::plant::note_node_term(self.consensus.term());
         let applied = self.state.apply(entry.index, entry.term, &entry.data)?;
         self.note_own_digest()?;
         if self.leadership.is_none() && !entry.data.is_empty() {

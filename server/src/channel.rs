@@ -24,12 +24,12 @@ use crate::{gateway::Gateway, lock, metrics::Method, session, status::Refusal, v
 /// With so many calls of one stream under way, as many as the replica takes, those
 /// that want a session or a lock are refused.
 const RUNNING_MAX: usize = limits::PENDING_COMMANDS_MAX;
-/// Frames taken in before others on this thread have their turn: a client sends some
-/// hundred calls in one.
-const FRAMES_MAX: usize = 4;
 /// With so many, no more are read until answers have left. Not all of them wait for
 /// locks, so that does not take long, unless the client does not read.
 const TAKEN_MAX: usize = 2 * RUNNING_MAX;
+/// Frames taken in before others on this thread have their turn: a client sends some
+/// hundred calls in one.
+const FRAMES_MAX: usize = 4;
 /// Answers of one frame. The largest has some 2 KiB.
 const REPLIES_MAX: usize = 512;
 

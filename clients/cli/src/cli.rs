@@ -73,6 +73,12 @@ pub(crate) enum Command {
     /// Ask each server how it is.
     #[command(after_help = STATUS_HELP)]
     Status,
+    /// Give up history, to make room.
+    #[command(after_help = COMPACT_HELP)]
+    Compact(CompactArgs),
+    /// Clear all alarms.
+    #[command(after_help = DISARM_HELP)]
+    Disarm,
     /// Look at the data directory of a server that does not run.
     #[command(after_help = CHECK_DATA_HELP)]
     CheckData(CheckDataArgs),
@@ -149,6 +155,24 @@ shows on /readyz of each server.
 Examples:
   conclave status --endpoints 10.0.0.1:2379,10.0.0.2:2379,10.0.0.3:2379
   conclave status -o json | jq '.servers[] | select(.role == \"leader\") | .endpoint'";
+
+const COMPACT_HELP: &str = "\
+Reads of revisions below this one are refused from then on; what is there now
+stays. Without a revision, all history is given up. The leader compacts by
+itself, too: see --auto-compaction-mode of the server.
+
+Examples:
+  conclave compact
+  conclave compact 100000";
+
+const DISARM_HELP: &str = "\
+The alarm NOSPACE is raised when the state has reached its quota, and refuses what
+would let it grow. Make room first (compact, close sessions) or raise the quota:
+while its cause lasts, the alarm is raised again at once. `conclave status` shows
+alarms.
+
+Example:
+  conclave compact && conclave disarm";
 
 const CHECK_DATA_HELP: &str = "\
 Says what the directory holds, whether it verifies, and whether a server would
@@ -237,6 +261,12 @@ pub(crate) struct UnlockArgs {
 pub(crate) struct LocksArgs {
     /// Only this lock.
     pub(crate) name: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompactArgs {
+    /// Becomes the lowest revision that can be read; default: the present one.
+    pub(crate) revision: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -332,6 +362,9 @@ mod tests {
             "sessions -o table",
             "status",
             "check-data /var/lib/conclave -o json",
+            "compact",
+            "compact 17 -o json",
+            "disarm",
             "unlock deploy --force --reason maintenance",
             "unlock deploy --force --reason maintenance --skip-delay",
             "lock deploy --lock-delay 5s -- true",
@@ -363,6 +396,7 @@ mod tests {
             "dev --nodes 0",
             "dev --port 70000",
             "check-data",
+            "compact all",
             "bench",
             "bench lock --clients 0",
             "locks -o yaml",

@@ -211,6 +211,34 @@ impl Client {
         }
     }
 
+    /// Gives up the history below a revision: reads of it are refused from then on.
+    /// What is there now stays. Does nothing if that is given up already.
+    ///
+    /// # Errors
+    /// [`Error::Server`] with the reason `REVISION_FUTURE` for one that was not
+    /// reached yet.
+    pub async fn compact(&self, revision: u64) -> Result<(), Error> {
+        let call = |channel| async move {
+            let request = v1::CompactRequest { revision };
+            ClusterClient::new(channel).compact(request).await
+        };
+        let compacted = self.transport.repeat(PATIENCE, ATTEMPT_TIMEOUT, call).await;
+        match compacted {
+            Err(Error::Server { reason, .. }) if reason == "REVISION_COMPACTED" => Ok(()),
+            compacted => compacted.map(drop),
+        }
+    }
+
+    /// Clears all alarms. One whose cause lasts is raised again at once.
+    pub async fn disarm(&self) -> Result<(), Error> {
+        let call = |channel| async move {
+            let request = v1::DisarmRequest {};
+            ClusterClient::new(channel).disarm(request).await
+        };
+        let disarmed = self.transport.repeat(PATIENCE, ATTEMPT_TIMEOUT, call).await;
+        disarmed.map(drop)
+    }
+
     /// What each known server says about itself. Each is asked once, all at
     /// the same time.
     pub async fn status(&self) -> Vec<ServerStatus> {

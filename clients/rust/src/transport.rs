@@ -107,6 +107,8 @@ answers!(
     ForceReleaseResponse,
     ListLocksResponse,
     CheckResponse,
+    CompactResponse,
+    DisarmResponse,
     StatusResponse
 );
 
