@@ -599,7 +599,7 @@ pub enum LogError {
     /// Something that was durable is not there any more.
     #[error(
         "`{file}` is damaged at byte {offset}: {reason}; nothing was changed: restore this \
-         directory as it was, or remove it and add the member again as a new one"
+         directory as it was (this version cannot yet replace a member)"
     )]
     Damaged {
         /// In which file.
@@ -612,7 +612,7 @@ pub enum LogError {
     /// What is there is whole, but no correct program writes it.
     #[error(
         "`{file}` contradicts itself at byte {offset}: {reason}; nothing was changed: please \
-         report this, then remove the directory and add the member again as a new one"
+         report this with a copy of the directory, and restore it as it was"
     )]
     Corrupt {
         /// In which file.
