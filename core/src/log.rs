@@ -25,13 +25,15 @@
 //! | 5 | 24 | identity: cluster, node, incarnation |
 //! | 29 | 24 | hard state: term, vote, commit |
 //! | 53 | n | facts |
-//! | then | 8 | first index of the log |
+//! | then | 8 | first index of the log; 1, unless it was begun anew |
 //! | then | 8 | index behind the newest entry |
+//! | then | 8 | if the first index is not 1: the term of the entry before it |
 //!
 //! | body of a batch | bytes | |
 //! |---|---|---|
 //! | 0 | 1 | 2 |
-//! | 1 | 1 | 1 if a hard state follows, plus 2 if facts follow |
+//! | 1 | 1 | 1 if a hard state follows, plus 2 if facts follow, plus 4 if a base follows |
+//! | then | 16 | base: index, term |
 //! | then | 24 | hard state: term, vote, commit |
 //! | then | n | facts |
 //! | then | n | entries up to the end: index (8), term (8), kind (1; 0 normal, 1 membership), length (4), data |
@@ -61,6 +63,13 @@
 //! acknowledged, and is dropped. Only the newest batch has no record behind it:
 //! damage to it cannot be told from a torn write. An idle node therefore writes
 //! an empty batch, a mark ([`Log::mark`]).
+//!
+//! # A base
+//!
+//! A member that installs a checkpoint of another one begins its log anew: all
+//! entries so far are dropped, and the next one is that behind the base, which the
+//! checkpoint holds. That is part of a batch, so that a crash leaves either the one
+//! log or the other.
 //!
 //! # Segments
 //!
@@ -160,6 +169,9 @@ pub struct Batch {
     pub hard_state: Option<HardState>,
     /// If changed.
     pub facts: Option<Facts>,
+    /// An entry, with its term, behind which the log begins anew: all others are
+    /// dropped. A durable checkpoint must hold it.
+    pub base: Option<(Index, Term)>,
     /// An entry replaces all earlier ones from its index on.
     pub entries: Vec<LogEntry>,
 }
@@ -167,7 +179,13 @@ pub struct Batch {
 impl Batch {
     /// Whether there is nothing to make durable.
     pub fn is_empty(&self) -> bool {
-        self.hard_state.is_none() && self.facts.is_none() && self.entries.is_empty()
+        let Self {
+            hard_state,
+            facts,
+            base,
+            entries,
+        } = self;
+        hard_state.is_none() && facts.is_none() && base.is_none() && entries.is_empty()
     }
 }
 
@@ -183,6 +201,9 @@ pub struct Recovered {
     /// The index of the first entry that the log still holds, or of the next one
     /// if it holds none; 1 if nothing was ever cut off.
     pub first: Index,
+    /// The entry behind which it was last begun anew, with its term; (0, 0) if it
+    /// never was.
+    pub base: (Index, Term),
     /// All entries, without gaps, from `first` on.
     pub entries: Vec<LogEntry>,
 }
@@ -294,7 +315,7 @@ impl<D: Disk> Log<D> {
             identity,
             hard_state: HardState::default(),
             facts,
-            first: 1,
+            base: (0, 0),
             next: 1,
         };
         let at = Position {
@@ -370,7 +391,8 @@ impl<D: Disk> Log<D> {
     ///
     /// A batch that a later start would refuse fails with [`LogError::Invalid`]
     /// and changes nothing: one with a gap between entries, an entry without a
-    /// term, or a commit index beyond the newest entry.
+    /// term, a base before what is committed, or a commit index beyond the newest
+    /// entry.
     pub fn append(&mut self, batch: &Batch) -> Result<(), LogError> {
         let invalid = |reason| LogError::Invalid { reason };
         let next = self.standing.check(batch).map_err(invalid)?;

@@ -158,6 +158,7 @@ impl<M: Machine> Replica<M> {
             hard_state,
             facts,
             first: _,
+            base: _,
             entries,
         } = recovered;
         #[cfg(conclave_plant)]
@@ -722,6 +723,7 @@ impl<M: Machine> Replica<M> {
         Some(Batch {
             hard_state,
             facts,
+            base: None,
             entries,
         })
     }

@@ -173,6 +173,7 @@ fn fresh(node: NodeId, size: u64, incarnation: u64) -> Recovered {
             ..Facts::default()
         },
         first: 1,
+        base: (0, 0),
         entries: Vec::new(),
     }
 }

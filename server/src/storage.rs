@@ -117,6 +117,7 @@ fn first_contents(topology: &Topology, incarnation: u64) -> Recovered {
             ..Facts::default()
         },
         first: 1,
+        base: (0, 0),
         entries: Vec::new(),
     }
 }
