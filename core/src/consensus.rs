@@ -16,7 +16,7 @@ use std::fmt;
 use bytes::Bytes;
 use protobuf::Message as _;
 use raft::{
-    Config as RaftConfig, RawNode, Ready, StateRole,
+    Config as RaftConfig, ProgressState, RawNode, Ready, SnapshotStatus, StateRole,
     eraftpb::{Entry, HardState as RaftHardState, Message, MessageType},
 };
 use slog::{Discard, Logger, o};
@@ -50,8 +50,12 @@ pub(crate) struct ConsensusConfig {
     pub(crate) seed: u64,
     /// Heartbeats that fit into the shortest election timeout.
     pub(crate) heartbeats_per_election: usize,
-    /// The entry that the state holds already, and its term; (0, 0) for none.
-    pub(crate) applied: (Index, Term),
+    /// The entry that the state holds already, and its term; (0, 0) for none. Without
+    /// a state, entries are given out that nobody can apply, and this member must not
+    /// lead: it votes and keeps a log, no more.
+    pub(crate) applied: Option<(Index, Term)>,
+    /// The entry behind which the log was begun anew, and its term; (0, 0) if never.
+    pub(crate) base: (Index, Term),
 }
 
 /// How many ticks make one heartbeat interval.
@@ -61,11 +65,10 @@ pub(crate) const fn ticks_per_heartbeat() -> u64 {
 
 /// One member's part in Raft.
 pub(crate) struct Consensus {
+    config: ConsensusConfig,
     raw: RawNode<MemoryLog>,
     /// Between `ready` and `advance`.
     ready: Option<Ready>,
-    boot: u64,
-    seed: u64,
     /// The term and role for which the election timeout was last drawn.
     drawn_for: (Term, Role),
     /// As last given out for the log.
@@ -73,6 +76,8 @@ pub(crate) struct Consensus {
     /// How far followers have been told of commits.
     told: Index,
     deferral: Deferral,
+    /// Until offers of checkpoints that came to nothing are repeated.
+    ticks_to_offers: usize,
 }
 
 /// What must be made durable.
@@ -113,12 +118,12 @@ impl Consensus {
     /// Starts over what the log held, which must reach from the entry behind what
     /// is applied, or from an earlier one, at least to what is applied.
     pub(crate) fn new(
-        config: &ConsensusConfig,
+        config: ConsensusConfig,
         hard_state: HardState,
         entries: Vec<LogEntry>,
     ) -> Self {
         let election_tick = config.heartbeats_per_election * HEARTBEAT_TICKS;
-        let raft_config = RaftConfig {
+        let mut raft_config = RaftConfig {
             id: config.node.0,
             election_tick,
             heartbeat_tick: HEARTBEAT_TICKS,
@@ -131,25 +136,87 @@ impl Consensus {
             skip_bcast_commit: true,
             max_uncommitted_size: limits::UNCOMMITTED_BYTES_MAX,
             max_committed_size_per_ready: APPLY_BYTES_PER_TURN_MAX,
-            applied: config.applied.0,
             ..RaftConfig::default()
         };
-        let log = MemoryLog::new(&config.voters, config.applied, hard_state, entries);
+        let before = config.applied.unwrap_or(config.base);
+        let mut log = MemoryLog::new(&config.voters, before, hard_state, entries);
+        log.offer = config.applied.unwrap_or_default();
+        raft_config.applied = before.0.max(log.cut.0);
+        if config.applied.is_none() {
+            // For the timeout that never comes.
+            raft_config.max_election_tick = usize::MAX;
+        }
         let logger = Logger::root(Discard, o!());
         let raw = RawNode::new(&raft_config, log, &logger)
             .expect("the configuration and a recovered log are valid");
         let mut consensus = Self {
+            config,
             raw,
             ready: None,
-            boot: config.boot,
-            seed: config.seed,
             drawn_for: (0, Role::Joining),
             saved: hard_state,
             told: 0,
             deferral: Deferral::default(),
+            ticks_to_offers: election_tick,
         };
         consensus.draw_election_timeout();
         consensus
+    }
+
+    /// Goes on with a state that holds another entry, as a start with it would.
+    /// Nothing must be on its way to the log. What is not sent yet is forgotten.
+    ///
+    /// The log stays as far as it holds that entry or goes on behind it; else it
+    /// begins anew there, which must be made durable with what follows.
+    pub(crate) fn restart(&mut self, applied: (Index, Term)) {
+        assert!(self.ready.is_none(), "restart without advance");
+        let log = self.raw.store();
+        let entries = match self.holds(applied) {
+            true => log.log_entries(),
+            false => Vec::new(),
+        };
+        let hard_state = plain(&log.hard_state);
+        let config = ConsensusConfig {
+            applied: Some(applied),
+            base: self.raw.store().cut,
+            ..self.config.clone()
+        };
+        let saved = self.saved;
+        *self = Self::new(config, hard_state, entries);
+        self.saved = saved;
+    }
+
+    /// Whether the log holds this entry, or begins right behind it.
+    pub(crate) fn holds(&self, (index, term): (Index, Term)) -> bool {
+        index >= self.raw.store().cut.0
+            && index <= self.last_index()
+            && self.raw.raft.raft_log.match_term(index, term)
+    }
+
+    /// Whether there is a state that entries are applied to.
+    pub(crate) fn has_state(&self) -> bool {
+        self.config.applied.is_some()
+    }
+
+    /// The entry before the first that is held.
+    pub(crate) fn before_first(&self) -> Index {
+        self.raw.store().cut.0
+    }
+
+    /// The newest, for a batch that must have it.
+    pub(crate) fn hard_state(&mut self) -> HardState {
+        self.saved = plain(&self.raw.store().hard_state);
+        self.saved
+    }
+
+    /// A checkpoint that holds the log up to this entry is durable: followers that
+    /// need what was cut off are offered it.
+    pub(crate) fn offer(&mut self, at: Index) {
+        if let Ok(term) = self.raw.raft.raft_log.term(at)
+            && term > 0
+        {
+            self.raw.mut_store().offer = (at, term);
+        }
     }
 
     pub(crate) fn term(&self) -> Term {
@@ -206,7 +273,29 @@ impl Consensus {
         } else {
             self.raw.tick();
         }
+        self.ticks_to_offers -= 1;
+        if self.ticks_to_offers == 0 {
+            self.ticks_to_offers = self.raw.raft.election_timeout();
+            self.repeat_offers();
+        }
         self.draw_election_timeout();
+    }
+
+    /// A follower that was offered a checkpoint hears nothing but heartbeats until it
+    /// has it. The offer may be lost, or the follower may have begun again: it is made
+    /// once more until the follower has got on.
+    fn repeat_offers(&mut self) {
+        let offered: Vec<u64> = self
+            .raw
+            .raft
+            .prs()
+            .iter()
+            .filter(|(_, progress)| progress.state == ProgressState::Snapshot)
+            .map(|(id, _)| *id)
+            .collect();
+        for follower in offered {
+            self.raw.report_snapshot(follower, SnapshotStatus::Failure);
+        }
     }
 
     /// The connection to a peer broke: messages to it may be lost.
@@ -215,23 +304,46 @@ impl Consensus {
     }
 
     /// Takes a message from a peer. One that no correct peer sends is dropped,
-    /// with the reason.
+    /// with the reason. If it offers a checkpoint that this member needs to go on,
+    /// gives its last entry.
     pub(crate) fn step(
         &mut self,
         from: NodeId,
         bytes: &Bytes,
         now_us: u64,
-    ) -> Result<(), &'static str> {
-        let message = Message::parse_from_carllerche_bytes(bytes)
+    ) -> Result<Option<Index>, &'static str> {
+        let mut message = Message::parse_from_carllerche_bytes(bytes)
             .map_err(|_| "does not decode as a Raft message")?;
         self.check(from, &message)?;
+        let offered = self.take_offer(&mut message);
         if message.msg_type == MessageType::MsgReadIndex {
             self.serves(from, now_us);
         }
-        // An error here says that the message does not matter any more.
-        self.raw.step(message).ok();
+        let campaigns = message.msg_type == MessageType::MsgTimeoutNow;
+        if self.has_state() || !campaigns {
+            // An error here says that the message does not matter any more.
+            self.raw.step(message).ok();
+        }
         self.draw_election_timeout();
-        Ok(())
+        Ok(offered)
+    }
+
+    /// Makes a heartbeat of an offer that is of use: raft-rs would drop the log for
+    /// it at once, and the checkpoint is not here yet. To one that is of no use it
+    /// answers how far this member has come.
+    fn take_offer(&self, message: &mut Message) -> Option<Index> {
+        let metadata = message.get_snapshot().get_metadata();
+        let (index, term) = (metadata.index, metadata.term);
+        let is_offer = message.msg_type == MessageType::MsgSnapshot;
+        if !is_offer || message.term < self.term() {
+            return None;
+        }
+        if index < self.committed() || self.holds((index, term)) {
+            return None;
+        }
+        message.clear_snapshot();
+        message.msg_type = MessageType::MsgHeartbeat;
+        Some(index)
     }
 
     /// Appends an entry to the log of this leader; false if it cannot now.
@@ -270,7 +382,7 @@ impl Consensus {
     fn context_prefix(&self) -> Vec<u8> {
         let mut prefix = Vec::with_capacity(24);
         prefix.extend_from_slice(&self.raw.raft.id.to_be_bytes());
-        prefix.extend_from_slice(&self.boot.to_be_bytes());
+        prefix.extend_from_slice(&self.config.boot.to_be_bytes());
         prefix
     }
 
@@ -405,10 +517,14 @@ impl Consensus {
             return;
         }
         self.drawn_for = drawn_for;
+        if !self.has_state() {
+            let never = usize::MAX - 1;
+            return self.raw.raft.set_randomized_election_timeout(never);
+        }
         let raft = &mut self.raw.raft;
         let shortest = raft.election_timeout() as u64;
         let mut bytes = [0; 25];
-        bytes[..8].copy_from_slice(&self.seed.to_be_bytes());
+        bytes[..8].copy_from_slice(&self.config.seed.to_be_bytes());
         bytes[8..16].copy_from_slice(&raft.id.to_be_bytes());
         bytes[16..24].copy_from_slice(&raft.term.to_be_bytes());
         bytes[24] = drawn_for.1 as u8;
@@ -422,7 +538,7 @@ impl Consensus {
         use MessageType::{
             MsgAppend, MsgAppendResponse, MsgHeartbeat, MsgHeartbeatResponse, MsgReadIndex,
             MsgReadIndexResp, MsgRequestPreVote, MsgRequestPreVoteResponse, MsgRequestVote,
-            MsgRequestVoteResponse, MsgTimeoutNow,
+            MsgRequestVoteResponse, MsgSnapshot, MsgTimeoutNow,
         };
         let last = self.last_index();
         if message.from != from.0 || message.to != self.raw.raft.id {
@@ -436,6 +552,7 @@ impl Consensus {
         }
         match message.msg_type {
             MsgAppend => self.check_append(message),
+            MsgSnapshot => self.check_offer(message),
             MsgHeartbeat if message.term >= self.term() && message.commit > last => {
                 Err("commits more than this log holds")
             }
@@ -462,6 +579,22 @@ impl Consensus {
             | MsgTimeoutNow => Ok(()),
             _ => Err("has a type that members do not exchange"),
         }
+    }
+
+    fn check_offer(&self, message: &Message) -> Result<(), &'static str> {
+        let snapshot = message.get_snapshot();
+        let metadata = snapshot.get_metadata();
+        let (index, term) = (metadata.index, metadata.term);
+        if index == 0 || term == 0 || term > message.term || !snapshot.data.is_empty() {
+            return Err("offers what is no checkpoint");
+        }
+        if metadata.get_conf_state().voters != self.raw.store().voters {
+            return Err("offers a checkpoint of other members");
+        }
+        if index == self.committed() && !self.holds((index, term)) {
+            return Err("offers another history");
+        }
+        Ok(())
     }
 
     fn check_append(&self, message: &Message) -> Result<(), &'static str> {

@@ -95,9 +95,14 @@ pub const CHECKPOINT_ENTRIES: u64 = 100_000;
 /// A checkpoint is also due when this many bytes were written to the log since
 /// the last one was begun, since a start reads them all.
 pub const CHECKPOINT_LOG_BYTES: u64 = 64 << 20;
-/// The log is kept for members that are away up to this many bytes; memory holds
-/// about as much.
+/// The log is kept for members that are away up to this many bytes, unless told
+/// otherwise; memory holds about as much.
 pub const LOG_BYTES_MAX: u64 = 1 << 30;
+/// Records of a checkpoint in one message to another member, in bytes; one larger
+/// record goes alone.
+pub const CHECKPOINT_CHUNK_BYTES: usize = 128 << 10;
+/// Messages with records that wait for the disk of the member that gets them.
+pub const CHECKPOINT_CHUNKS_QUEUED_MAX: usize = 32;
 
 /// Locks in one answer of a list.
 pub const LIST_LOCKS_MAX: usize = 1_000;

@@ -446,6 +446,11 @@ impl<D: Disk> Log<D> {
         self.written_bytes
     }
 
+    /// The entry behind which it was last begun anew; 0 if it never was.
+    pub fn base(&self) -> Index {
+        self.standing.base.0
+    }
+
     /// Removes the oldest segments as far as they hold no entries behind `upto`,
     /// which must be in a durable checkpoint: what is left needs that. The newest
     /// always stays. Whether any was removed.

@@ -23,6 +23,7 @@ pub const NAMES: &[&str] = &[
     "forget-lock-at-recovery",
     "compact-locally",
     "skip-lock-delay",
+    "cut-behind-unsynced-checkpoint",
 ];
 
 /// The chosen one: its place in the list, counted from 1.

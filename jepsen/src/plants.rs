@@ -21,6 +21,7 @@ const PLANTS: &[&str] = &[
     "forget-lock-at-recovery",
     "compact-locally",
     "skip-lock-delay",
+    "cut-behind-unsynced-checkpoint",
 ];
 
 /// How to look for them.

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::{CheckpointStore, Image, Invalid, Reader};
+use super::{CheckpointStore, Image, Invalid, Reader, Slot};
 use crate::{
     ids::{Index, Term},
     log::Recovered,
@@ -11,43 +11,65 @@ use crate::{
 };
 
 /// The state from which a log goes on: that of the newest checkpoint that
-/// verifies, or of the one before, or the empty one if the log is whole.
+/// verifies, or of the one before, or the empty one if the log is whole. `None` if
+/// there is no such state: then a member still has its term, its vote and its log,
+/// and gets a checkpoint from the leader. A sole member has nobody to ask.
 ///
-/// Nothing on disk is changed.
+/// Nothing on disk is changed, but that a switch to another member's checkpoint
+/// which the log has recorded is completed.
 pub fn restore<M: Machine>(
-    store: &impl CheckpointStore,
+    store: &mut impl CheckpointStore,
     recovered: &Recovered,
-) -> Result<State<M>, RestoreError> {
+) -> Result<Option<State<M>>, RestoreError> {
+    let mut refusal = None;
     for at in store.list().map_err(RestoreError::Store)?.into_iter().rev() {
-        match read(store, at) {
-            Ok(image) => {
-                check(&image, recovered)?;
-                return Ok(State::restore(image));
+        let checked = read(store, at).map(|image| check(&image, recovered).map(|()| image));
+        match checked {
+            Ok(Ok(image)) => return Ok(Some(State::restore(image))),
+            // The log has begun anew behind an incoming one, or was cut for another.
+            Ok(Err(gap @ RestoreError::Gap { .. })) => {
+                refusal.get_or_insert(gap);
             }
+            Ok(Err(refusal)) => return Err(refusal),
             // Also one whose writing was interrupted.
             Err(reason) => tracing::warn!(checkpoint = at, %reason, "passed over a checkpoint"),
         }
     }
+    if let Ok(image) = read(store, Slot::Incoming)
+        && check(&image, recovered).is_ok()
+    {
+        let at = image.applied;
+        store.adopt(at).map_err(RestoreError::Store)?;
+        tracing::info!(
+            checkpoint = at,
+            "goes on from a checkpoint of another member"
+        );
+        return Ok(Some(State::restore(image)));
+    }
     match recovered.first {
-        1 => Ok(State::new(recovered.identity.cluster)),
-        first => Err(RestoreError::NoCheckpoint { first }),
+        1 => Ok(Some(State::new(recovered.identity.cluster))),
+        _ if recovered.facts.voters.len() > 1 => {
+            tracing::warn!("no checkpoint is whole; one will be asked for from the leader");
+            Ok(None)
+        }
+        first => Err(refusal.unwrap_or(RestoreError::NoCheckpoint { first })),
     }
 }
 
 /// Reads a checkpoint, and verifies it.
-pub fn read(store: &impl CheckpointStore, at: Index) -> Result<Image, ReadError> {
+pub fn read(store: &impl CheckpointStore, slot: impl Into<Slot>) -> Result<Image, ReadError> {
+    let slot = slot.into();
     let mut reader = Reader::default();
     let mut taken = Ok(());
-    store.read(at, &mut |record| {
+    store.read(slot, &mut |record| {
         taken = reader.take(record);
         taken.is_ok()
     })?;
     taken?;
     let image = reader.finish()?;
-    if image.applied == at {
-        Ok(image)
-    } else {
-        Err(Invalid::Mismatch.into())
+    match slot {
+        Slot::At(at) if image.applied != at => Err(Invalid::Mismatch.into()),
+        _ => Ok(image),
     }
 }
 
@@ -75,6 +97,9 @@ fn check(image: &Image, recovered: &Recovered) -> Result<(), RestoreError> {
 }
 
 fn term_at(recovered: &Recovered, index: Index) -> Option<Term> {
+    if index == recovered.base.0 {
+        return Some(recovered.base.1);
+    }
     let place = usize::try_from(index.checked_sub(recovered.first)?).ok()?;
     recovered.entries.get(place).map(|entry| entry.term)
 }

@@ -5,7 +5,9 @@ use std::collections::VecDeque;
 use protobuf::Message as _;
 use raft::{
     GetEntriesContext, RaftState, Storage, StorageError,
-    eraftpb::{ConfState, Entry, EntryType, HardState as RaftHardState, Snapshot},
+    eraftpb::{
+        ConfState, Entry, EntryType, HardState as RaftHardState, Snapshot, SnapshotMetadata,
+    },
 };
 
 use crate::{
@@ -20,14 +22,19 @@ pub(super) struct MemoryLog {
     pub(super) voters: Vec<u64>,
     /// The newest entry that is not held, and its term; (0, 0) if all are.
     pub(super) cut: (Index, Term),
+    /// What followers are offered who need what was cut off: the newest durable
+    /// checkpoint, and the term of its last entry; (0, 0) for none.
+    pub(super) offer: (Index, Term),
     /// The entry at index i is at i - 1 - the index of `cut`.
     entries: VecDeque<Entry>,
 }
 
 impl MemoryLog {
+    /// `before` is an entry that the state holds, or that the log was begun anew
+    /// behind; (0, 0) for none.
     pub(super) fn new(
         voters: &[NodeId],
-        applied: (Index, Term),
+        before: (Index, Term),
         hard_state: HardState,
         entries: Vec<LogEntry>,
     ) -> Self {
@@ -35,9 +42,9 @@ impl MemoryLog {
         // Of the entry before the first, only the term is needed; where the log
         // does not hold that one any more, its first one stands in for it.
         let cut = match entries.front().map(|first| (first.index, first.term)) {
-            None => applied,
+            None => before,
             Some((1, _)) => (0, 0),
-            Some((first, _)) if first > applied.0 => applied,
+            Some((first, _)) if first == before.0 + 1 => before,
             Some(first) => {
                 entries.pop_front();
                 first
@@ -47,15 +54,21 @@ impl MemoryLog {
         let hard_state = RaftHardState {
             term: hard_state.term,
             vote: hard_state.vote,
-            commit: hard_state.commit.min(last).max(applied.0),
+            commit: hard_state.commit.min(last).max(before.0).max(cut.0),
             ..RaftHardState::default()
         };
         Self {
             hard_state,
             voters: voters.iter().map(|node| node.0).collect(),
             cut,
+            offer: (0, 0),
             entries,
         }
+    }
+
+    /// All entries that it holds, to make another of them.
+    pub(super) fn log_entries(&self) -> Vec<LogEntry> {
+        self.entries.iter().map(log_entry).collect()
     }
 
     pub(super) fn append(&mut self, entries: &[Entry]) {
@@ -134,11 +147,22 @@ impl Storage for MemoryLog {
         Ok(self.last())
     }
 
-    fn snapshot(&self, _: u64, _: u64) -> raft::Result<Snapshot> {
-        // Checkpoints are not sent yet: a follower that needs one gets nothing.
-        Err(raft::Error::Store(
-            StorageError::SnapshotTemporarilyUnavailable,
-        ))
+    /// Says which checkpoint there is; its records go another way.
+    fn snapshot(&self, request_index: u64, _: u64) -> raft::Result<Snapshot> {
+        let (index, term) = self.offer;
+        if index == 0 || index < request_index.max(self.cut.0) {
+            let not_yet = StorageError::SnapshotTemporarilyUnavailable;
+            return Err(raft::Error::Store(not_yet));
+        }
+        let mut metadata = SnapshotMetadata {
+            index,
+            term,
+            ..SnapshotMetadata::default()
+        };
+        metadata.set_conf_state(ConfState::from((self.voters.clone(), Vec::new())));
+        let mut snapshot = Snapshot::default();
+        snapshot.set_metadata(metadata);
+        Ok(snapshot)
     }
 }
 
