@@ -58,6 +58,8 @@ pub(crate) struct Settings {
     pub(crate) sync_us: u64,
     /// Entries between two checkpoints of a node.
     pub(crate) checkpoint_every: u64,
+    /// Bytes of log that are kept for nodes that are away.
+    pub(crate) log_bytes_max: u64,
     /// The usual time between two faults.
     pub(crate) fault_gap_us: u64,
     /// Faults a seed leaves out, as a set of bits by kind.
@@ -92,6 +94,7 @@ impl Settings {
             },
             sync_us: *pick(rng, &[100, 300, 1_000]),
             checkpoint_every: *pick(rng, &[30, 100, 500, 1_000_000]),
+            log_bytes_max: *pick(rng, &[16 << 10, 64 << 10, 1 << 30]),
             fault_gap_us: *pick(rng, &[500_000, 1_000_000, 2_000_000]),
             left_out: if rng.chance(500_000) {
                 0
