@@ -160,6 +160,7 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         publish,
         missed,
         fetch,
+        is_fetch_refused: false,
         shared,
         responders: BTreeMap::new(),
         last_number: 0,
@@ -238,8 +239,9 @@ impl<M: Machine> Handle<M> {
         Sent { all, at }
     }
 
-    /// Refuses new work, hands leadership over if this node has it, and then
-    /// stops, after one election timeout at most.
+    /// Refuses new work, hands leadership over if this node has it, waits for answers
+    /// to what is under way, but for locks, and then stops; after one election timeout
+    /// at most.
     pub fn stop(&self) {
         unpoisoned(self.shared.inbox.lock()).stopping = true;
         (self.shared.wake)();
@@ -379,6 +381,8 @@ pub struct Node<M: Machine, D: Disk> {
     publish: Outlet<Event<M::Event>>,
     missed: Box<dyn FnMut() + Send>,
     fetch: Box<dyn FnMut(Fetch, Sink) + Send>,
+    /// A checkpoint of its own is being written: it must ask again.
+    is_fetch_refused: bool,
     shared: Arc<Shared<M>>,
     responders: BTreeMap<RequestNumber, Responder<M>>,
     last_number: RequestNumber,
@@ -410,6 +414,9 @@ impl<M: Machine, D: Disk> fmt::Debug for Node<M, D> {
 impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
     /// How long until the next turn is due although nothing arrives.
     pub fn wait(&self) -> Duration {
+        if self.replica.state().is_drawing() {
+            return Duration::ZERO;
+        }
         let wait_us = self.replica.next_turn_us().saturating_sub(now().boot_us);
         Duration::from_micros(wait_us)
     }
@@ -456,20 +463,25 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         }
         if let Some(at) = installed {
             (self.missed)();
-            self.installed(at)?;
+            self.installed(at);
         }
         if !events.is_empty() {
             (self.publish)(events);
         }
-        if let Some(fetch) = fetch {
-            self.schedule.receive();
-            (self.fetch)(fetch, self.checkpoints.receive());
+        match fetch {
+            Some(_) if self.schedule.is_busy() => self.is_fetch_refused = true,
+            Some(fetch) => {
+                self.schedule.receive();
+                (self.fetch)(fetch, self.checkpoints.receive());
+            }
+            None => {}
         }
         self.keep_checkpoints()?;
         self.publish_status();
         let leads = self.replica.status().role == Role::Leader;
+        let is_free = !leads && !self.replica.owes_answers();
         Ok(match self.give_up_us {
-            Some(give_up_us) if !leads || now().boot_us >= give_up_us => Progress::Stopped,
+            Some(give_up_us) if is_free || now().boot_us >= give_up_us => Progress::Stopped,
             _ => Progress::GoOn,
         })
     }
@@ -492,6 +504,9 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
     /// Takes note of what the writer has done.
     fn checkpoints_done(&mut self) -> Result<Vec<Input<M>>, Fatal> {
         let mut inputs = Vec::new();
+        if mem::take(&mut self.is_fetch_refused) {
+            inputs.push(Input::Fetched(None));
+        }
         while let Some(done) = self.checkpoints.poll() {
             match done.map_err(|error| Fatal::Storage(error.to_string()))? {
                 Done::Written(at) => {
@@ -517,12 +532,9 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
     }
 
     /// The state of another member's checkpoint is that of this one.
-    fn installed(&mut self, at: Index) -> Result<(), Fatal> {
+    fn installed(&mut self, at: Index) {
         self.schedule.install(at);
         self.checkpoints.adopt(at);
-        // Before its base a log holds nothing.
-        self.log.cut(self.log.base()).map_err(storage)?;
-        Ok(())
     }
 
     /// Orders a checkpoint when one is due, and cuts the log.
@@ -533,8 +545,10 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         let applied = self.replica.state().applied();
         if self.schedule.is_due(applied, written_bytes) {
             self.schedule.begin(applied, written_bytes);
-            let image = self.replica.state().image();
-            self.checkpoints.write(image, self.schedule.kept());
+            self.replica.begin_image();
+        }
+        if let Some(image) = self.replica.draw_image(limits::DRAWN_PER_TURN_MAX) {
+            self.checkpoints.write(image, self.schedule.newest());
         }
         self.cut()
     }
@@ -548,7 +562,8 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             tracing::info!(upto, held, reason, "that member will get a checkpoint");
         }
         self.is_warned = upto > held;
-        if self.log.cut(upto).map_err(storage)? {
+        // Before its base a log holds nothing.
+        if self.log.cut(upto.max(self.log.base())).map_err(storage)? {
             self.replica.cut(upto);
             let bytes = self.log.bytes();
             tracing::info!(upto, bytes, "cut the log");

@@ -2,11 +2,15 @@
 //! requests must not run any more. Who is alive is decided by the leader (see
 //! `liveness`); here is only what its decisions led to.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Bound,
+};
 
 use crate::{
     ids::{LogTime, Revision, SessionId},
     limits,
+    picture::UnderWay,
 };
 
 /// Why a session is not alive.
@@ -99,6 +103,26 @@ impl RequestWindow {
 pub struct Sessions {
     live: BTreeMap<SessionId, Session>,
     bytes: u64,
+    drawing: UnderWay<Box<Drawing>>,
+}
+
+/// A picture of all sessions, as far as it is drawn. A session that changes ahead
+/// of the walk is taken before.
+#[derive(Clone, Debug, Default)]
+struct Drawing {
+    picture: Sessions,
+    /// Up to where the walk came.
+    at: Option<SessionId>,
+    /// Those that were not there when it began.
+    opened: BTreeSet<SessionId>,
+}
+
+impl Drawing {
+    fn take(&mut self, id: SessionId, session: &Session) {
+        if self.picture.get(id).is_none() && !self.opened.contains(&id) {
+            self.picture.insert(id, session.clone());
+        }
+    }
 }
 
 impl Sessions {
@@ -131,19 +155,55 @@ impl Sessions {
         self.live.into_iter()
     }
 
+    /// Begins a picture of all sessions as they are now.
+    pub(crate) fn begin_picture(&mut self) {
+        self.drawing = UnderWay(Some(Box::default()));
+    }
+
+    /// Goes on with the picture, by `max` sessions, from which those walked over are
+    /// taken off; gives it out when it is whole.
+    pub(crate) fn draw_picture(&mut self, max: &mut usize) -> Option<Self> {
+        let drawing = self.drawing.0.as_mut()?;
+        let from = drawing.at.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut ahead = self.live.range((from, Bound::Unbounded));
+        for (id, session) in ahead.by_ref().take(*max) {
+            drawing.take(*id, session);
+            drawing.at = Some(*id);
+            *max -= 1;
+        }
+        if ahead.next().is_some() {
+            return None;
+        }
+        self.drawing.0.take().map(|drawing| drawing.picture)
+    }
+
     pub(crate) fn get_mut(&mut self, id: SessionId) -> Option<&mut Session> {
+        self.rescue(id);
         self.live.get_mut(&id)
     }
 
     pub(crate) fn insert(&mut self, id: SessionId, session: Session) {
+        if let Some(drawing) = &mut self.drawing.0 {
+            drawing.opened.insert(id);
+        }
         self.bytes += session.bytes();
         let before = self.live.insert(id, session);
         assert!(before.is_none(), "session id {id} given out twice");
     }
 
     pub(crate) fn remove(&mut self, id: SessionId) -> Option<Session> {
+        self.rescue(id);
         let removed = self.live.remove(&id);
         self.bytes -= removed.as_ref().map_or(0, Session::bytes);
         removed
+    }
+
+    /// A session is about to change: the picture takes it as it was.
+    fn rescue(&mut self, id: SessionId) {
+        if let Some(drawing) = &mut self.drawing.0
+            && let Some(session) = self.live.get(&id)
+        {
+            drawing.take(id, session);
+        }
     }
 }

@@ -3,7 +3,8 @@
 //! ```text
 //! NAME.conclave/
 //!   log/            the write-ahead log, locked
-//!   checkpoints/    the state at two moments, from which the log goes on
+//!   checkpoints/    the state at two moments, from which the log goes on; made
+//!                   after the log, so where they are, there was a log
 //! ```
 
 use std::{
@@ -14,7 +15,7 @@ use std::{
 };
 
 use conclave_core::{
-    checkpoint::{self, CheckpointStore as _, FjallCheckpoints, RestoreError},
+    checkpoint::{self, FjallCheckpoints, RestoreError},
     disk::FileDisk,
     ids::NodeId,
     log::{Facts, Identity, Log, LogError, Recovered},
@@ -25,15 +26,16 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::options::{ClusterState, Settings, Topology};
 
-const LOG: &str = "log";
-const CHECKPOINTS: &str = "checkpoints";
+pub(crate) const LOG: &str = "log";
+pub(crate) const CHECKPOINTS: &str = "checkpoints";
 
 /// What a data directory held when it was opened, and where more goes.
 #[derive(Debug)]
 pub(crate) struct Storage {
     pub(crate) log: Log<FileDisk>,
     pub(crate) recovered: Recovered,
-    pub(crate) state: State<Primitives>,
+    /// `None`: it must come from another member.
+    pub(crate) state: Option<State<Primitives>>,
     pub(crate) checkpoints: FjallCheckpoints,
 }
 
@@ -52,10 +54,13 @@ impl Storage {
         };
         // The lock of the log is that of the whole directory.
         let opened = Log::open(disk(path)?).map_err(unusable)?;
-        let checkpoints = FjallCheckpoints::open(path.join(CHECKPOINTS)).map_err(failed)?;
+        let checkpoints = path.join(CHECKPOINTS);
+        let is_begun = checkpoints.is_dir();
+        let open_checkpoints = || FjallCheckpoints::open(checkpoints).map_err(failed);
         if let Some((log, recovered)) = opened {
+            let mut checkpoints = open_checkpoints()?;
             check_identity(&recovered, &settings.topology, path)?;
-            let restored = checkpoint::restore(&checkpoints, &recovered);
+            let restored = checkpoint::restore(&mut checkpoints, &recovered);
             let state = restored.map_err(|source| StorageError::Checkpoint {
                 path: path.clone(),
                 source,
@@ -67,7 +72,7 @@ impl Storage {
                 checkpoints,
             });
         }
-        if !checkpoints.list().map_err(failed)?.is_empty() {
+        if is_begun {
             return Err(StorageError::LogGone { path: path.clone() });
         }
         if settings.cluster_state == ClusterState::Existing {
@@ -77,13 +82,14 @@ impl Storage {
         let Recovered {
             identity, facts, ..
         } = recovered.clone();
-        let state = State::new(identity.cluster);
+        let state = Some(State::new(identity.cluster));
         let log = Log::create(disk(path)?, identity, facts).map_err(unusable)?;
         Ok(Self {
             log,
             recovered,
             state,
-            checkpoints,
+            // Made after the log, so that a directory that has them had one.
+            checkpoints: open_checkpoints()?,
         })
     }
 }
@@ -194,7 +200,8 @@ pub enum StorageError {
     #[error("the checkpoints in {} cannot be used", path.display())]
     Checkpoint { path: PathBuf, source: RestoreError },
     #[error(
-        "data directory {} holds checkpoints, but its log is gone; restore it as it was",
+        "the log in data directory {} is gone; nothing was changed: restore the directory as it \
+         was, or remove it and add the member again as a new one",
         path.display()
     )]
     LogGone { path: PathBuf },
@@ -306,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn checkpoints_without_a_log_are_not_taken_for_a_new_directory() {
+    fn a_directory_that_lost_its_log_is_not_taken_for_a_new_one() {
         let path = std::env::temp_dir().join(format!("conclave-storage-{:x}", random()));
         let options = Options {
             data_dir: Some(path.clone()),
@@ -314,8 +321,25 @@ mod tests {
         };
         let settings = options.validate().unwrap();
         drop(Storage::open(&settings).unwrap());
-        fs::create_dir(path.join(CHECKPOINTS).join(format!("{:020}", 9))).unwrap();
         fs::remove_dir_all(path.join(LOG)).unwrap();
+        let opened = Storage::open(&settings);
+        assert!(matches!(opened, Err(StorageError::LogGone { .. })));
+        fs::remove_dir_all(&path).unwrap();
+    }
+
+    #[test]
+    fn an_empty_segment_is_a_new_directory_only_until_the_first_start_succeeded() {
+        let path = std::env::temp_dir().join(format!("conclave-storage-{:x}", random()));
+        let options = Options {
+            data_dir: Some(path.clone()),
+            ..Options::default()
+        };
+        let settings = options.validate().unwrap();
+        let segment = path.join(LOG).join("log-00000000000000000001");
+        fs::create_dir_all(path.join(LOG)).unwrap();
+        fs::write(&segment, "").unwrap();
+        drop(Storage::open(&settings).unwrap());
+        fs::write(&segment, "").unwrap();
         let opened = Storage::open(&settings);
         assert!(matches!(opened, Err(StorageError::LogGone { .. })));
         fs::remove_dir_all(&path).unwrap();

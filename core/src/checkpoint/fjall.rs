@@ -22,6 +22,9 @@ use crate::ids::Index;
 
 /// The only keyspace of a database. Keys are places in the row of records.
 const RECORDS: &str = "records";
+/// Where one is written, until it is durable and gets its name: so what is not
+/// whole under its name is damaged, and no half-written one passes for that.
+const UNFINISHED: &str = "unfinished";
 /// It is read once, from beginning to end.
 const CACHE_BYTES: u64 = 1 << 20;
 /// The directory of [`Slot::Incoming`].
@@ -117,7 +120,8 @@ impl CheckpointStore for FjallCheckpoints {
 
     fn write(&mut self, slot: Slot, rows: &mut dyn Iterator<Item = Bytes>) -> io::Result<()> {
         self.remove(slot)?;
-        let directory = self.directory(slot);
+        let directory = self.path.join(UNFINISHED);
+        remove_directory(&directory)?;
         DirBuilder::new().mode(0o700).create(&directory)?;
         let write = || {
             let (database, records) = open(&directory)?;
@@ -130,6 +134,7 @@ impl CheckpointStore for FjallCheckpoints {
         };
         write().map_err(plain)?;
         sync_directory(&directory)?;
+        fs::rename(&directory, self.directory(slot))?;
         sync_directory(&self.path)
     }
 
@@ -141,13 +146,17 @@ impl CheckpointStore for FjallCheckpoints {
 
     fn remove(&mut self, slot: Slot) -> io::Result<()> {
         let read = self.being_read();
-        if read.contains(&slot) {
-            return Ok(());
+        match read.contains(&slot) {
+            true => Ok(()),
+            false => remove_directory(&self.directory(slot)),
         }
-        match fs::remove_dir_all(self.directory(slot)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            removed => removed,
-        }
+    }
+}
+
+fn remove_directory(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
@@ -241,6 +250,20 @@ mod tests {
         store.0.write(7.into(), &mut records().take(5)).unwrap();
         store.write(7);
         assert_eq!(store.read(7).unwrap().len(), RECORDS as usize);
+    }
+
+    #[test]
+    fn one_whose_writing_was_interrupted_is_not_listed() {
+        let mut store = Scratch::new("interrupted");
+        let mut rows = records().chain(std::iter::once_with(|| panic!("interrupted")));
+        let write = std::panic::AssertUnwindSafe(|| store.0.write(7.into(), &mut rows));
+        std::panic::catch_unwind(write).unwrap_err();
+        assert_eq!(store.0.list().unwrap(), []);
+        assert!(store.0.path.join(UNFINISHED).exists());
+        store.write(8);
+        assert_eq!(store.0.list().unwrap(), [8]);
+        assert!(!store.0.path.join(UNFINISHED).exists());
+        assert_eq!(store.read(8).unwrap().len(), RECORDS as usize);
     }
 
     #[test]

@@ -61,8 +61,15 @@ impl Schedule {
         debug_assert!(at > self.newest, "checkpoints move on");
     }
 
-    /// One of another member is being received: none is written meanwhile.
+    /// Whether one is being written, or received.
+    pub fn is_busy(&self) -> bool {
+        self.is_writing
+    }
+
+    /// One of another member is being received: none is written meanwhile, and none
+    /// must be already.
     pub fn receive(&mut self) {
+        debug_assert!(!self.is_writing, "one at a time");
         self.is_writing = true;
     }
 
@@ -87,11 +94,6 @@ impl Schedule {
     /// The newest that is durable; 0 for none.
     pub fn newest(&self) -> Index {
         self.newest
-    }
-
-    /// Those to keep, the older one first; 0 for none.
-    pub fn kept(&self) -> [Index; 2] {
-        [self.older, self.newest]
     }
 
     /// Up to where the log can be cut: never behind the older checkpoint, so that
@@ -135,7 +137,7 @@ mod tests {
         schedule.begin(150, 0);
         assert_eq!(schedule.cut(500, None, 0), 0);
         schedule.complete(150);
-        assert_eq!(schedule.kept(), [50, 150]);
+        assert_eq!(schedule.newest(), 150);
         assert_eq!(schedule.cut(500, None, 0), 50);
         assert_eq!(schedule.cut(30, None, 0), 30);
         let many = limits::LOG_BYTES_MAX + 1;
@@ -148,12 +150,12 @@ mod tests {
     fn one_of_another_member_takes_the_place_of_all() {
         let mut schedule = Schedule::new(100, limits::LOG_BYTES_MAX, 50);
         schedule.receive();
-        assert!(!schedule.is_due(500, 0));
+        assert!(schedule.is_busy() && !schedule.is_due(500, 0));
         schedule.discard();
         assert!(schedule.is_due(500, 0));
         schedule.receive();
         schedule.install(700);
-        assert_eq!(schedule.kept(), [0, 700]);
+        assert_eq!((schedule.newest(), schedule.is_busy()), (700, false));
         assert_eq!(schedule.cut(700, None, limits::LOG_BYTES_MAX + 1), 0);
         assert!(!schedule.is_due(700, 0));
         assert!(schedule.is_due(800, 0));

@@ -21,38 +21,54 @@ pub fn restore<M: Machine>(
     store: &mut impl CheckpointStore,
     recovered: &Recovered,
 ) -> Result<Option<State<M>>, RestoreError> {
-    let mut refusal = None;
-    for at in store.list().map_err(RestoreError::Store)?.into_iter().rev() {
-        let checked = read(store, at).map(|image| check(&image, recovered).map(|()| image));
-        match checked {
-            Ok(Ok(image)) => return Ok(Some(State::restore(image))),
-            // The log has begun anew behind an incoming one, or was cut for another.
-            Ok(Err(gap @ RestoreError::Gap { .. })) => {
-                refusal.get_or_insert(gap);
+    let list = store.list().map_err(RestoreError::Store)?;
+    let mut newest_first = list.into_iter().rev().map(|at| (at, read(store, at)));
+    let chosen = match choose(&mut newest_first, recovered) {
+        Ok(chosen) => chosen,
+        Err(RestoreError::NoCheckpoint { .. } | RestoreError::Gap { .. })
+            if let Some(image) = incoming(store, recovered) =>
+        {
+            store.adopt(image.applied).map_err(RestoreError::Store)?;
+            Some(image)
+        }
+        Err(RestoreError::NoCheckpoint { .. } | RestoreError::Gap { .. })
+            if recovered.facts.voters.len() > 1 =>
+        {
+            tracing::warn!("no checkpoint is whole; one will be asked for from the leader");
+            return Ok(None);
+        }
+        Err(refusal) => return Err(refusal),
+    };
+    let new = || State::new(recovered.identity.cluster);
+    Ok(Some(chosen.map_or_else(new, State::restore)))
+}
+
+/// The checkpoint of another member, if the log goes on from it.
+fn incoming(store: &impl CheckpointStore, recovered: &Recovered) -> Option<Image> {
+    let image = read(store, Slot::Incoming).ok()?;
+    check(&image, recovered).is_ok().then_some(image)
+}
+
+/// The checkpoint from which a start goes on, of those that were read, newest
+/// first; `None` if it goes on from a whole log alone. Asks for no more of them
+/// than it needs.
+pub fn choose(
+    newest_first: &mut impl Iterator<Item = (Index, Result<Image, ReadError>)>,
+    recovered: &Recovered,
+) -> Result<Option<Image>, RestoreError> {
+    for (at, read) in newest_first {
+        match read {
+            Ok(image) => {
+                check(&image, recovered)?;
+                return Ok(Some(image));
             }
-            Ok(Err(refusal)) => return Err(refusal),
             // Also one whose writing was interrupted.
             Err(reason) => tracing::warn!(checkpoint = at, %reason, "passed over a checkpoint"),
         }
     }
-    if let Ok(image) = read(store, Slot::Incoming)
-        && check(&image, recovered).is_ok()
-    {
-        let at = image.applied;
-        store.adopt(at).map_err(RestoreError::Store)?;
-        tracing::info!(
-            checkpoint = at,
-            "goes on from a checkpoint of another member"
-        );
-        return Ok(Some(State::restore(image)));
-    }
     match recovered.first {
-        1 => Ok(Some(State::new(recovered.identity.cluster))),
-        _ if recovered.facts.voters.len() > 1 => {
-            tracing::warn!("no checkpoint is whole; one will be asked for from the leader");
-            Ok(None)
-        }
-        first => Err(refusal.unwrap_or(RestoreError::NoCheckpoint { first })),
+        1 => Ok(None),
+        first => Err(RestoreError::NoCheckpoint { first }),
     }
 }
 

@@ -36,7 +36,7 @@ pub trait CheckpointStore {
     /// until `take` says that it wants no more.
     fn read(&self, slot: Slot, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()>;
     /// Writes one in place of what is there, durable when this returns. After a
-    /// failure or a crash it may be there in part.
+    /// failure or a crash it is gone, or may be there in part.
     fn write(&mut self, slot: Slot, records: &mut dyn Iterator<Item = Bytes>) -> io::Result<()>;
     /// Makes the incoming one that of an entry, in place of what is there, durable
     /// when this returns. After a crash it is the one or the other.

@@ -38,11 +38,10 @@ pub struct Writer<M: Machine> {
 
 #[derive(Debug)]
 enum Order {
+    /// A checkpoint that follows the newest one that is whole.
     Write {
         image: Image,
-        /// The older and the newer checkpoint there are. Others go first, before it
-        /// takes space, and the older one when it is durable.
-        keep: [Index; 2],
+        newest: Index,
     },
     Receive(Receiver<Vec<Bytes>>),
     Adopt(Index),
@@ -78,10 +77,11 @@ impl<M: Machine + Send + 'static> Writer<M> {
         })
     }
 
-    /// Orders a checkpoint, beside the older and the newer one there are. All others
-    /// are removed, and the older one when this one is durable.
-    pub fn write(&self, image: Image, keep: [Index; 2]) {
-        self.order(Order::Write { image, keep });
+    /// Orders a checkpoint that follows `newest`, the newest one that is whole; 0 for
+    /// none. That one and the one before it stay while this one is written, and that
+    /// one alone when it is durable.
+    pub fn write(&self, image: Image, newest: Index) {
+        self.order(Order::Write { image, newest });
     }
 
     /// Orders that records which come from another member be written to the incoming
@@ -133,9 +133,14 @@ fn run<M: Machine>(
     done: &Sender<Result<Done<M>, WriteError>>,
     is_given_up: &AtomicBool,
 ) {
+    // What a start has not gone on from is of no use.
+    if let Err(error) = store.remove(Slot::Incoming) {
+        done.send(Err(error.into())).ok();
+        return;
+    }
     while let Ok(order) = orders.recv() {
         let result = match order {
-            Order::Write { image, keep } => write(&mut store, image, keep, is_given_up),
+            Order::Write { image, newest } => write(&mut store, image, newest, is_given_up),
             Order::Receive(records) => receive(&mut store, &records, is_given_up),
             Order::Adopt(at) => adopt(&mut store, at),
         };
@@ -151,12 +156,11 @@ fn run<M: Machine>(
 fn write<M: Machine>(
     store: &mut impl CheckpointStore,
     image: Image,
-    keep: [Index; 2],
+    newest: Index,
     is_given_up: &AtomicBool,
 ) -> Result<Done<M>, WriteError> {
     let at = image.applied();
-    store.remove(Slot::Incoming)?;
-    remove_all_but(store, keep)?;
+    keep_two(store, newest)?;
     let mut records = 0u64;
     let mut rows = image
         .into_records()
@@ -168,7 +172,7 @@ fn write<M: Machine>(
         return Err(WriteError::Ended);
     }
     read(store, at).map_err(WriteError::NotReadBack)?;
-    remove_all_but(store, [keep[1], at])?;
+    keep_two(store, at)?;
     tracing::info!(checkpoint = at, records, "wrote a checkpoint");
     Ok(Done::Written(at))
 }
@@ -207,14 +211,24 @@ fn next_chunk(records: &Receiver<Vec<Bytes>>, is_given_up: &AtomicBool) -> Optio
 
 fn adopt<M: Machine>(store: &mut impl CheckpointStore, at: Index) -> Result<Done<M>, WriteError> {
     store.adopt(at)?;
-    remove_all_but(store, [at; 2])?;
+    for other in store.list()? {
+        if other != at {
+            store.remove(other.into())?;
+        }
+    }
+    tracing::info!(checkpoint = at, "keeps a checkpoint of another member");
     Ok(Done::Adopted(at))
 }
 
-fn remove_all_but(store: &mut impl CheckpointStore, keep: [Index; 2]) -> io::Result<()> {
-    for old in store.list()? {
-        if !keep.contains(&old) {
-            store.remove(old.into())?;
+/// Removes all checkpoints but this one and the one before it. That one may be
+/// damaged: a start does not look at it if it does not have to. It may also be all
+/// that there is to fall back on.
+pub fn keep_two(store: &mut impl CheckpointStore, newest: Index) -> io::Result<()> {
+    let stored = store.list()?;
+    let before = stored.iter().copied().filter(|at| *at < newest).max();
+    for at in stored {
+        if at != newest && Some(at) != before {
+            store.remove(at.into())?;
         }
     }
     Ok(())
@@ -244,5 +258,186 @@ impl From<io::Error> for WriteError {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full(error),
             _ => Self::Io(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::{BTreeMap, BTreeSet},
+        convert::Infallible,
+        sync::Mutex,
+    };
+
+    use super::*;
+    use crate::{
+        checkpoint::SimCheckpoints,
+        ids::LogTime,
+        keyspace::{Change, Keyspace, Picture, Record},
+        machine::{Cause, Context, Executed, Place, Settled, View},
+        session::{EndReason, Sessions},
+        system::System,
+    };
+
+    /// Notes which checkpoints there are whenever one is written.
+    #[derive(Clone, Debug, Default)]
+    struct Watched {
+        store: SimCheckpoints,
+        seen: Arc<Mutex<Vec<Vec<Index>>>>,
+    }
+
+    impl CheckpointStore for Watched {
+        fn list(&self) -> io::Result<Vec<Index>> {
+            self.store.list()
+        }
+
+        fn read(&self, slot: Slot, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
+            self.store.read(slot, take)
+        }
+
+        fn write(&mut self, slot: Slot, rows: &mut dyn Iterator<Item = Bytes>) -> io::Result<()> {
+            self.seen.lock().unwrap().push(self.store.list()?);
+            self.store.write(slot, rows)
+        }
+
+        fn adopt(&mut self, at: Index) -> io::Result<()> {
+            self.store.adopt(at)
+        }
+
+        fn remove(&mut self, slot: Slot) -> io::Result<()> {
+            self.store.remove(slot)
+        }
+    }
+
+    /// What is replicated makes no difference here.
+    #[derive(Debug, PartialEq)]
+    struct Nothing;
+
+    impl Machine for Nothing {
+        type Command = Infallible;
+        type Reply = Infallible;
+        type Rejection = Infallible;
+        type Note = Infallible;
+        type Event = Infallible;
+        type Query = Infallible;
+        type Answer = Infallible;
+
+        fn rebuild(_: &Keyspace) -> Self {
+            Self
+        }
+
+        fn decode(_: Bytes) -> Option<Infallible> {
+            None
+        }
+
+        fn execute(
+            &self,
+            _: &mut Context<'_>,
+            command: Infallible,
+        ) -> Result<Executed<Self>, Infallible> {
+            match command {}
+        }
+
+        fn next_due(&self) -> Option<LogTime> {
+            None
+        }
+
+        fn fire(&self, _: &mut Context<'_>) -> Infallible {
+            unreachable!("no timer is due")
+        }
+
+        fn outlives(&self, _: &Record, _: EndReason, _: LogTime) -> Option<Bytes> {
+            None
+        }
+
+        fn settle(&mut self, _: &[Change], _: Cause<'_, Infallible>) -> Settled<Self> {
+            Settled::default()
+        }
+
+        fn places(&self, _: &BTreeSet<Place>) -> BTreeMap<Place, Option<Infallible>> {
+            BTreeMap::new()
+        }
+
+        fn query(&self, _: View<'_>, query: Infallible) -> Infallible {
+            match query {}
+        }
+    }
+
+    const WAIT: Duration = Duration::from_secs(60);
+
+    fn done(writer: &Writer<Nothing>) -> Done<Nothing> {
+        writer.results.recv_timeout(WAIT).unwrap().unwrap()
+    }
+
+    fn image(applied: Index) -> Image {
+        Image {
+            cluster: 1,
+            applied,
+            term: 1,
+            digest: 0,
+            keyspace: Picture::default(),
+            sessions: Sessions::default(),
+            system: System::default(),
+        }
+    }
+
+    /// What is there while the checkpoint at 200 is written, and when it is done.
+    fn write_behind(newest: Index, stored: &[Index]) -> (Vec<Index>, Vec<Index>) {
+        let mut watched = Watched::default();
+        for at in stored {
+            let mut rows = image(*at).into_records();
+            watched.store.write((*at).into(), &mut rows).unwrap();
+        }
+        let writer = Writer::start(watched.clone()).unwrap();
+        writer.write(image(200), newest);
+        assert!(matches!(done(&writer), Done::Written(200)));
+        let during = watched.seen.lock().unwrap().remove(0);
+        (during, watched.store.list().unwrap())
+    }
+
+    #[test]
+    fn two_are_left_while_one_is_written_also_after_a_start() {
+        assert_eq!(write_behind(0, &[]), (vec![], vec![200]));
+        assert_eq!(write_behind(100, &[100]), (vec![100], vec![100, 200]));
+        let both = (vec![50, 100], vec![100, 200]);
+        assert_eq!(write_behind(100, &[50, 100]), both);
+        assert_eq!(write_behind(100, &[10, 50, 100]), both);
+    }
+
+    #[test]
+    fn what_another_member_sends_is_there_once_it_is_whole_and_takes_the_place_of_all() {
+        let mut store = SimCheckpoints::new();
+        let mut old = image(100).into_records();
+        store.write(100.into(), &mut old).unwrap();
+        let writer = Writer::start(store.clone()).unwrap();
+        let rows: Vec<Bytes> = image(300).into_records().collect();
+        let cut_short = writer.receive();
+        cut_short.send(rows[..rows.len() - 1].to_vec()).unwrap();
+        drop(cut_short);
+        let received = done(&writer);
+        assert!(matches!(received, Done::Received(Err(Invalid::Incomplete))));
+        let sink = writer.receive();
+        for row in rows {
+            sink.send(vec![row]).unwrap();
+        }
+        drop(sink);
+        match done(&writer) {
+            Done::Received(Ok(state)) => assert_eq!(state.applied(), 300),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(store.list().unwrap(), [100]);
+        writer.adopt(300);
+        assert!(matches!(done(&writer), Done::Adopted(300)));
+        assert_eq!(store.list().unwrap(), [300]);
+        // A sink that nobody fills does not keep it from ending.
+        let _sink = writer.receive();
+        drop(writer);
+    }
+
+    #[test]
+    fn one_that_a_start_has_passed_over_goes_first() {
+        let expected = (vec![50], vec![50, 200]);
+        assert_eq!(write_behind(50, &[50, 100]), expected);
+        assert_eq!(write_behind(0, &[50, 100]), (vec![], vec![200]));
     }
 }

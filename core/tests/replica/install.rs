@@ -44,12 +44,18 @@ impl Cluster {
         self.nodes[&node].fetch
     }
 
+    /// The state of a checkpoint of now.
+    fn checkpoint(&mut self, node: NodeId) -> State<Register> {
+        let replica = &mut self.nodes.get_mut(&node).unwrap().replica;
+        replica.begin_image();
+        State::restore(replica.draw_image(usize::MAX).unwrap())
+    }
+
     /// A checkpoint of now, as of the member that was asked, arrives.
     fn fetched(&mut self, node: NodeId) {
         let fetch = self.nodes.get_mut(&node).unwrap().fetch.take().unwrap();
-        let from = self.nodes[&fetch.from].replica.state();
-        assert!(from.applied() >= fetch.at_least);
-        let state = State::restore(from.image());
+        let state = self.checkpoint(fetch.from);
+        assert!(state.applied() >= fetch.at_least);
         self.input(node, Input::Fetched(Some(Box::new(state))));
         self.settle();
     }
@@ -105,14 +111,13 @@ fn a_start_goes_on_from_what_was_installed() {
     cluster.append_some(leader, 10);
     cluster.cut_logs();
     cluster.come_back();
-    let image = cluster.nodes[&leader].replica.state().image();
+    let state = cluster.checkpoint(leader);
     cluster.fetched(away);
     let log = cluster.nodes[&away].log.clone();
-    assert_eq!(log.base.0, image.applied());
-    assert_eq!(log.hard_state.commit, image.applied());
+    assert_eq!(log.base.0, state.applied());
+    assert_eq!(log.hard_state.commit, state.applied());
     assert!(log.entries.is_empty());
-    let state = Some(State::restore(image));
-    let replica = restored(&log, state, 2, cluster.boot_us);
+    let replica = restored(&log, Some(state), 2, cluster.boot_us);
     cluster.nodes.insert(away, Node::with(replica, log));
     cluster.append_some(leader, 3);
     cluster.run_ms(1_000);
@@ -132,7 +137,7 @@ fn what_was_not_fetched_is_asked_for_again_and_what_is_late_changes_nothing() {
         assert_eq!(cluster.asks(away), None, "not at once");
         cluster.run_ms(1_000);
     }
-    let old = State::restore(cluster.nodes[&leader].replica.state().image());
+    let old = cluster.checkpoint(leader);
     cluster.append_some(leader, 5);
     cluster.fetched(away);
     cluster.append_some(leader, 5);
@@ -248,7 +253,7 @@ fn who_lost_its_checkpoints_votes_and_keeps_its_log_but_does_not_campaign() {
 #[test]
 fn a_checkpoint_that_ends_before_the_log_begins_is_not_enough() {
     let (mut cluster, leader, follower) = Cluster::with_one_away();
-    let old = State::restore(cluster.nodes[&leader].replica.state().image());
+    let old = cluster.checkpoint(leader);
     cluster.append_some(leader, 10);
     cluster.run_ms(1_000);
     restart_without_state(&mut cluster, follower, 2);

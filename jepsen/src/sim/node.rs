@@ -38,6 +38,9 @@ const LAYOUT: Layout = Layout {
     step_bytes: 2 << 10,
 };
 
+/// Versions and sessions that one turn copies for a checkpoint: so few that its
+/// picture takes many turns.
+const DRAWN_PER_TURN_MAX: u64 = 64;
 /// How often a start finds its newest checkpoint damaged, in a million.
 const DAMAGES: u64 = 50_000;
 /// How often it finds all of them damaged.
@@ -550,16 +553,34 @@ impl Node {
 
     /// Begins a checkpoint when one is due, and cuts the log.
     fn keep_checkpoints(&mut self, ground: &mut Ground) {
-        let Some(running) = &mut self.running else {
+        let Some(running) = &self.running else {
             return;
         };
         let written_bytes = running.log.written_bytes();
         let applied = running.replica.state().applied();
-        if running.schedule.is_due(applied, written_bytes) {
+        let is_due = running.schedule.is_due(applied, written_bytes);
+        if is_due {
+            // The thread that writes does one thing after the other.
+            self.adopt(ground);
+        }
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        if is_due {
+            if let Err(error) =
+                checkpoint::keep_two(&mut self.checkpoints, running.schedule.newest())
+            {
+                return ground.checks.node_failed(self.index, &error);
+            }
             running.schedule.begin(applied, written_bytes);
-            running.checkpoint = Some(applied);
-            let image = running.replica.state().image();
-            self.checkpoints.begin(applied.into(), image.into_records());
+            running.replica.begin_image();
+        }
+        let drawn = 1 + ground.rng.below(DRAWN_PER_TURN_MAX);
+        let drawn = usize::try_from(drawn).expect("it is small");
+        if let Some(image) = running.replica.draw_image(drawn) {
+            let at = image.applied();
+            running.checkpoint = Some(at);
+            self.checkpoints.begin(at.into(), image.into_records());
             let (node, boot) = (self.index, self.boot);
             let at_us = ground.now_us + ground.rng.skewed(200_000);
             ground.schedule(at_us, Event::CheckpointWritten { node, boot });
@@ -571,7 +592,7 @@ impl Node {
         let sent = sent.map(|(at, _)| at);
         let upto = running.schedule.cut(held, sent, running.log.bytes());
         running.replica.cut(upto);
-        if let Err(error) = running.log.cut(upto) {
+        if let Err(error) = running.log.cut(upto.max(running.log.base())) {
             self.disk_failed(&error, ground);
         }
     }
@@ -587,15 +608,7 @@ impl Node {
             self.checkpoints.sync(at.into());
             running.schedule.complete(at);
             running.replica.checkpointed(at);
-            let kept = running.schedule.kept();
-            self.remove_checkpoints_but(&kept, ground);
-        }
-    }
-
-    fn remove_checkpoints_but(&mut self, kept: &[Index], ground: &mut Ground) {
-        let old = self.checkpoints.list().into_iter().flatten();
-        for old in old.filter(|old| !kept.contains(old)) {
-            if let Err(error) = self.checkpoints.remove(old.into()) {
+            if let Err(error) = checkpoint::keep_two(&mut self.checkpoints, at) {
                 ground.checks.node_failed(self.index, &error);
             }
         }

@@ -105,6 +105,10 @@ impl Node {
         let Some(running) = &mut self.running else {
             return;
         };
+        if running.schedule.is_busy() {
+            // A checkpoint of its own is being written.
+            return self.take_in(Input::Fetched(None), ground);
+        }
         ground.fetches += 1;
         let Fetch { from, at_least } = fetch;
         let (by, fetch, from) = (self.index, ground.fetches, index(from));
@@ -179,7 +183,7 @@ impl Node {
         let receiving = running.and_then(|running| running.receiving.as_mut());
         let is_begun = receiving.map(|receiving| std::mem::replace(&mut receiving.is_begun, true));
         if is_begun == Some(false) {
-            // One thing after the other.
+            // The thread that writes does one thing after the other.
             self.adopt(ground);
             self.checkpoints.begin(Slot::Incoming, std::iter::empty());
         }
@@ -247,16 +251,14 @@ impl Node {
         }
         running.schedule.install(at);
         running.adopts = Some(at);
-        if let Err(error) = running.log.cut(running.log.base()) {
-            return self.disk_failed(&error, ground);
-        }
         let (node, boot) = (self.index, self.boot);
         let at_us = ground.now_us + ground.rng.skewed(200_000);
         let step = Step::Adopted { boot };
         ground.schedule(at_us, Event::Install { node, step });
     }
 
-    fn adopt(&mut self, ground: &mut Ground) {
+    /// What was installed gets its name, if it has none yet.
+    pub(super) fn adopt(&mut self, ground: &mut Ground) {
         let Some(running) = &mut self.running else {
             return;
         };
@@ -267,7 +269,13 @@ impl Node {
         if let Err(error) = self.checkpoints.adopt(at) {
             return ground.checks.node_failed(self.index, &error);
         }
-        self.remove_checkpoints_but(&[at], ground);
+        for old in self.checkpoints.list().into_iter().flatten() {
+            if old != at
+                && let Err(error) = self.checkpoints.remove(old.into())
+            {
+                ground.checks.node_failed(self.index, &error);
+            }
+        }
     }
 
     /// Counts what a crash interrupts.
