@@ -94,7 +94,7 @@ impl Settings {
             },
             sync_us: *pick(rng, &[100, 300, 1_000]),
             checkpoint_every: *pick(rng, &[30, 100, 500, 1_000_000]),
-            log_bytes_max: *pick(rng, &[16 << 10, 64 << 10, 1 << 30]),
+            log_bytes_max: *pick(rng, &[32 << 10, 128 << 10, 1 << 30]),
             fault_gap_us: *pick(rng, &[500_000, 1_000_000, 2_000_000]),
             left_out: if rng.chance(500_000) {
                 0

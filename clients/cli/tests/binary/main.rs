@@ -12,6 +12,7 @@ mod commands;
 mod dev_command;
 mod disk;
 mod garbage;
+mod install;
 mod lock_command;
 mod overload;
 mod serve_command;

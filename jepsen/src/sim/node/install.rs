@@ -20,6 +20,8 @@ use crate::sim::{
     tally::{Fault, Operation},
 };
 
+/// How long it takes at most to send a checkpoint.
+const TAKES_US_MAX: u64 = 1_500_000;
 /// For how long the sender keeps its log behind a checkpoint that it has sent.
 const KEEPS_LOG_US: u64 = 3_000_000;
 
@@ -153,13 +155,13 @@ impl Node {
         if let Err(error) = self.checkpoints.read(at.into(), &mut take) {
             return ground.checks.node_failed(self.index, &error);
         }
-        let length = ground.rng.between(1, 30) as usize;
-        // A large one takes its time.
-        let pace_us = match ground.troubled() {
-            true => ground.rng.skewed(20_000),
-            false => ground.rng.skewed(1_000),
-        };
+        let chunks = ground.rng.between(1, 30) as usize;
+        let length = records.len().div_ceil(chunks);
         let last = records.len().div_ceil(length) - 1;
+        // Long enough for something to happen meanwhile, and no longer than what is
+        // written meanwhile is kept.
+        let whole_us = ground.rng.skewed(300_000).min(TAKES_US_MAX);
+        let pace_us = whole_us / (last as u64 + 1);
         let mut at_us = ground.arrival();
         for (number, records) in records.chunks(length).enumerate() {
             let chunk = Chunk {
@@ -171,7 +173,7 @@ impl Node {
             };
             let step = Step::Chunk(chunk);
             ground.schedule(at_us, Event::Install { node: to, step });
-            at_us += 1 + ground.rng.skewed(pace_us);
+            at_us += 1 + ground.rng.below(2 * pace_us + 1);
         }
     }
 
