@@ -38,7 +38,7 @@ pub use schedule::Schedule;
 pub use sim::SimCheckpoints;
 pub use start::{ReadError, RestoreError, choose, read, restore};
 pub use store::{CheckpointStore, Slot};
-pub use writer::{Done, Sink, WriteError, Writer, keep_two};
+pub use writer::{Done, Sink, WriteError, Writer, adopt, keep_two};
 
 /// Everything that is replicated, after one entry. See
 /// [`State::begin_image`](crate::state::State::begin_image).

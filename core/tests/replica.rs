@@ -1441,6 +1441,45 @@ fn what_gives_something_back_goes_ahead_of_other_work() {
 }
 
 #[test]
+fn who_waits_on_an_idle_follower_does_not_wait_for_a_heartbeat() {
+    let mut cluster = Cluster::ready(3);
+    let leader = cluster.leader();
+    let others = || (1..=3).map(NodeId).filter(|id| *id != leader);
+    let waiting: Vec<_> = others().map(|id| cluster.append(id, "?")).collect();
+    // Long enough for both to count as idle, and then until a heartbeat has just been.
+    cluster.run_ms(500);
+    let said = |cluster: &Cluster| cluster.traffic[&(leader, cluster.follower())].0;
+    let before = said(&cluster);
+    while said(&cluster) == before {
+        cluster.run_ms(10);
+    }
+    cluster.append(leader, ".");
+    cluster.turn(leader);
+    let is_told = |cluster: &Cluster, id: &NodeId| !cluster.nodes[id].inbox.is_empty();
+    let late = others().find(|id| !is_told(&cluster, id)).unwrap();
+    let fast = others().find(|id| *id != late).unwrap();
+    // What is held back leaves before the entry is committed, and the word that it is
+    // before the late one has acknowledged it.
+    cluster.boot_us += 2_000;
+    cluster.turn(leader);
+    cluster.turn(fast);
+    cluster.turn(leader);
+    cluster.boot_us += 1_000;
+    cluster.turn(leader);
+    let inbox = &mut cluster.nodes.get_mut(&late).unwrap().inbox;
+    assert_eq!(inbox.len(), 2, "an append and a heartbeat");
+    let heartbeat = inbox.pop_back().unwrap();
+    cluster.turn(late);
+    cluster.input(late, heartbeat);
+    cluster.turn(late);
+    cluster.run_ms(20);
+    for (id, number) in others().zip(waiting) {
+        let outcome = cluster.outcome(id, number);
+        assert!(outcome.starts_with("Ok("), "{id}: {outcome}");
+    }
+}
+
+#[test]
 fn what_is_kept_does_not_hold_on_to_the_entry_it_came_in() {
     let mut cluster = Cluster::ready(1);
     let leader = cluster.leader();

@@ -133,7 +133,7 @@ impl CheckpointStore for FjallCheckpoints {
             database.persist(PersistMode::SyncAll)
         };
         write().map_err(plain)?;
-        sync_directory(&directory)?;
+        sync_directories(&directory)?;
         fs::rename(&directory, self.directory(slot))?;
         sync_directory(&self.path)
     }
@@ -167,6 +167,18 @@ fn open(directory: &Path) -> ::fjall::Result<(Database, Keyspace)> {
         .open()?;
     let records = database.keyspace(RECORDS, KeyspaceCreateOptions::default)?;
     Ok((database, records))
+}
+
+/// Makes durable which directories there are: fjall makes those of its keyspaces
+/// after it has synced the one that they are in.
+fn sync_directories(path: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync_directories(&entry.path())?;
+        }
+    }
+    sync_directory(path)
 }
 
 fn sync_directory(path: &Path) -> io::Result<()> {

@@ -28,7 +28,7 @@ pub fn restore<M: Machine>(
         Err(RestoreError::NoCheckpoint { .. } | RestoreError::Gap { .. })
             if let Some(image) = incoming(store, recovered) =>
         {
-            store.adopt(image.applied).map_err(RestoreError::Store)?;
+            super::adopt(store, image.applied).map_err(RestoreError::Store)?;
             Some(image)
         }
         Err(RestoreError::NoCheckpoint { .. } | RestoreError::Gap { .. })

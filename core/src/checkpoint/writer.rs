@@ -40,7 +40,7 @@ pub struct Writer<M: Machine> {
 enum Order {
     /// A checkpoint that follows the newest one that is whole.
     Write {
-        image: Image,
+        image: Box<Image>,
         newest: Index,
     },
     Receive(Receiver<Vec<Bytes>>),
@@ -81,6 +81,7 @@ impl<M: Machine + Send + 'static> Writer<M> {
     /// none. That one and the one before it stay while this one is written, and that
     /// one alone when it is durable.
     pub fn write(&self, image: Image, newest: Index) {
+        let image = Box::new(image);
         self.order(Order::Write { image, newest });
     }
 
@@ -140,9 +141,11 @@ fn run<M: Machine>(
     }
     while let Ok(order) = orders.recv() {
         let result = match order {
-            Order::Write { image, newest } => write(&mut store, image, newest, is_given_up),
+            Order::Write { image, newest } => write(&mut store, *image, newest, is_given_up),
             Order::Receive(records) => receive(&mut store, &records, is_given_up),
-            Order::Adopt(at) => adopt(&mut store, at),
+            Order::Adopt(at) => adopt(&mut store, at)
+                .map(|()| Done::Adopted(at))
+                .map_err(WriteError::from),
         };
         let is_over = result.is_err();
         // Nobody may listen any more.
@@ -209,7 +212,8 @@ fn next_chunk(records: &Receiver<Vec<Bytes>>, is_given_up: &AtomicBool) -> Optio
     None
 }
 
-fn adopt<M: Machine>(store: &mut impl CheckpointStore, at: Index) -> Result<Done<M>, WriteError> {
+/// Makes the incoming one the only one: the log goes on from no other.
+pub fn adopt(store: &mut impl CheckpointStore, at: Index) -> io::Result<()> {
     store.adopt(at)?;
     for other in store.list()? {
         if other != at {
@@ -217,7 +221,7 @@ fn adopt<M: Machine>(store: &mut impl CheckpointStore, at: Index) -> Result<Done
         }
     }
     tracing::info!(checkpoint = at, "keeps a checkpoint of another member");
-    Ok(Done::Adopted(at))
+    Ok(())
 }
 
 /// Removes all checkpoints but this one and the one before it. That one may be

@@ -194,14 +194,8 @@ impl Node {
             Ok(state) => state,
             Err(error) => return ground.checks.node_failed(self.index, &error),
         };
-        if state.is_none() {
-            match ground.without_state == Some(self.index) {
-                true => ground.tally.fault(Fault::CheckpointsLost),
-                false => return ground.checks.checkpoint_missing(self.index),
-            }
-        } else if ground.without_state == Some(self.index) {
-            // The log was whole without them.
-            ground.without_state = None;
+        if !self.may_start(state.is_some(), ground) {
+            return;
         }
         self.boot += 1;
         let restored = state.as_ref().map_or(0, |state| state.applied());
@@ -247,6 +241,25 @@ impl Node {
         self.paused = false;
         self.alarm.stop();
         self.alarm.set(ground.now_us, ground);
+    }
+
+    /// Whether a node may find itself without a state: only if its checkpoints were
+    /// damaged at rest.
+    fn may_start(&self, has_state: bool, ground: &mut Ground) -> bool {
+        let is_damaged = ground.without_state == Some(self.index);
+        if has_state {
+            if is_damaged {
+                // The log was whole without them.
+                ground.without_state = None;
+            }
+            return true;
+        }
+        if is_damaged {
+            ground.tally.fault(Fault::CheckpointsLost);
+        } else {
+            ground.checks.checkpoint_missing(self.index);
+        }
+        is_damaged
     }
 
     /// Damages the newest checkpoint at rest, if there is another one, or all of them,

@@ -26,7 +26,7 @@ use conclave_proto::internal::{
 };
 use tokio::{
     runtime::Builder,
-    sync::{Semaphore, SemaphorePermit, mpsc, mpsc::error::SendError},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, mpsc::error::SendError},
     task, time,
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -124,7 +124,7 @@ async fn put(sink: &Sink, mut records: Vec<Bytes>) -> Result<(), LinkError> {
 pub(super) struct Sender {
     store: FjallCheckpoints,
     handle: Handle<Primitives>,
-    turn: Semaphore,
+    turn: Arc<Semaphore>,
 }
 
 /// The parts of a checkpoint.
@@ -135,15 +135,14 @@ impl Sender {
         Arc::new(Self {
             store,
             handle,
-            turn: Semaphore::new(1),
+            turn: Arc::new(Semaphore::new(1)),
         })
     }
 
     /// Begins to send the newest checkpoint, if it reaches far enough.
     pub(super) fn send(self: &Arc<Self>, at_least: Index, peer: &str) -> Result<Chunks, Status> {
-        let busy = || Status::unavailable("another member is being sent a checkpoint");
-        // Only to say so at once; it is taken for good below.
-        drop(self.turn.try_acquire().map_err(|_| busy())?);
+        let busy = |_| Status::unavailable("another member is being sent a checkpoint");
+        let turn = Arc::clone(&self.turn).try_acquire_owned().map_err(busy)?;
         let at = self.handle.checkpoint();
         if at == 0 || at < at_least {
             self.handle.want_checkpoint(at_least);
@@ -152,7 +151,8 @@ impl Sender {
         }
         let (chunks, stream) = mpsc::channel(QUEUED_MAX);
         let sent = self.handle.keep_log_behind(at);
-        tokio::spawn(Arc::clone(self).run(at, peer.to_owned(), sent, chunks));
+        let run = Arc::clone(self).run(at, peer.to_owned(), turn, sent, chunks);
+        tokio::spawn(run);
         Ok(ReceiverStream::new(stream))
     }
 
@@ -160,16 +160,14 @@ impl Sender {
         self: Arc<Self>,
         at: Index,
         peer: String,
+        turn: OwnedSemaphorePermit,
         sent: Sent,
         chunks: mpsc::Sender<Result<CheckpointChunk, Status>>,
     ) {
-        let Ok(turn) = self.turn.try_acquire() else {
-            let busy = Status::unavailable("another member is being sent a checkpoint");
-            chunks.send(Err(busy)).await.ok();
-            return;
-        };
         tracing::info!(peer, checkpoint = at, "sends a checkpoint");
-        if self.read(at, chunks, turn).await {
+        let is_sent = self.read(at, chunks).await;
+        drop(turn);
+        if is_sent {
             tracing::info!(peer, checkpoint = at, "sent a checkpoint");
             time::sleep(KEEPS_LOG).await;
         }
@@ -177,12 +175,7 @@ impl Sender {
     }
 
     /// Reads it on a thread that may wait. Whether it came to its end.
-    async fn read(
-        &self,
-        at: Index,
-        chunks: mpsc::Sender<Result<CheckpointChunk, Status>>,
-        _turn: SemaphorePermit<'_>,
-    ) -> bool {
+    async fn read(&self, at: Index, chunks: mpsc::Sender<Result<CheckpointChunk, Status>>) -> bool {
         let store = self.store.clone();
         let failures = chunks.clone();
         let read = task::spawn_blocking(move || {
@@ -195,7 +188,8 @@ impl Sender {
             Ok(Err(error)) => {
                 tracing::warn!(checkpoint = at, %error, "cannot read a checkpoint to send it");
                 let status = Status::unavailable("the checkpoint cannot be read");
-                failures.send(Err(status)).await.is_ok() && false
+                failures.send(Err(status)).await.ok();
+                false
             }
             // A panic ends the process in a release.
             Err(_) => false,

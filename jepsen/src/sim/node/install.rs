@@ -20,6 +20,11 @@ use crate::sim::{
     tally::{Fault, Operation},
 };
 
+/// How often a node crashes while it gets a checkpoint, in a million, and as often
+/// before what it has installed has its name.
+const CRASHES: u64 = 250_000;
+/// How often the leader changes while it sends one.
+const RESIGNS: u64 = 400_000;
 /// How long it takes at most to send a checkpoint.
 const TAKES_US_MAX: u64 = 1_500_000;
 /// For how long the sender keeps its log behind a checkpoint that it has sent.
@@ -42,6 +47,10 @@ pub(crate) enum Step {
     Stored { fetch: u64 },
     /// It is time that what was installed gets its name.
     Adopted { boot: u64 },
+    /// A crash just then, since few come then by themselves.
+    Crash { boot: u64 },
+    /// Who sends hands leadership over.
+    Resign,
 }
 
 /// Some records of a checkpoint.
@@ -85,7 +94,9 @@ pub(crate) fn happens(nodes: &mut [Node], node: usize, step: Step, ground: &mut 
         Step::Broken { fetch } => nodes[node].fetch_broken(fetch, ground),
         Step::Stored { fetch } => nodes[node].fetched(fetch, ground),
         Step::Adopted { boot } if boot == nodes[node].boot => nodes[node].adopt(ground),
-        Step::Adopted { .. } => {}
+        Step::Crash { boot } if boot == nodes[node].boot => nodes[node].crash_now(ground),
+        Step::Adopted { .. } | Step::Crash { .. } => {}
+        Step::Resign => nodes[node].take_in(Input::Resign, ground),
     }
 }
 
@@ -134,6 +145,12 @@ impl Node {
             at_least,
         };
         ground.schedule(at_us, Event::Install { node: from, step });
+        self.crash_within(400_000, ground);
+        if ground.troubled() && ground.rng.chance(RESIGNS) {
+            let at_us = at_us + ground.rng.below(100_000);
+            let step = Step::Resign;
+            ground.schedule(at_us, Event::Install { node: from, step });
+        }
     }
 
     fn send_checkpoint(&mut self, to: usize, fetch: u64, at_least: Index, ground: &mut Ground) {
@@ -257,6 +274,25 @@ impl Node {
         let at_us = ground.now_us + ground.rng.skewed(200_000);
         let step = Step::Adopted { boot };
         ground.schedule(at_us, Event::Install { node, step });
+        self.crash_within(100_000, ground);
+    }
+
+    /// Crashes now and then within this time.
+    fn crash_within(&self, time_us: u64, ground: &mut Ground) {
+        if ground.troubled() && ground.rng.chance(CRASHES) {
+            let at_us = ground.now_us + ground.rng.below(time_us);
+            let (node, boot) = (self.index, self.boot);
+            let step = Step::Crash { boot };
+            ground.schedule(at_us, Event::Install { node, step });
+        }
+    }
+
+    fn crash_now(&mut self, ground: &mut Ground) {
+        if self.running.is_some() && ground.troubled() {
+            self.crash(ground);
+            let later = ground.now_us + ground.rng.between(50_000, 1_000_000);
+            ground.schedule(later, Event::Start { node: self.index });
+        }
     }
 
     /// What was installed gets its name, if it has none yet.
@@ -268,15 +304,8 @@ impl Node {
             return;
         };
         running.replica.checkpointed(at);
-        if let Err(error) = self.checkpoints.adopt(at) {
-            return ground.checks.node_failed(self.index, &error);
-        }
-        for old in self.checkpoints.list().into_iter().flatten() {
-            if old != at
-                && let Err(error) = self.checkpoints.remove(old.into())
-            {
-                ground.checks.node_failed(self.index, &error);
-            }
+        if let Err(error) = checkpoint::adopt(&mut self.checkpoints, at) {
+            ground.checks.node_failed(self.index, &error);
         }
     }
 
