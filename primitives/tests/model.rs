@@ -787,7 +787,8 @@ impl World {
             let Some(info) = locks.first() else { continue };
             let shown: Vec<&Contender> = [&info.holder].into_iter().chain(&info.waiters).collect();
             assert_eq!(shown.len(), queue.len());
-            self.finds_places(&shown, !queue[0].is_delay());
+            let delays: Vec<bool> = queue.iter().map(|place| place.is_delay()).collect();
+            self.finds_places(&shown, &delays);
             for (at, (contender, place)) in shown.into_iter().zip(&queue).enumerate() {
                 self.shows(contender, place, at);
             }
@@ -812,7 +813,7 @@ impl World {
 
     /// By the state alone: who holds is told so, who waits waits on, and of all others
     /// nothing is known.
-    fn finds_places(&self, queue: &[&Contender], is_held: bool) {
+    fn finds_places(&self, queue: &[&Contender], delays: &[bool]) {
         // Of keys that one transaction made, a revision names none; but no request of
         // this API waits at such a place.
         let keyspace = self.driver.state.keyspace();
@@ -829,12 +830,13 @@ impl World {
         let tokens = queue.iter().map(|contender| contender.token);
         let asked: BTreeSet<_> = tokens.chain([u64::MAX]).collect();
         let found = self.driver.state.machine().places(&asked);
-        let mut expected: BTreeMap<_, _> = queue.iter().map(|c| (c.token, None)).collect();
-        let Contender { key, token, .. } = queue[0].clone();
-        if is_held {
-            expected.insert(token, Some(Reply::Granted { key, token }));
-        } else {
-            expected.remove(&token);
+        let mut expected = BTreeMap::new();
+        for (at, (contender, is_delay)) in queue.iter().zip(delays).enumerate() {
+            let Contender { key, token, .. } = (*contender).clone();
+            if !is_delay {
+                let granted = (at == 0).then_some(Reply::Granted { key, token });
+                expected.insert(token, granted);
+            }
         }
         assert_eq!(found, expected);
     }
