@@ -61,6 +61,8 @@ pub struct Applied<M: Machine> {
     pub events: Vec<Event<M::Event>>,
     /// Sessions that began or ended, in order.
     pub lives: Vec<Life>,
+    /// How many keys were written or deleted: what it took.
+    pub changes: usize,
 }
 
 /// The end of a wait.
@@ -95,6 +97,7 @@ impl<M: Machine> Default for Applied<M> {
             resolved: Vec::new(),
             events: Vec::new(),
             lives: Vec::new(),
+            changes: 0,
         }
     }
 }
@@ -403,6 +406,8 @@ impl<M: Machine> State<M> {
         term: Term,
         applied: &mut Applied<M>,
     ) -> AnswerBody<M> {
+        #[cfg(conclave_plant)]
+        let term = crate::plant::expiry_term(term);
         if expire.term == term {
             for id in expire.session_ids.iter().copied().map(SessionId) {
                 if self.sessions.get(id).is_some() {
@@ -530,6 +535,7 @@ impl<M: Machine> State<M> {
         if changes.is_empty() {
             return;
         }
+        applied.changes += changes.len();
         let Settled { resolved, events } = self.machine.settle(changes, cause);
         let revision = self.keyspace.revision();
         let resolved = resolved.into_iter();

@@ -172,6 +172,7 @@ fn write<M: Machine>(
     store.write(at.into(), &mut rows)?;
     drop(rows);
     if is_given_up.load(Ordering::Relaxed) {
+        store.remove(at.into())?;
         return Err(WriteError::Ended);
     }
     read(store, at).map_err(WriteError::NotReadBack)?;

@@ -95,6 +95,7 @@ impl<M: Machine> Replica<M> {
         }
         tracing::info!(index = at.0, keeps_log = holds, "installs a checkpoint");
         self.consensus.restart(at);
+        self.unapplied.clear();
         if !holds {
             self.base = Some(at);
         }

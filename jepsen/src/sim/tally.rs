@@ -41,10 +41,12 @@ counted! {
         FetchBroken = "checkpoint_fetch_broken",
         CrashDuringFetch = "crash_during_fetch",
         CrashDuringInstall = "crash_during_install",
+        LogDamaged = "log_damaged",
         Reboot = "boot_clock_reset",
         Pause = "pause",
         PauseOfLeader = "pause_leader",
         PauseOfAll = "pause_all",
+        PacketsAfterPause = "packets_after_pause",
         SlowSync = "slow_sync",
         FailedSync = "failed_sync",
         CallLost = "client_call_lost",
@@ -75,6 +77,7 @@ counted! {
         Checked = "checked",
         Listed = "listed",
         Compacted = "compacted",
+        Disarmed = "disarmed",
         Get = "get",
         Put = "put",
         Swapped = "compare_and_put",
@@ -83,6 +86,8 @@ counted! {
         Restored = "restored_from_checkpoint",
         Installed = "installed_checkpoint",
         InstalledUnderAnother = "installed_under_another_leader",
+        NoSpace = "no_space",
+        IndexRebuilt = "index_rebuilt",
     }
 }
 
@@ -128,13 +133,14 @@ impl Tally {
             Fault::MessageReordered,
             Fault::CallLost,
             Fault::ReplyLost,
+            Fault::PacketsAfterPause,
         ];
         let injected = Fault::ALL.iter().filter(|fault| !weather.contains(fault));
         injected.map(|fault| self.faults[*fault as usize]).sum()
     }
 
-    /// Operations completed: renewals, sessions that expired, unknown outcomes and
-    /// starts do not count.
+    /// Operations completed: renewals, sessions that expired, unknown outcomes,
+    /// refusals for space, starts and looks at indexes do not count.
     pub(crate) fn operations(&self) -> u64 {
         let others = [
             Operation::Renewed,
@@ -143,6 +149,8 @@ impl Tally {
             Operation::Restored,
             Operation::Installed,
             Operation::InstalledUnderAnother,
+            Operation::NoSpace,
+            Operation::IndexRebuilt,
         ];
         let completed = Operation::ALL
             .iter()
