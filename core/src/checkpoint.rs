@@ -11,6 +11,11 @@
 //! when the next is due; the [`Writer`] writes it, on a thread of its own, to a
 //! [`CheckpointStore`]; a start goes on from the newest that verifies
 //! ([`restore`]).
+//!
+//! A member that is too far behind, or whose checkpoints are damaged, gets the
+//! records of another's. The same thread writes them to a slot of their own
+//! ([`Slot::Incoming`]), verifies and syncs them; the log then begins anew behind
+//! them if it has to; and only then the slot takes the name of a checkpoint.
 
 mod fjall;
 mod records;
@@ -32,8 +37,8 @@ pub use records::{Invalid, Reader};
 pub use schedule::Schedule;
 pub use sim::SimCheckpoints;
 pub use start::{ReadError, RestoreError, choose, read, restore};
-pub use store::CheckpointStore;
-pub use writer::{WriteError, Writer, keep_two};
+pub use store::{CheckpointStore, Slot};
+pub use writer::{Done, Sink, WriteError, Writer, adopt, keep_two};
 
 /// Everything that is replicated, after one entry. See
 /// [`State::begin_image`](crate::state::State::begin_image).

@@ -9,28 +9,26 @@
 //!   reads are stale under partitions even with perfect clocks.
 
 mod deferral;
+mod memory;
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    fmt,
-};
+use std::{collections::BTreeMap, fmt};
 
 use bytes::Bytes;
 use protobuf::Message as _;
 use raft::{
-    Config as RaftConfig, GetEntriesContext, RaftState, RawNode, Ready, StateRole, Storage,
-    StorageError,
-    eraftpb::{
-        ConfState, Entry, EntryType, HardState as RaftHardState, Message, MessageType, Snapshot,
-    },
+    Config as RaftConfig, ProgressState, RawNode, Ready, SnapshotStatus, StateRole,
+    eraftpb::{Entry, HardState as RaftHardState, Message, MessageType},
 };
 use slog::{Discard, Logger, o};
 
-use self::deferral::Deferral;
+use self::{
+    deferral::Deferral,
+    memory::{MemoryLog, fitting, log_entry},
+};
 use crate::{
     ids::{Index, NodeId, Term},
     limits,
-    log::{EntryKind, HardState, LogEntry},
+    log::{HardState, LogEntry},
     replica::Role,
 };
 
@@ -52,8 +50,12 @@ pub(crate) struct ConsensusConfig {
     pub(crate) seed: u64,
     /// Heartbeats that fit into the shortest election timeout.
     pub(crate) heartbeats_per_election: usize,
-    /// The entry that the state holds already, and its term; (0, 0) for none.
-    pub(crate) applied: (Index, Term),
+    /// The entry that the state holds already, and its term; (0, 0) for none. Without
+    /// a state, entries are given out that nobody can apply, and this member must not
+    /// lead: it votes and keeps a log, no more.
+    pub(crate) applied: Option<(Index, Term)>,
+    /// The entry behind which the log was begun anew, and its term; (0, 0) if never.
+    pub(crate) base: (Index, Term),
 }
 
 /// How many ticks make one heartbeat interval.
@@ -63,11 +65,10 @@ pub(crate) const fn ticks_per_heartbeat() -> u64 {
 
 /// One member's part in Raft.
 pub(crate) struct Consensus {
+    config: ConsensusConfig,
     raw: RawNode<MemoryLog>,
     /// Between `ready` and `advance`.
     ready: Option<Ready>,
-    boot: u64,
-    seed: u64,
     /// The term and role for which the election timeout was last drawn.
     drawn_for: (Term, Role),
     /// As last given out for the log.
@@ -75,6 +76,8 @@ pub(crate) struct Consensus {
     /// How far each follower has been told of commits, while this node leads.
     told: BTreeMap<u64, Index>,
     deferral: Deferral,
+    /// Until offers of checkpoints that came to nothing are repeated.
+    ticks_to_offers: usize,
 }
 
 /// What must be made durable.
@@ -115,12 +118,12 @@ impl Consensus {
     /// Starts over what the log held, which must reach from the entry behind what
     /// is applied, or from an earlier one, at least to what is applied.
     pub(crate) fn new(
-        config: &ConsensusConfig,
+        config: ConsensusConfig,
         hard_state: HardState,
         entries: Vec<LogEntry>,
     ) -> Self {
         let election_tick = config.heartbeats_per_election * HEARTBEAT_TICKS;
-        let raft_config = RaftConfig {
+        let mut raft_config = RaftConfig {
             id: config.node.0,
             election_tick,
             heartbeat_tick: HEARTBEAT_TICKS,
@@ -133,25 +136,87 @@ impl Consensus {
             skip_bcast_commit: true,
             max_uncommitted_size: limits::UNCOMMITTED_BYTES_MAX,
             max_committed_size_per_ready: APPLY_BYTES_PER_TURN_MAX,
-            applied: config.applied.0,
             ..RaftConfig::default()
         };
-        let log = MemoryLog::new(&config.voters, config.applied, hard_state, entries);
+        let before = config.applied.unwrap_or(config.base);
+        let mut log = MemoryLog::new(&config.voters, before, hard_state, entries);
+        log.offer = config.applied.unwrap_or_default();
+        raft_config.applied = before.0.max(log.cut.0);
+        if config.applied.is_none() {
+            // For the timeout that never comes.
+            raft_config.max_election_tick = usize::MAX;
+        }
         let logger = Logger::root(Discard, o!());
         let raw = RawNode::new(&raft_config, log, &logger)
             .expect("the configuration and a recovered log are valid");
         let mut consensus = Self {
+            config,
             raw,
             ready: None,
-            boot: config.boot,
-            seed: config.seed,
             drawn_for: (0, Role::Joining),
             saved: hard_state,
             told: BTreeMap::new(),
             deferral: Deferral::default(),
+            ticks_to_offers: election_tick,
         };
         consensus.draw_election_timeout();
         consensus
+    }
+
+    /// Goes on with a state that holds another entry, as a start with it would.
+    /// Nothing must be on its way to the log. What is not sent yet is forgotten.
+    ///
+    /// The log stays as far as it holds that entry or goes on behind it; else it
+    /// begins anew there, which must be made durable with what follows.
+    pub(crate) fn restart(&mut self, applied: (Index, Term)) {
+        assert!(self.ready.is_none(), "restart without advance");
+        let log = self.raw.store();
+        let entries = match self.holds(applied) {
+            true => log.log_entries(),
+            false => Vec::new(),
+        };
+        let hard_state = plain(&log.hard_state);
+        let config = ConsensusConfig {
+            applied: Some(applied),
+            base: self.raw.store().cut,
+            ..self.config.clone()
+        };
+        let saved = self.saved;
+        *self = Self::new(config, hard_state, entries);
+        self.saved = saved;
+    }
+
+    /// Whether the log holds this entry, or begins right behind it.
+    pub(crate) fn holds(&self, (index, term): (Index, Term)) -> bool {
+        index >= self.raw.store().cut.0
+            && index <= self.last_index()
+            && self.raw.raft.raft_log.match_term(index, term)
+    }
+
+    /// Whether there is a state that entries are applied to.
+    pub(crate) fn has_state(&self) -> bool {
+        self.config.applied.is_some()
+    }
+
+    /// The entry before the first that is held.
+    pub(crate) fn before_first(&self) -> Index {
+        self.raw.store().cut.0
+    }
+
+    /// The newest, for a batch that must have it.
+    pub(crate) fn hard_state(&mut self) -> HardState {
+        self.saved = plain(&self.raw.store().hard_state);
+        self.saved
+    }
+
+    /// A checkpoint that holds the log up to this entry is durable: followers that
+    /// need what was cut off are offered it.
+    pub(crate) fn offer(&mut self, at: Index) {
+        if let Ok(term) = self.raw.raft.raft_log.term(at)
+            && term > 0
+        {
+            self.raw.mut_store().offer = (at, term);
+        }
     }
 
     pub(crate) fn term(&self) -> Term {
@@ -208,7 +273,29 @@ impl Consensus {
         } else {
             self.raw.tick();
         }
+        self.ticks_to_offers -= 1;
+        if self.ticks_to_offers == 0 {
+            self.ticks_to_offers = self.raw.raft.election_timeout();
+            self.repeat_offers();
+        }
         self.draw_election_timeout();
+    }
+
+    /// A follower that was offered a checkpoint hears nothing but heartbeats until it
+    /// has it. The offer may be lost, or the follower may have begun again: it is made
+    /// once more until the follower has got on.
+    fn repeat_offers(&mut self) {
+        let offered: Vec<u64> = self
+            .raw
+            .raft
+            .prs()
+            .iter()
+            .filter(|(_, progress)| progress.state == ProgressState::Snapshot)
+            .map(|(id, _)| *id)
+            .collect();
+        for follower in offered {
+            self.raw.report_snapshot(follower, SnapshotStatus::Failure);
+        }
     }
 
     /// The connection to a peer broke: messages to it may be lost.
@@ -217,23 +304,46 @@ impl Consensus {
     }
 
     /// Takes a message from a peer. One that no correct peer sends is dropped,
-    /// with the reason.
+    /// with the reason. If it offers a checkpoint that this member needs to go on,
+    /// gives its last entry.
     pub(crate) fn step(
         &mut self,
         from: NodeId,
         bytes: &Bytes,
         now_us: u64,
-    ) -> Result<(), &'static str> {
-        let message = Message::parse_from_carllerche_bytes(bytes)
+    ) -> Result<Option<Index>, &'static str> {
+        let mut message = Message::parse_from_carllerche_bytes(bytes)
             .map_err(|_| "does not decode as a Raft message")?;
         self.check(from, &message)?;
+        let offered = self.take_offer(&mut message);
         if message.msg_type == MessageType::MsgReadIndex {
             self.serves(from, now_us);
         }
-        // An error here says that the message does not matter any more.
-        self.raw.step(message).ok();
+        let campaigns = message.msg_type == MessageType::MsgTimeoutNow;
+        if self.has_state() || !campaigns {
+            // An error here says that the message does not matter any more.
+            self.raw.step(message).ok();
+        }
         self.draw_election_timeout();
-        Ok(())
+        Ok(offered)
+    }
+
+    /// Makes a heartbeat of an offer that is of use: raft-rs would drop the log for
+    /// it at once, and the checkpoint is not here yet. To one that is of no use it
+    /// answers how far this member has come.
+    fn take_offer(&self, message: &mut Message) -> Option<Index> {
+        let metadata = message.get_snapshot().get_metadata();
+        let (index, term) = (metadata.index, metadata.term);
+        let is_offer = message.msg_type == MessageType::MsgSnapshot;
+        if !is_offer || message.term < self.term() {
+            return None;
+        }
+        if index < self.committed() || self.holds((index, term)) {
+            return None;
+        }
+        message.clear_snapshot();
+        message.msg_type = MessageType::MsgHeartbeat;
+        Some(index)
     }
 
     /// Appends an entry to the log of this leader; false if it cannot now.
@@ -274,7 +384,7 @@ impl Consensus {
     fn context_prefix(&self) -> Vec<u8> {
         let mut prefix = Vec::with_capacity(24);
         prefix.extend_from_slice(&self.raw.raft.id.to_be_bytes());
-        prefix.extend_from_slice(&self.boot.to_be_bytes());
+        prefix.extend_from_slice(&self.config.boot.to_be_bytes());
         prefix
     }
 
@@ -430,10 +540,14 @@ impl Consensus {
             return;
         }
         self.drawn_for = drawn_for;
+        if !self.has_state() {
+            let never = usize::MAX - 1;
+            return self.raw.raft.set_randomized_election_timeout(never);
+        }
         let raft = &mut self.raw.raft;
         let shortest = raft.election_timeout() as u64;
         let mut bytes = [0; 25];
-        bytes[..8].copy_from_slice(&self.seed.to_be_bytes());
+        bytes[..8].copy_from_slice(&self.config.seed.to_be_bytes());
         bytes[8..16].copy_from_slice(&raft.id.to_be_bytes());
         bytes[16..24].copy_from_slice(&raft.term.to_be_bytes());
         bytes[24] = drawn_for.1 as u8;
@@ -447,7 +561,7 @@ impl Consensus {
         use MessageType::{
             MsgAppend, MsgAppendResponse, MsgHeartbeat, MsgHeartbeatResponse, MsgReadIndex,
             MsgReadIndexResp, MsgRequestPreVote, MsgRequestPreVoteResponse, MsgRequestVote,
-            MsgRequestVoteResponse, MsgTimeoutNow,
+            MsgRequestVoteResponse, MsgSnapshot, MsgTimeoutNow,
         };
         let last = self.last_index();
         if message.from != from.0 || message.to != self.raw.raft.id {
@@ -461,6 +575,7 @@ impl Consensus {
         }
         match message.msg_type {
             MsgAppend => self.check_append(message),
+            MsgSnapshot => self.check_offer(message),
             MsgHeartbeat if message.term >= self.term() && message.commit > last => {
                 Err("commits more than this log holds")
             }
@@ -489,6 +604,22 @@ impl Consensus {
         }
     }
 
+    fn check_offer(&self, message: &Message) -> Result<(), &'static str> {
+        let snapshot = message.get_snapshot();
+        let metadata = snapshot.get_metadata();
+        let (index, term) = (metadata.index, metadata.term);
+        if index == 0 || term == 0 || term > message.term || !snapshot.data.is_empty() {
+            return Err("offers what is no checkpoint");
+        }
+        if metadata.get_conf_state().voters != self.raw.store().voters {
+            return Err("offers a checkpoint of other members");
+        }
+        if index == self.committed() && !self.holds((index, term)) {
+            return Err("offers another history");
+        }
+        Ok(())
+    }
+
     fn check_append(&self, message: &Message) -> Result<(), &'static str> {
         let mut before = (message.index, message.log_term);
         if before.0 > 0 && before.1 == 0 {
@@ -513,147 +644,6 @@ impl Consensus {
         }
         Ok(())
     }
-}
-
-/// Raft's log in memory, as raft-rs reads it: what lies behind the newest entry
-/// that was cut off.
-struct MemoryLog {
-    hard_state: RaftHardState,
-    voters: Vec<u64>,
-    /// The newest entry that is not held, and its term; (0, 0) if all are.
-    cut: (Index, Term),
-    /// The entry at index i is at i - 1 - the index of `cut`.
-    entries: VecDeque<Entry>,
-}
-
-impl MemoryLog {
-    fn new(
-        voters: &[NodeId],
-        applied: (Index, Term),
-        hard_state: HardState,
-        entries: Vec<LogEntry>,
-    ) -> Self {
-        let mut entries: VecDeque<Entry> = entries.into_iter().map(raft_entry).collect();
-        // Of the entry before the first, only the term is needed; where the log
-        // does not hold that one any more, its first one stands in for it.
-        let cut = match entries.front().map(|first| (first.index, first.term)) {
-            None => applied,
-            Some((1, _)) => (0, 0),
-            Some((first, _)) if first > applied.0 => applied,
-            Some(first) => {
-                entries.pop_front();
-                first
-            }
-        };
-        let last = cut.0 + entries.len() as u64;
-        let hard_state = RaftHardState {
-            term: hard_state.term,
-            vote: hard_state.vote,
-            commit: hard_state.commit.min(last).max(applied.0),
-            ..RaftHardState::default()
-        };
-        Self {
-            hard_state,
-            voters: voters.iter().map(|node| node.0).collect(),
-            cut,
-            entries,
-        }
-    }
-
-    fn append(&mut self, entries: &[Entry]) {
-        if let Some(first) = entries.first() {
-            let place = self.place(first.index).expect("committed entries stay");
-            self.entries.truncate(place);
-            assert_eq!(self.entries.len(), place, "a gap in the log");
-            self.entries.extend(entries.iter().cloned());
-        }
-    }
-
-    /// Forgets entries up to an index that is held.
-    fn cut(&mut self, upto: Index) {
-        if let Some(place) = self.place(upto)
-            && let Some(newest) = self.entries.drain(..=place).next_back()
-        {
-            self.cut = (newest.index, newest.term);
-        }
-    }
-
-    fn last(&self) -> Index {
-        self.cut.0 + self.entries.len() as u64
-    }
-
-    /// Where an entry is or will be; `None` if it was cut off.
-    fn place(&self, index: Index) -> Option<usize> {
-        let place = index.checked_sub(self.cut.0 + 1)?;
-        Some(usize::try_from(place).expect("indexes fit in memory"))
-    }
-}
-
-impl Storage for MemoryLog {
-    fn initial_state(&self) -> raft::Result<RaftState> {
-        let conf_state = ConfState::from((self.voters.clone(), Vec::new()));
-        Ok(RaftState::new(self.hard_state.clone(), conf_state))
-    }
-
-    fn entries(
-        &self,
-        low: u64,
-        high: u64,
-        max_size: impl Into<Option<u64>>,
-        _: GetEntriesContext,
-    ) -> raft::Result<Vec<Entry>> {
-        assert!(
-            high <= self.last() + 1,
-            "raft asks for entries it has not appended"
-        );
-        let compacted = raft::Error::Store(StorageError::Compacted);
-        let (Some(low), Some(high)) = (self.place(low), self.place(high)) else {
-            return Err(compacted);
-        };
-        let entries = self.entries.range(low..high);
-        let count = fitting(entries.clone(), max_size.into().unwrap_or(u64::MAX));
-        Ok(entries.take(count).cloned().collect())
-    }
-
-    fn term(&self, index: u64) -> raft::Result<u64> {
-        if index == self.cut.0 {
-            return Ok(self.cut.1);
-        }
-        let place = self
-            .place(index)
-            .ok_or(raft::Error::Store(StorageError::Compacted))?;
-        self.entries
-            .get(place)
-            .map(|entry| entry.term)
-            .ok_or(raft::Error::Store(StorageError::Unavailable))
-    }
-
-    fn first_index(&self) -> raft::Result<u64> {
-        Ok(self.cut.0 + 1)
-    }
-
-    fn last_index(&self) -> raft::Result<u64> {
-        Ok(self.last())
-    }
-
-    fn snapshot(&self, _: u64, _: u64) -> raft::Result<Snapshot> {
-        // Checkpoints are not sent yet: a follower that needs one gets nothing.
-        Err(raft::Error::Store(
-            StorageError::SnapshotTemporarilyUnavailable,
-        ))
-    }
-}
-
-/// How many entries fit into so many bytes; the first always does.
-fn fitting<'a>(entries: impl ExactSizeIterator<Item = &'a Entry>, bytes_max: u64) -> usize {
-    let count = entries.len();
-    let mut bytes = 0;
-    let mut entries = entries;
-    let over = entries.position(|entry| {
-        bytes += u64::from(entry.compute_size());
-        bytes > bytes_max
-    });
-    over.map_or(count, |over| over.max(1))
 }
 
 fn encode(messages: Vec<Message>) -> Vec<(NodeId, Bytes)> {
@@ -700,32 +690,6 @@ fn plain(hard_state: &RaftHardState) -> HardState {
     }
 }
 
-fn log_entry(entry: &Entry) -> LogEntry {
-    let kind = match entry.entry_type {
-        EntryType::EntryNormal => EntryKind::Normal,
-        EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => EntryKind::Membership,
-    };
-    LogEntry {
-        index: entry.index,
-        term: entry.term,
-        kind,
-        data: entry.data.clone(),
-    }
-}
-
-fn raft_entry(entry: LogEntry) -> Entry {
-    Entry {
-        index: entry.index,
-        term: entry.term,
-        data: entry.data,
-        entry_type: match entry.kind {
-            EntryKind::Normal => EntryType::EntryNormal,
-            EntryKind::Membership => EntryType::EntryConfChangeV2,
-        },
-        ..Entry::default()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -738,16 +702,6 @@ mod tests {
             ..Entry::default()
         };
         (1..).zip(sizes).map(entry).collect()
-    }
-
-    #[test]
-    fn the_first_entry_always_fits() {
-        let entries = entries(&[100, 10, 10, 100]);
-        assert_eq!(
-            [1, 130, 1_000].map(|max| fitting(entries.iter(), max)),
-            [1, 2, 4]
-        );
-        assert_eq!(fitting([].iter(), 1), 0);
     }
 
     #[test]
@@ -764,59 +718,5 @@ mod tests {
         let joined: Vec<_> = parts.iter().flat_map(|p| p.entries.to_vec()).collect();
         assert_eq!(joined, whole);
         assert_eq!(split(Message::default()).len(), 1);
-    }
-
-    fn log_entries(indexes: std::ops::Range<u64>) -> Vec<LogEntry> {
-        let entry = |index| LogEntry {
-            index,
-            term: index / 10 + 1,
-            kind: EntryKind::Normal,
-            data: Bytes::new(),
-        };
-        indexes.map(entry).collect()
-    }
-
-    fn memory_log(applied: Index, indexes: std::ops::Range<u64>) -> MemoryLog {
-        let hard_state = HardState {
-            commit: 7,
-            ..HardState::default()
-        };
-        let applied = (applied, applied / 10 + 1);
-        MemoryLog::new(&[NodeId(1)], applied, hard_state, log_entries(indexes))
-    }
-
-    #[test]
-    fn a_log_goes_on_where_a_checkpoint_ends() {
-        // Behind it, from the entry after it, and from one before it.
-        for (first, expected) in [(26, 26), (20, 21)] {
-            let log = memory_log(25, first..31);
-            assert_eq!(log.first_index().unwrap(), expected);
-            assert_eq!(log.last_index().unwrap(), 30);
-            assert_eq!(log.term(expected - 1).unwrap(), 3);
-            assert_eq!(log.hard_state.commit, 25);
-            assert!(log.term(expected - 2).is_err());
-        }
-        let nothing = memory_log(25, 26..26);
-        assert_eq!((nothing.first_index().unwrap(), nothing.last()), (26, 25));
-        assert_eq!(nothing.term(25).unwrap(), 3);
-    }
-
-    #[test]
-    fn a_log_that_was_cut_keeps_the_term_before_its_first_entry() {
-        let mut log = memory_log(0, 1..31);
-        log.cut(0);
-        assert_eq!(log.first_index().unwrap(), 1);
-        log.cut(19);
-        log.cut(12);
-        assert_eq!(log.first_index().unwrap(), 20);
-        assert_eq!((log.term(19).unwrap(), log.term(20).unwrap()), (2, 3));
-        let context = || GetEntriesContext::empty(false);
-        let entries = log.entries(20, 31, None, context()).unwrap();
-        assert_eq!(entries.len(), 11);
-        assert!(log.entries(19, 31, None, context()).is_err());
-        log.append(&entries[5..6]);
-        assert_eq!(log.last(), 25);
-        log.cut(25);
-        assert_eq!((log.first_index().unwrap(), log.last()), (26, 25));
     }
 }

@@ -110,9 +110,14 @@ pub const CHECKPOINT_LOG_BYTES: u64 = 64 << 20;
 /// Versions and sessions that one turn copies for a checkpoint: a fraction of a
 /// millisecond.
 pub const DRAWN_PER_TURN_MAX: usize = 2_048;
-/// The log is kept for members that are away up to this many bytes; memory holds
-/// about as much.
+/// The log is kept for members that are away up to this many bytes, unless told
+/// otherwise; memory holds about as much.
 pub const LOG_BYTES_MAX: u64 = 1 << 30;
+/// Records of a checkpoint in one message to another member, in bytes; one larger
+/// record goes alone.
+pub const CHECKPOINT_CHUNK_BYTES: usize = 128 << 10;
+/// Messages with records that wait for the disk of the member that gets them.
+pub const CHECKPOINT_CHUNKS_QUEUED_MAX: usize = 32;
 
 /// Sessions in one answer of a list.
 pub const LIST_SESSIONS_MAX: usize = 1_000;

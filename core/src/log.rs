@@ -27,13 +27,15 @@
 //! | 21 | 24 | identity: cluster, node, incarnation |
 //! | 45 | 24 | hard state: term, vote, commit |
 //! | 69 | n | facts |
-//! | then | 8 | first index of the log |
+//! | then | 8 | first index of the log; 1, unless it was begun anew |
 //! | then | 8 | index behind the newest entry |
+//! | then | 8 | if the first index is not 1: the term of the entry before it |
 //!
 //! | body of a batch | bytes | |
 //! |---|---|---|
 //! | 0 | 1 | 2 |
-//! | 1 | 1 | 1 if a hard state follows, plus 2 if facts follow |
+//! | 1 | 1 | 1 if a hard state follows, plus 2 if facts follow, plus 4 if a base follows |
+//! | then | 16 | base: index, term |
 //! | then | 24 | hard state: term, vote, commit |
 //! | then | n | facts |
 //! | then | n | entries up to the end: index (8), term (8), kind (1; 0 normal, 1 membership), length (4), data |
@@ -63,6 +65,13 @@
 //! acknowledged, and is dropped. Only the newest batch has no record behind it:
 //! damage to it cannot be told from a torn write. An idle node therefore writes
 //! an empty batch, a mark ([`Log::mark`]).
+//!
+//! # A base
+//!
+//! A member that installs a checkpoint of another one begins its log anew: all
+//! entries so far are dropped, and the next one is that behind the base, which the
+//! checkpoint holds. That is part of a batch, so that a crash leaves either the one
+//! log or the other.
 //!
 //! # Segments
 //!
@@ -168,6 +177,9 @@ pub struct Batch {
     pub hard_state: Option<HardState>,
     /// If changed.
     pub facts: Option<Facts>,
+    /// An entry, with its term, behind which the log begins anew: all others are
+    /// dropped. A durable checkpoint must hold it.
+    pub base: Option<(Index, Term)>,
     /// An entry replaces all earlier ones from its index on.
     pub entries: Vec<LogEntry>,
 }
@@ -175,7 +187,13 @@ pub struct Batch {
 impl Batch {
     /// Whether there is nothing to make durable.
     pub fn is_empty(&self) -> bool {
-        self.hard_state.is_none() && self.facts.is_none() && self.entries.is_empty()
+        let Self {
+            hard_state,
+            facts,
+            base,
+            entries,
+        } = self;
+        hard_state.is_none() && facts.is_none() && base.is_none() && entries.is_empty()
     }
 }
 
@@ -191,6 +209,9 @@ pub struct Recovered {
     /// The index of the first entry that the log still holds, or of the next one
     /// if it holds none; 1 if nothing was ever cut off.
     pub first: Index,
+    /// The entry behind which it was last begun anew, with its term; (0, 0) if it
+    /// never was.
+    pub base: (Index, Term),
     /// All entries, without gaps, from `first` on.
     pub entries: Vec<LogEntry>,
 }
@@ -317,7 +338,7 @@ impl<D: Disk> Log<D> {
             identity,
             hard_state: HardState::default(),
             facts,
-            first: 1,
+            base: (0, 0),
             next: 1,
         };
         let at = Position {
@@ -403,7 +424,8 @@ impl<D: Disk> Log<D> {
     ///
     /// A batch that a later start would refuse fails with [`LogError::Invalid`]
     /// and changes nothing: one with a gap between entries, an entry without a
-    /// term, or a commit index beyond the newest entry.
+    /// term, a base before what is committed, or a commit index beyond the newest
+    /// entry.
     pub fn append(&mut self, batch: &Batch) -> Result<(), LogError> {
         let invalid = |reason| LogError::Invalid { reason };
         let next = self.standing.check(batch).map_err(invalid)?;
@@ -455,6 +477,11 @@ impl<D: Disk> Log<D> {
     /// Bytes of records written since it was opened.
     pub fn written_bytes(&self) -> u64 {
         self.written_bytes
+    }
+
+    /// The entry behind which it was last begun anew; 0 if it never was.
+    pub fn base(&self) -> Index {
+        self.standing.base.0
     }
 
     /// Removes the oldest segment if it holds no entries behind `upto`, which must be
@@ -651,7 +678,7 @@ pub enum LogError {
     /// Something that was durable is not there any more.
     #[error(
         "`{file}` is damaged at byte {offset}: {reason}; nothing was changed: restore this \
-         directory as it was, or remove it and add the member again as a new one"
+         directory as it was (this version cannot yet replace a member)"
     )]
     Damaged {
         /// In which file.
@@ -664,7 +691,7 @@ pub enum LogError {
     /// What is there is whole, but no correct program writes it.
     #[error(
         "`{file}` contradicts itself at byte {offset}: {reason}; nothing was changed: please \
-         report this, then remove the directory and add the member again as a new one"
+         report this with a copy of the directory, and restore it as it was"
     )]
     Corrupt {
         /// In which file.

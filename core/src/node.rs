@@ -26,14 +26,15 @@ use conclave_proto::internal::{PeerMessage, command};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::{
-    checkpoint::{Schedule, Writer},
+    checkpoint::{Done, Schedule, Sink, Writer},
     disk::Disk,
     ids::{Index, NodeId, RequestNumber, SessionId},
     limits,
     log::{Batch, Log, LogError, Recovered},
     machine::Machine,
     replica::{
-        Answer, Config, Event, Failure, Fatal, Finished, Input, Now, Query, Replica, Role, Status,
+        Answer, Config, Event, Failure, Fatal, Fetch, Finished, Input, Now, Query, Replica, Role,
+        Status,
     },
     state::State,
 };
@@ -61,6 +62,11 @@ pub struct Outlets<M: Machine> {
     /// Tells sessions; each call brings events in order, after the answers of the
     /// same turn have been given.
     pub publish: Outlet<Event<M::Event>>,
+    /// Told that sessions have missed events, before later ones are published.
+    pub missed: Box<dyn FnMut() + Send>,
+    /// Gets a checkpoint from another member, record by record, into the sink; dropping
+    /// that ends the attempt.
+    pub fetch: Box<dyn FnMut(Fetch, Sink) + Send>,
 }
 
 impl<M: Machine> fmt::Debug for Outlets<M> {
@@ -97,15 +103,17 @@ pub struct Stores<M: Machine, D> {
     pub recovered: Recovered,
     /// The state of a checkpoint from which the log goes on; see
     /// [`checkpoint::restore`](crate::checkpoint::restore).
-    pub state: State<M>,
+    pub state: Option<State<M>>,
     /// Writes checkpoints.
-    pub checkpoints: Writer,
+    pub checkpoints: Writer<M>,
     /// Entries between two checkpoints.
     pub checkpoint_every: Index,
+    /// Bytes of log that are kept for members who are away.
+    pub log_bytes_max: u64,
 }
 
 /// A node over its stores, and the way to talk to it.
-pub fn open<M: Machine, D: Disk>(
+pub fn open<M: Machine + Send + 'static, D: Disk>(
     config: Config,
     stores: Stores<M, D>,
     outlets: Outlets<M>,
@@ -116,18 +124,25 @@ pub fn open<M: Machine, D: Disk>(
         state,
         checkpoints,
         checkpoint_every,
+        log_bytes_max,
     } = stores;
     let Outlets {
         wake,
         answered,
         send,
         publish,
+        missed,
+        fetch,
     } = outlets;
+    let newest = state.as_ref().map_or(0, State::applied);
     let shared = Arc::new(Shared {
         inbox: Mutex::new(Inbox::default()),
         wake,
         status: Mutex::default(),
         log_bytes: AtomicU64::new(log.bytes()),
+        checkpoint: AtomicU64::new(newest),
+        wanted: AtomicU64::new(0),
+        sent: Arc::default(),
     });
     let handle = Handle {
         shared: Arc::clone(&shared),
@@ -135,7 +150,7 @@ pub fn open<M: Machine, D: Disk>(
     let now = now();
     let node = Node {
         election_us: config.election_ms * 1_000,
-        schedule: Schedule::new(checkpoint_every, state.applied()),
+        schedule: Schedule::new(checkpoint_every, log_bytes_max, newest),
         replica: Replica::new(config, recovered, state, now),
         log,
         checkpoints,
@@ -143,6 +158,9 @@ pub fn open<M: Machine, D: Disk>(
         answered,
         send,
         publish,
+        missed,
+        fetch,
+        is_fetch_refused: false,
         shared,
         responders: BTreeMap::new(),
         last_number: 0,
@@ -204,6 +222,24 @@ impl<M: Machine> Handle<M> {
         self.shared.log_bytes.load(Ordering::Relaxed)
     }
 
+    /// The newest checkpoint that is durable; 0 for none.
+    pub fn checkpoint(&self) -> Index {
+        self.shared.checkpoint.load(Ordering::Relaxed)
+    }
+
+    /// Asks that a checkpoint be made which reaches up to this entry, once that can be.
+    pub fn want_checkpoint(&self, at_least: Index) {
+        self.shared.wanted.fetch_max(at_least, Ordering::Relaxed);
+    }
+
+    /// While what this gives is there, the log is kept behind a checkpoint: another
+    /// member is sent it, and will need what follows.
+    pub fn keep_log_behind(&self, at: Index) -> Sent {
+        let all = Arc::clone(&self.shared.sent);
+        unpoisoned(all.lock()).push(at);
+        Sent { all, at }
+    }
+
     /// Refuses new work, hands leadership over if this node has it, waits for answers
     /// to what is under way, but for locks, and then stops; after one election timeout
     /// at most.
@@ -218,6 +254,28 @@ struct Shared<M: Machine> {
     wake: Box<dyn Fn() + Send + Sync>,
     status: Mutex<Arc<Status>>,
     log_bytes: AtomicU64,
+    /// The newest that is durable.
+    checkpoint: AtomicU64,
+    /// Some member needs one that reaches up to here.
+    wanted: AtomicU64,
+    /// Those that are being sent.
+    sent: Arc<Mutex<Vec<Index>>>,
+}
+
+/// A checkpoint that another member is sent; see [`Handle::keep_log_behind`].
+#[derive(Debug)]
+pub struct Sent {
+    all: Arc<Mutex<Vec<Index>>>,
+    at: Index,
+}
+
+impl Drop for Sent {
+    fn drop(&mut self) {
+        let mut sent = unpoisoned(self.all.lock());
+        if let Some(place) = sent.iter().position(|at| *at == self.at) {
+            sent.swap_remove(place);
+        }
+    }
 }
 
 /// What has arrived, by urgency.
@@ -345,13 +403,17 @@ fn first<T>(queue: &mut Vec<T>, max: usize) -> Vec<T> {
 pub struct Node<M: Machine, D: Disk> {
     replica: Replica<M>,
     log: Log<D>,
-    checkpoints: Writer,
+    checkpoints: Writer<M>,
     schedule: Schedule,
     /// Whether it was said that the log is cut although a member needs it.
     is_warned: bool,
     answered: Box<dyn FnMut() + Send>,
     send: Outlet<(NodeId, PeerMessage)>,
     publish: Outlet<Event<M::Event>>,
+    missed: Box<dyn FnMut() + Send>,
+    fetch: Box<dyn FnMut(Fetch, Sink) + Send>,
+    /// A checkpoint of its own is being written: it must ask again.
+    is_fetch_refused: bool,
     shared: Arc<Shared<M>>,
     responders: BTreeMap<RequestNumber, Responder<M>>,
     last_number: RequestNumber,
@@ -382,7 +444,7 @@ impl<M: Machine, D: Disk> fmt::Debug for Node<M, D> {
     }
 }
 
-impl<M: Machine, D: Disk> Node<M, D> {
+impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
     /// How long until the next turn is due although nothing arrives.
     pub fn wait(&self) -> Duration {
         if self.is_more_left || self.replica.state().is_drawing() {
@@ -404,7 +466,8 @@ impl<M: Machine, D: Disk> Node<M, D> {
         } = self.shared.take();
         self.is_more_left = is_more_left;
         let stopping = inbox.stopping;
-        let mut inputs = self.inputs(inbox);
+        let mut inputs = self.checkpoints_done()?;
+        inputs.extend(self.inputs(inbox));
         if stopping && self.give_up_us.is_none() {
             self.give_up_us = Some(now.boot_us.saturating_add(self.election_us));
             inputs.push(Input::Resign);
@@ -423,6 +486,8 @@ impl<M: Machine, D: Disk> Node<M, D> {
             messages,
             answers,
             events,
+            fetch,
+            installed,
         } = self.replica.finish()?;
         self.send(messages);
         let is_any_answered = !answers.is_empty();
@@ -434,8 +499,20 @@ impl<M: Machine, D: Disk> Node<M, D> {
         if is_any_answered {
             (self.answered)();
         }
+        if let Some(at) = installed {
+            (self.missed)();
+            self.installed(at);
+        }
         if !events.is_empty() {
             (self.publish)(events);
+        }
+        match fetch {
+            Some(_) if self.schedule.is_busy() => self.is_fetch_refused = true,
+            Some(fetch) => {
+                self.schedule.receive();
+                (self.fetch)(fetch, self.checkpoints.receive());
+            }
+            None => {}
         }
         self.keep_checkpoints()?;
         self.publish_status();
@@ -462,17 +539,50 @@ impl<M: Machine, D: Disk> Node<M, D> {
         Ok(())
     }
 
-    /// Begins a checkpoint when one is due, and goes on with it: some of its picture
-    /// each turn, then the writer has it. Cuts the log when one is done.
-    fn keep_checkpoints(&mut self) -> Result<(), Fatal> {
-        if let Some(written) = self.checkpoints.poll() {
-            let at = written.map_err(|error| Fatal::Storage(error.to_string()))?;
-            self.schedule.complete(at);
+    /// Takes note of what the writer has done.
+    fn checkpoints_done(&mut self) -> Result<Vec<Input<M>>, Fatal> {
+        let mut inputs = Vec::new();
+        if mem::take(&mut self.is_fetch_refused) {
+            inputs.push(Input::Fetched(None));
         }
+        while let Some(done) = self.checkpoints.poll() {
+            match done.map_err(|error| Fatal::Storage(error.to_string()))? {
+                Done::Written(at) => {
+                    self.schedule.complete(at);
+                    self.checkpointed(at);
+                }
+                Done::Received(received) => {
+                    self.schedule.discard();
+                    if let Err(reason) = &received {
+                        tracing::warn!(%reason, "a checkpoint of another member did not arrive");
+                    }
+                    inputs.push(Input::Fetched(received.ok()));
+                }
+                Done::Adopted(at) => self.checkpointed(at),
+            }
+        }
+        Ok(inputs)
+    }
+
+    fn checkpointed(&mut self, at: Index) {
+        self.replica.checkpointed(at);
+        self.shared.checkpoint.store(at, Ordering::Relaxed);
+    }
+
+    /// The state of another member's checkpoint is that of this one.
+    fn installed(&mut self, at: Index) {
+        self.schedule.install(at);
+        self.checkpoints.adopt(at);
+    }
+
+    /// Orders a checkpoint when one is due, and cuts the log.
+    fn keep_checkpoints(&mut self) -> Result<(), Fatal> {
+        self.schedule
+            .want(self.shared.wanted.load(Ordering::Relaxed));
         let written_bytes = self.log.written_bytes();
         let applied = self.replica.state().applied();
         if self.schedule.is_due(applied, written_bytes) {
-            self.schedule.begin(written_bytes);
+            self.schedule.begin(applied, written_bytes);
             self.replica.begin_image();
         }
         if let Some(image) = self.replica.draw_image(limits::DRAWN_PER_TURN_MAX) {
@@ -483,13 +593,15 @@ impl<M: Machine, D: Disk> Node<M, D> {
 
     fn cut(&mut self) -> Result<(), Fatal> {
         let held = self.replica.held_by_all();
-        let upto = self.schedule.cut(held, self.log.bytes());
+        let sent = unpoisoned(self.shared.sent.lock()).iter().min().copied();
+        let upto = self.schedule.cut(held, sent, self.log.bytes());
         if upto > held && !self.is_warned {
             let reason = "the log is too long to keep it for a member that is away";
-            tracing::warn!(upto, held, reason, "that member cannot come back any more");
+            tracing::info!(upto, held, reason, "that member will get a checkpoint");
         }
         self.is_warned = upto > held;
-        if self.log.cut(upto).map_err(storage)? {
+        // Before its base a log holds nothing.
+        if self.log.cut(upto.max(self.log.base())).map_err(storage)? {
             self.replica.cut(upto);
             let bytes = self.log.bytes();
             tracing::info!(upto, bytes, "cut the log");

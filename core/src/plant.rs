@@ -19,6 +19,7 @@ pub const NAMES: &[&str] = &[
     "forget-lock-at-recovery",
     "compact-locally",
     "skip-lock-delay",
+    "cut-behind-unsynced-checkpoint",
     "new-leader-keeps-old-deadlines",
     "expiry-against-node-term",
 ];

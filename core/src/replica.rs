@@ -24,6 +24,7 @@ mod api;
 mod commands;
 mod compaction;
 mod divergence;
+mod install;
 mod leadership;
 mod quota;
 mod reads;
@@ -46,13 +47,14 @@ pub use self::api::{
     Answer, AnswerBody, Begun, Config, Event, EventBody, Failure, Fatal, Finished, Input, Now,
     Query, Role, Status,
 };
-pub use self::compaction::Retention;
 use self::{
     admission::Admission,
     divergence::Digests,
+    install::Install,
     leadership::{Leadership, Taken},
     reads::{Ask, AskBody, Reads, Renewer},
 };
+pub use self::{compaction::Retention, install::Fetch};
 use crate::{
     checkpoint::Image,
     clock::Clock,
@@ -120,6 +122,10 @@ pub struct Replica<M: Machine> {
 
     digests: Digests,
 
+    install: Install,
+    /// The entry behind which the log begins anew, with the batch of this turn.
+    base: Option<(Index, Term)>,
+
     outbox: Vec<(NodeId, PeerMessage)>,
     /// Answers to other members by node and boot: one message a turn for all.
     refusals: BTreeMap<(NodeId, u64), Vec<RequestNumber>>,
@@ -158,12 +164,14 @@ struct PendingRenewal {
 impl<M: Machine> Replica<M> {
     /// A replica over a state, the first one or that of a checkpoint, and a log that
     /// goes on from there; see [`checkpoint::restore`](crate::checkpoint::restore).
-    pub fn new(config: Config, recovered: Recovered, state: State<M>, now: Now) -> Self {
+    /// Without a state it votes and keeps a log, and gets a state from the leader.
+    pub fn new(config: Config, recovered: Recovered, state: Option<State<M>>, now: Now) -> Self {
         let Recovered {
             identity,
             hard_state,
             facts,
             first: _,
+            base,
             entries,
         } = recovered;
         #[cfg(conclave_plant)]
@@ -175,13 +183,20 @@ impl<M: Machine> Replica<M> {
             seed: config.seed,
             heartbeats_per_election: usize::try_from(config.election_ms / config.heartbeat_ms)
                 .expect("validated to be a small number"),
-            applied: (state.applied(), state.term()),
+            applied: state.as_ref().map(|state| (state.applied(), state.term())),
+            base,
         };
+        let consensus = Consensus::new(consensus_config, hard_state, entries);
+        let mut install = Install::default();
+        let state = state.unwrap_or_else(|| {
+            install.want(consensus.before_first());
+            State::new(identity.cluster)
+        });
         let mut clock = Clock::new(now, config.election_ms * 1_000);
         clock.follow(state.system().log_time());
         let admission = (!facts.admitted).then(|| Admission::new(config.node, &facts.voters));
         Self {
-            consensus: Consensus::new(&consensus_config, hard_state, entries),
+            consensus,
             clock,
             state,
             held: 0,
@@ -206,6 +221,8 @@ impl<M: Machine> Replica<M> {
             renewals: BTreeMap::new(),
             renewals_ended: BTreeSet::new(),
             digests: Digests::default(),
+            install,
+            base: None,
             outbox: Vec::new(),
             refusals: BTreeMap::new(),
             renewal_replies: BTreeMap::new(),
@@ -242,6 +259,12 @@ impl<M: Machine> Replica<M> {
     /// durable checkpoint. A follower that still needs it gets nothing any more.
     pub fn cut(&mut self, upto: Index) {
         self.consensus.cut(upto);
+    }
+
+    /// A checkpoint that holds the log up to this entry is durable: from now on it is
+    /// what others are offered who need what was cut off.
+    pub fn checkpointed(&mut self, at: Index) {
+        self.consensus.offer(at);
     }
 
     /// Whether requests of this node's clients are under way. Those that have a place
@@ -316,7 +339,10 @@ impl<M: Machine> Replica<M> {
         self.output
             .messages
             .extend(advanced.messages.into_iter().map(raft_message));
-        self.unapplied.extend(advanced.committed);
+        // Without a state, nobody can apply them.
+        if self.consensus.has_state() {
+            self.unapplied.extend(advanced.committed);
+        }
         let mut changes = 0;
         while changes < limits::CHANGES_PER_TURN_MAX
             && let Some(entry) = self.unapplied.pop_front()
@@ -332,6 +358,7 @@ impl<M: Machine> Replica<M> {
             self.give_up_late();
         }
         self.tell_digest();
+        self.plan_fetch();
         let messages = self.take_outbox();
         self.output.messages.extend(messages);
         self.update_status();
@@ -342,7 +369,12 @@ impl<M: Machine> Replica<M> {
         match input {
             Input::Peer { from, message } => return self.receive(from, message),
             Input::PeerLost { peer } => self.lose_peer(peer),
+            Input::Fetched(state) => self.fetched(state.map(|state| *state)),
             Input::Command { number, body } => self.arrived.commands.push((number, body)),
+            Input::Read { number, .. } if self.is_behind() => {
+                let leader = self.consensus.leader();
+                self.fail(number, Failure::NotLeader { leader });
+            }
             Input::Read { number, query } => self.reads.add(Ask {
                 deadline_us: self.request_deadline_us(),
                 body: AskBody::Read { number, query },
@@ -366,11 +398,13 @@ impl<M: Machine> Replica<M> {
             Message::Hello(hello) => self.receive_hello(from, &hello),
             Message::HelloReply(reply) => return self.receive_hello_reply(from, &reply),
             _ if self.admission.is_some() => {}
-            Message::Raft(bytes) => {
-                if let Err(why) = self.consensus.step(from, &bytes, self.now.boot_us) {
+            Message::Raft(bytes) => match self.consensus.step(from, &bytes, self.now.boot_us) {
+                Ok(None) => {}
+                Ok(Some(offered)) => self.install.want(offered),
+                Err(why) => {
                     tracing::warn!(peer = %from, why, "dropped a malformed message");
                 }
-            }
+            },
             Message::Forward(forward) => {
                 self.consensus.serves(from, self.now.boot_us);
                 self.arrived.forwarded.push((from, forward));
@@ -757,16 +791,20 @@ impl<M: Machine> Replica<M> {
 
     fn batch(&mut self, unsaved: Option<Unsaved>) -> Option<Batch> {
         let facts = mem::take(&mut self.facts_changed).then(|| self.facts.clone());
-        if unsaved.is_none() && facts.is_none() {
+        let base = self.base.take();
+        if unsaved.is_none() && facts.is_none() && base.is_none() {
             return None;
         }
         let Unsaved {
             hard_state,
             entries,
         } = unsaved.unwrap_or_default();
+        // With a base goes that it is committed.
+        let hard_state = hard_state.or_else(|| base.map(|_| self.consensus.hard_state()));
         Some(Batch {
             hard_state,
             facts,
+            base,
             entries,
         })
     }
@@ -794,6 +832,7 @@ impl<M: Machine> Replica<M> {
         self.status.sessions = self.state.sessions().len();
         self.status.keys = self.state.keyspace().len();
         self.status.state_bytes = self.state.bytes();
+        self.status.is_behind = self.is_behind();
         self.status.is_out_of_space = self.state.system().is_out_of_space();
     }
 

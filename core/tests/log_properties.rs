@@ -43,6 +43,8 @@ struct Shape {
     entries: Vec<usize>,
     hard_state: bool,
     facts: bool,
+    /// How far behind the newest entry the log begins anew.
+    leap: Option<u64>,
 }
 
 /// What a crash keeps.
@@ -95,14 +97,15 @@ enum Step {
 fn shapes() -> impl Strategy<Value = Shape> {
     let length = prop_oneof![6 => 0..80_usize, 2 => 80..900_usize, 1 => 900..5_000_usize];
     let entries = vec(length, 0..4);
-    (0..4_u64, entries, any::<bool>(), prop::bool::weighted(0.2)).prop_map(
-        |(back, entries, hard_state, facts)| Shape {
-            back,
-            entries,
-            hard_state,
-            facts,
-        },
-    )
+    let leap = prop::option::weighted(0.1, 0..30_u64);
+    let parts = (any::<bool>(), prop::bool::weighted(0.2), leap);
+    (0..4_u64, entries, parts).prop_map(|(back, entries, (hard_state, facts, leap))| Shape {
+        back,
+        entries,
+        hard_state,
+        facts,
+        leap,
+    })
 }
 
 fn keeps() -> impl Strategy<Value = Keep> {
@@ -150,6 +153,7 @@ fn founded() -> Recovered {
             voters: vec![NodeId(1), NodeId(2), NodeId(3)],
         },
         first: 1,
+        base: (0, 0),
         entries: Vec::new(),
     }
 }
@@ -157,6 +161,11 @@ fn founded() -> Recovered {
 /// The naive model: what a log holds after a batch.
 fn apply(state: &Recovered, batch: &Batch) -> Recovered {
     let mut state = state.clone();
+    if let Some(base) = batch.base {
+        state.entries.clear();
+        state.base = base;
+        state.first = base.0 + 1;
+    }
     for entry in &batch.entries {
         state.entries.retain(|earlier| earlier.index < entry.index);
         state.entries.push(entry.clone());
@@ -172,8 +181,14 @@ fn apply(state: &Recovered, batch: &Batch) -> Recovered {
 
 /// A batch of that shape which fits behind `state`, unlike any other stamp's.
 fn batch(shape: &Shape, state: &Recovered, stamp: u64) -> Batch {
-    let next = state.entries.len() as u64 + 1;
-    let first = (next - shape.back.min(next - 1)).max(state.hard_state.commit + 1);
+    let mut next = state.first + state.entries.len() as u64;
+    let lowest = state.first.max(state.hard_state.commit + 1);
+    let mut first = (next - shape.back.min(next - 1)).max(lowest);
+    // Behind what there is, or in place of what is not committed.
+    let base = shape.leap.map(|leap| ((first - 1 + leap).max(1), stamp));
+    if let Some((base, _)) = base {
+        (next, first) = (base + 1, base + 1);
+    }
     let entry = |(index, length): (u64, &usize)| LogEntry {
         index,
         term: stamp,
@@ -190,7 +205,7 @@ fn batch(shape: &Shape, state: &Recovered, stamp: u64) -> Batch {
         incarnations: [(NodeId(1), stamp)].into(),
         voters: vec![NodeId(stamp)],
     });
-    let is_empty = entries.is_empty() && facts.is_none();
+    let is_empty = entries.is_empty() && facts.is_none() && base.is_none();
     let hard_state = (shape.hard_state || is_empty).then(|| HardState {
         term: stamp,
         vote: stamp % 4,
@@ -199,6 +214,7 @@ fn batch(shape: &Shape, state: &Recovered, stamp: u64) -> Batch {
     Batch {
         hard_state,
         facts,
+        base,
         entries,
     }
 }

@@ -112,7 +112,7 @@ fn a_new_log_is_attested_at_once() {
     let message = refusal(&disk);
     assert!(message.contains("`log-00000000000000000001`"), "{message}");
     assert!(message.contains("restore this directory"), "{message}");
-    assert!(message.contains("add the member again"), "{message}");
+    assert!(message.contains("cannot yet replace a member"), "{message}");
 }
 
 #[test]
@@ -145,6 +145,7 @@ fn the_newest_state_is_recovered() {
         hard_state,
         facts: newer,
         first: 1,
+        base: (0, 0),
         entries: entries
             .into_iter()
             .flat_map(|batch| batch.entries)

@@ -2,11 +2,13 @@
 //! being taken, and taking it changes nothing. The machine notes requests in their
 //! sessions, so that sessions change, too.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, SessionId},
     keyspace::{Change, Keyspace, Record},
-    machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
+    machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
     session::EndReason,
     state::State,
 };
@@ -67,6 +69,10 @@ impl Machine for Notes {
 
     fn settle(&mut self, _: &[Change], _: Cause<'_, ()>) -> Settled<Self> {
         Settled::default()
+    }
+
+    fn places(&self, _: &BTreeSet<Place>) -> BTreeMap<Place, Option<Self::Reply>> {
+        BTreeMap::new()
     }
 
     fn query(&self, _: View<'_>, (): ()) {}

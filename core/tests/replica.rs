@@ -6,9 +6,12 @@
     reason = "a test stops where something is missing"
 )]
 
+#[path = "replica/install.rs"]
+mod install;
+
 use std::{
     cell::Cell,
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::mpsc,
     thread,
 };
@@ -25,7 +28,7 @@ use conclave_core::{
     machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
     node::{self, Outlets, Responder, Stores},
     replica::{
-        Answer, AnswerBody, Config, EventBody, Failure, Fatal, Finished, Input, Now, Query,
+        Answer, AnswerBody, Config, EventBody, Failure, Fatal, Fetch, Finished, Input, Now, Query,
         Replica, Role,
     },
     session::EndReason,
@@ -45,6 +48,7 @@ use raft::eraftpb::{Entry, MessageType};
 #[derive(Debug, PartialEq)]
 struct Register {
     is_timed: bool,
+    last: Option<Bytes>,
 }
 
 impl Machine for Register {
@@ -56,8 +60,12 @@ impl Machine for Register {
     type Query = ();
     type Answer = Bytes;
 
-    fn rebuild(_: &Keyspace) -> Self {
-        Self { is_timed: false }
+    fn rebuild(keyspace: &Keyspace) -> Self {
+        let record = keyspace.get(b"register");
+        Self {
+            is_timed: false,
+            last: record.map(|record| record.value.clone()),
+        }
     }
 
     fn decode(bytes: Bytes) -> Option<Bytes> {
@@ -107,11 +115,20 @@ impl Machine for Register {
         for value in changes.iter().filter_map(|change| change.after.as_ref()) {
             let value = value.value.clone();
             self.is_timed |= value.ends_with(b"~");
+            self.last = Some(value.clone());
             if value.ends_with(b".") {
                 settled.resolved.push((PLACE, Ok(value)));
             }
         }
         settled
+    }
+
+    fn places(&self, asked: &BTreeSet<Place>) -> BTreeMap<Place, Option<Bytes>> {
+        let last = self.last.as_ref().filter(|_| asked.contains(&PLACE));
+        let answer = |value: &Bytes| value.ends_with(b".").then(|| value.clone());
+        last.map(|value| (PLACE, answer(value)))
+            .into_iter()
+            .collect()
     }
 
     fn query(&self, state: View<'_>, (): ()) -> Bytes {
@@ -138,6 +155,10 @@ struct Node {
     inbox: VecDeque<Input<Register>>,
     outcomes: Outcomes,
     events: Vec<(SessionId, EventBody<()>)>,
+    /// The checkpoint that it asks for.
+    fetch: Option<Fetch>,
+    /// The last that it has installed.
+    installed: Option<Index>,
     fatal: Option<Fatal>,
 }
 
@@ -173,6 +194,7 @@ fn fresh(node: NodeId, size: u64, incarnation: u64) -> Recovered {
             ..Facts::default()
         },
         first: 1,
+        base: (0, 0),
         entries: Vec::new(),
     }
 }
@@ -192,10 +214,15 @@ fn config(log: &Recovered, boot: u64) -> Config {
 }
 
 fn replica(log: &Recovered, boot: u64, boot_us: u64) -> Replica<Register> {
-    restored(log, State::new(log.identity.cluster), boot, boot_us)
+    restored(log, Some(State::new(log.identity.cluster)), boot, boot_us)
 }
 
-fn restored(log: &Recovered, state: State<Register>, boot: u64, boot_us: u64) -> Replica<Register> {
+fn restored(
+    log: &Recovered,
+    state: Option<State<Register>>,
+    boot: u64,
+    boot_us: u64,
+) -> Replica<Register> {
     Replica::new(
         config(log, boot),
         log.clone(),
@@ -438,7 +465,7 @@ impl Cluster {
         let mut log = node.log.clone();
         log.first = image.applied() + 1 - left;
         log.entries.retain(|entry| entry.index >= log.first);
-        let replica = restored(&log, State::restore(image), boot, self.boot_us);
+        let replica = restored(&log, Some(State::restore(image)), boot, self.boot_us);
         self.nodes.insert(id, Node::with(replica, log));
     }
 
@@ -480,6 +507,8 @@ impl Node {
             inbox: VecDeque::new(),
             outcomes: BTreeMap::new(),
             events: Vec::new(),
+            fetch: None,
+            installed: None,
             fatal: None,
         }
     }
@@ -490,6 +519,11 @@ impl Node {
             self.log.hard_state = batch.hard_state.unwrap_or(self.log.hard_state);
             if let Some(facts) = batch.facts {
                 self.log.facts = facts;
+            }
+            if let Some(base) = batch.base {
+                self.log.base = base;
+                self.log.first = base.0 + 1;
+                self.log.entries.clear();
             }
             for entry in batch.entries {
                 self.log
@@ -502,7 +536,12 @@ impl Node {
             messages,
             answers,
             events,
+            fetch,
+            installed,
         } = self.replica.finish()?;
+        assert!(self.fetch.is_none() || fetch.is_none(), "asks twice");
+        self.fetch = self.fetch.or(fetch);
+        self.installed = installed.or(self.installed);
         for (number, answer) in answers {
             let before = self
                 .outcomes
@@ -1293,6 +1332,8 @@ impl Member {
                 }
             }),
             publish: Box::new(|_| ()),
+            missed: Box::new(|| ()),
+            fetch: Box::new(|_, _| ()),
         };
         let config = Config {
             election_ms,
@@ -1300,10 +1341,11 @@ impl Member {
         };
         let stores = Stores {
             log,
-            state: State::<Register>::new(recovered.identity.cluster),
+            state: Some(State::<Register>::new(recovered.identity.cluster)),
             recovered,
             checkpoints: Writer::start(SimCheckpoints::new()).unwrap(),
             checkpoint_every: Index::MAX,
+            log_bytes_max: limits::LOG_BYTES_MAX,
         };
         let (handle, node) = node::open(config, stores, outlets);
         Self {

@@ -20,6 +20,10 @@ pub(crate) mod wakeups;
 /// The checker that no file holds: a node stops only when its disk failed.
 pub(crate) const STAYS_UP: &str = "stays_up";
 
+/// The other one: of what the log of a node does not hold any more it has a whole
+/// checkpoint when it starts, unless they were damaged at rest.
+pub(crate) const WHOLE_CHECKPOINT: &str = "whole_checkpoint";
+
 /// A promise that was broken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Violation {

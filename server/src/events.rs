@@ -106,6 +106,17 @@ impl Hub {
         }
     }
 
+    /// Ends every stream: this member has missed events, and whoever follows a session
+    /// must look afresh.
+    pub(crate) fn missed(&self) {
+        for inbox in std::mem::take(&mut self.registry().followers)
+            .into_values()
+            .flatten()
+        {
+            inbox.end(Failure::NotLeader { leader: None }.into());
+        }
+    }
+
     /// How many sessions are followed.
     pub(crate) fn watched(&self) -> usize {
         self.registry().followers.len()

@@ -14,7 +14,7 @@ use std::{
 };
 
 use conclave_core::{
-    checkpoint::{self, CheckpointStore as _, FjallCheckpoints, Image, ReadError},
+    checkpoint::{self, CheckpointStore as _, FjallCheckpoints, Image, ReadError, RestoreError},
     disk::FileDisk,
     ids::Index,
     log::Log,
@@ -69,12 +69,16 @@ pub struct Start {
     pub checkpoint: Option<Index>,
     /// How many entries the log has behind it.
     pub entries: u64,
+    /// Whether what was before these entries must come from another member.
+    pub needs_leader: bool,
 }
 
 impl Inspection {
     /// Whether everything is whole.
     pub fn is_whole(&self) -> bool {
-        self.start.is_ok() && self.checkpoints.iter().all(|one| one.content.is_ok())
+        let needs_leader = |start: &Start| start.needs_leader;
+        !self.start.as_ref().map_or(true, needs_leader)
+            && self.checkpoints.iter().all(|one| one.content.is_ok())
     }
 }
 
@@ -122,6 +126,11 @@ pub fn inspect(data_dir: &Path) -> Result<Inspection, StorageError> {
             let chosen = checkpoint::choose(&mut newest_first, &log.recovered);
             let start = match chosen {
                 Ok(image) => Ok(Start::from(image.map(|image| image.applied()), &log)),
+                Err(RestoreError::NoCheckpoint { .. } | RestoreError::Gap { .. })
+                    if log.recovered.facts.voters.len() > 1 =>
+                {
+                    Ok(Start::without_state(&log))
+                }
                 Err(source) => Err(StorageError::Checkpoint {
                     path: path(),
                     source,
@@ -152,6 +161,16 @@ impl Start {
         Self {
             checkpoint: None,
             entries: 0,
+            needs_leader: false,
+        }
+    }
+
+    /// From a log that goes on from no checkpoint there is.
+    fn without_state(log: &log::Inspection) -> Self {
+        Self {
+            checkpoint: None,
+            entries: log.recovered.entries.len() as u64,
+            needs_leader: true,
         }
     }
 
@@ -161,6 +180,7 @@ impl Start {
         Self {
             checkpoint,
             entries: next - 1 - checkpoint.unwrap_or(0),
+            needs_leader: false,
         }
     }
 }

@@ -71,6 +71,9 @@ pub struct Options {
     pub quota_backend_bytes: i64,
     /// Entries of the log between two checkpoints; 0 stands for the default.
     pub snapshot_count: u64,
+    /// Bytes of log that are kept for members who are away; who needs more gets a
+    /// checkpoint. 0 stands for the default of 1 GiB.
+    pub log_retention_bytes: u64,
     /// Threads that serve clients; with 0 the thread of the node serves them, too.
     /// By default none with one or two processors, where a change of threads costs
     /// more than it gains, else half as many as processors, up to 4.
@@ -97,6 +100,7 @@ impl Default for Options {
             auto_compaction_retention: None,
             quota_backend_bytes: 0,
             snapshot_count: limits::CHECKPOINT_ENTRIES,
+            log_retention_bytes: limits::LOG_BYTES_MAX,
             io_threads: None,
         }
     }
@@ -152,6 +156,10 @@ impl Options {
             snapshot_count: match self.snapshot_count {
                 0 => limits::CHECKPOINT_ENTRIES,
                 count => count,
+            },
+            log_retention_bytes: match self.log_retention_bytes {
+                0 => limits::LOG_BYTES_MAX,
+                bytes => bytes,
             },
             io_threads: self.io_threads.unwrap_or_else(default_io_threads),
         })
@@ -284,6 +292,8 @@ pub struct Settings {
     pub quota_bytes: u64,
     /// Entries between two checkpoints, at least 1.
     pub snapshot_count: u64,
+    /// Bytes of log that are kept for members who are away, at least 1.
+    pub log_retention_bytes: u64,
     /// See [`Options::io_threads`].
     pub io_threads: usize,
 }

@@ -10,11 +10,17 @@
 
 mod accept;
 mod dial;
+mod fetch;
 mod outbox;
 
 use std::{collections::BTreeMap, net::TcpListener as StdListener, sync::Arc};
 
-use conclave_core::{ids::NodeId, node::Handle};
+use conclave_core::{
+    checkpoint::{FjallCheckpoints, Sink},
+    ids::NodeId,
+    node::Handle,
+    replica::Fetch,
+};
 use conclave_primitives::Primitives;
 use conclave_proto::internal::{PeerGreeting, PeerMessage};
 
@@ -39,7 +45,7 @@ pub(crate) struct Peers {
 }
 
 /// The link to one other member.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Link {
     member: Member,
     outbox: Arc<Outbox>,
@@ -81,6 +87,14 @@ impl Peers {
         self.links.values().for_each(|link| link.outbox.wake());
     }
 
+    /// Gets a checkpoint from another member, see
+    /// [`Outlets::fetch`](conclave_core::node::Outlets::fetch). Never waits.
+    pub(crate) fn fetch(&self, fetch: Fetch, sink: Sink) {
+        if let Some(link) = self.links.get(&fetch.from) {
+            fetch::start(link, self.greeting, fetch, sink);
+        }
+    }
+
     /// Name of each other member, whether the link to it stands, its counters.
     pub(crate) fn counters(&self) -> Vec<(&str, bool, &LinkCounters)> {
         self.links
@@ -100,6 +114,7 @@ impl Peers {
     pub(crate) async fn run(
         self: Arc<Self>,
         handle: Handle<Primitives>,
+        checkpoints: FjallCheckpoints,
         listeners: Vec<StdListener>,
     ) {
         for &peer in self.links.keys() {
@@ -109,6 +124,7 @@ impl Peers {
         for listener in listeners {
             tokio::spawn(net::accept(listener, vec![sender.clone()], || ()));
         }
-        accept::serve(self, handle, connections).await;
+        let sender = fetch::Sender::new(checkpoints, handle.clone());
+        accept::serve(self, handle, sender, connections).await;
     }
 }

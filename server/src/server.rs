@@ -137,9 +137,11 @@ impl Server {
         log_start(&settings, &addresses);
         let (phase, phases) = watch::channel(Phase::Serving);
         let (health, health_server) = health_reporter();
+        let checkpoints = storage.checkpoints.clone();
         let (gateway, turns) = open_node(settings, storage)?;
         let gateway = Arc::new(gateway);
-        let links = Arc::clone(&gateway.peers).run(gateway.handle.clone(), peer_listeners);
+        let peers = Arc::clone(&gateway.peers);
+        let links = peers.run(gateway.handle.clone(), checkpoints, peer_listeners);
         let (client_threads, mut services): (Vec<_>, Vec<_>) = gateway
             .client_mailboxes()
             .map(|mailbox| serve_clients(&gateway, mailbox, &health_server, phases.clone()))
@@ -343,6 +345,14 @@ fn open_node(
             let hub = Arc::clone(&hub);
             move |events| hub.publish(events)
         }),
+        missed: Box::new({
+            let hub = Arc::clone(&hub);
+            move || hub.missed()
+        }),
+        fetch: Box::new({
+            let peers = Arc::clone(&peers);
+            move |fetch, sink| peers.fetch(fetch, sink)
+        }),
     };
     let stores = Stores {
         log,
@@ -350,6 +360,7 @@ fn open_node(
         state,
         checkpoints: Writer::start(checkpoints).map_err(ServerError::Thread)?,
         checkpoint_every: settings.snapshot_count,
+        log_bytes_max: settings.log_retention_bytes,
     };
     let (handle, node) = node::open(config, stores, outlets);
     let settings = Arc::new(settings);

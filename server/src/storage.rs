@@ -34,7 +34,8 @@ pub(crate) const CHECKPOINTS: &str = "checkpoints";
 pub(crate) struct Storage {
     pub(crate) log: Log<FileDisk>,
     pub(crate) recovered: Recovered,
-    pub(crate) state: State<Primitives>,
+    /// `None`: it must come from another member.
+    pub(crate) state: Option<State<Primitives>>,
     pub(crate) checkpoints: FjallCheckpoints,
 }
 
@@ -57,9 +58,9 @@ impl Storage {
         let is_begun = checkpoints.is_dir();
         let open_checkpoints = || FjallCheckpoints::open(checkpoints).map_err(failed);
         if let Some((log, recovered)) = opened {
-            let checkpoints = open_checkpoints()?;
+            let mut checkpoints = open_checkpoints()?;
             check_identity(&recovered, &settings.topology, path)?;
-            let restored = checkpoint::restore(&checkpoints, &recovered);
+            let restored = checkpoint::restore(&mut checkpoints, &recovered);
             let state = restored.map_err(|source| StorageError::Checkpoint {
                 path: path.clone(),
                 source,
@@ -81,7 +82,7 @@ impl Storage {
         let Recovered {
             identity, facts, ..
         } = recovered.clone();
-        let state = State::new(identity.cluster);
+        let state = Some(State::new(identity.cluster));
         let log = Log::create(disk(path)?, identity, facts).map_err(unusable)?;
         Ok(Self {
             log,
@@ -122,6 +123,7 @@ fn first_contents(topology: &Topology, incarnation: u64) -> Recovered {
             ..Facts::default()
         },
         first: 1,
+        base: (0, 0),
         entries: Vec::new(),
     }
 }

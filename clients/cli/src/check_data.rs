@@ -61,6 +61,7 @@ fn rows(inspection: &Inspection) -> Vec<Row> {
         Ok(start) => {
             let from = match start.checkpoint {
                 Some(at) => format!("checkpoint {at} and "),
+                None if start.needs_leader => "a checkpoint of the leader and ".to_owned(),
                 None => String::new(),
             };
             let details = format!("from {from}{} entries of the log", start.entries);
@@ -144,6 +145,7 @@ fn as_json(inspection: &Inspection) -> Value {
             "ok": true,
             "checkpoint": start.checkpoint,
             "entries": start.entries,
+            "needs_leader": start.needs_leader,
         }),
         Err(refusal) => json!({ "ok": false, "error": in_full(refusal) }),
     };

@@ -224,6 +224,9 @@ pub(crate) struct ServeArgs {
     /// Entries of the log between two checkpoints of the state.
     #[arg(long, default_value_t = 100_000, value_name = "ENTRIES")]
     pub(crate) snapshot_count: u64,
+    /// Bytes of log kept for members who are away; who needs more gets a checkpoint.
+    #[arg(long, default_value_t = 1 << 30, value_name = "BYTES")]
+    pub(crate) log_retention_bytes: u64,
     /// Where to serve metrics and health in addition to the client addresses.
     #[arg(long, value_delimiter = ',', value_name = "URLS")]
     pub(crate) listen_metrics_urls: Vec<String>,
@@ -340,6 +343,7 @@ impl From<ServeArgs> for Options {
             auto_compaction_retention: args.auto_compaction_retention,
             quota_backend_bytes: args.quota_backend_bytes,
             snapshot_count: args.snapshot_count,
+            log_retention_bytes: args.log_retention_bytes,
             io_threads: None,
         }
     }

@@ -11,12 +11,13 @@ use std::{
     io,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use ::fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 use bytes::Bytes;
 
-use super::CheckpointStore;
+use super::{CheckpointStore, Slot};
 use crate::ids::Index;
 
 /// The only keyspace of a database. Keys are places in the row of records.
@@ -26,11 +27,30 @@ const RECORDS: &str = "records";
 const UNFINISHED: &str = "unfinished";
 /// It is read once, from beginning to end.
 const CACHE_BYTES: u64 = 1 << 20;
+/// The directory of [`Slot::Incoming`].
+const INCOMING: &str = "incoming";
 
-/// See the module.
-#[derive(Debug)]
+/// See the module. Clones are handles on the same directory.
+#[derive(Clone, Debug)]
 pub struct FjallCheckpoints {
     path: PathBuf,
+    /// Those that are being read.
+    read: Arc<Mutex<Vec<Slot>>>,
+}
+
+/// While it is there, a checkpoint stays.
+struct Reading<'a> {
+    store: &'a FjallCheckpoints,
+    slot: Slot,
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        let mut read = self.store.being_read();
+        if let Some(place) = read.iter().position(|slot| *slot == self.slot) {
+            read.swap_remove(place);
+        }
+    }
 }
 
 impl FjallCheckpoints {
@@ -44,11 +64,25 @@ impl FjallCheckpoints {
                 sync_directory(path.parent().unwrap_or_else(|| Path::new(".")))?;
             }
         }
-        Ok(Self { path })
+        let read = Arc::default();
+        Ok(Self { path, read })
     }
 
-    fn directory(&self, at: Index) -> PathBuf {
-        self.path.join(format!("{at:020}"))
+    fn directory(&self, slot: Slot) -> PathBuf {
+        match slot {
+            Slot::At(at) => self.path.join(format!("{at:020}")),
+            Slot::Incoming => self.path.join(INCOMING),
+        }
+    }
+
+    fn reading(&self, slot: Slot) -> Reading<'_> {
+        self.being_read().push(slot);
+        Reading { store: self, slot }
+    }
+
+    fn being_read(&self) -> MutexGuard<'_, Vec<Slot>> {
+        // Nothing in here can stop half way.
+        self.read.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -68,8 +102,9 @@ impl CheckpointStore for FjallCheckpoints {
         Ok(found)
     }
 
-    fn read(&self, at: Index, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
-        let directory = self.directory(at);
+    fn read(&self, slot: Slot, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
+        let _reading = self.reading(slot);
+        let directory = self.directory(slot);
         // fjall would make it anew.
         fs::metadata(&directory)?;
         let (_database, records) = open(&directory).map_err(plain)?;
@@ -83,8 +118,8 @@ impl CheckpointStore for FjallCheckpoints {
         Ok(())
     }
 
-    fn write(&mut self, at: Index, rows: &mut dyn Iterator<Item = Bytes>) -> io::Result<()> {
-        self.remove(at)?;
+    fn write(&mut self, slot: Slot, rows: &mut dyn Iterator<Item = Bytes>) -> io::Result<()> {
+        self.remove(slot)?;
         let directory = self.path.join(UNFINISHED);
         remove_directory(&directory)?;
         DirBuilder::new().mode(0o700).create(&directory)?;
@@ -99,12 +134,22 @@ impl CheckpointStore for FjallCheckpoints {
         };
         write().map_err(plain)?;
         sync_directories(&directory)?;
-        fs::rename(&directory, self.directory(at))?;
+        fs::rename(&directory, self.directory(slot))?;
         sync_directory(&self.path)
     }
 
-    fn remove(&mut self, at: Index) -> io::Result<()> {
-        remove_directory(&self.directory(at))
+    fn adopt(&mut self, at: Index) -> io::Result<()> {
+        self.remove(Slot::At(at))?;
+        fs::rename(self.directory(Slot::Incoming), self.directory(Slot::At(at)))?;
+        sync_directory(&self.path)
+    }
+
+    fn remove(&mut self, slot: Slot) -> io::Result<()> {
+        let read = self.being_read();
+        match read.contains(&slot) {
+            true => Ok(()),
+            false => remove_directory(&self.directory(slot)),
+        }
     }
 }
 
@@ -171,12 +216,12 @@ mod tests {
         }
 
         fn write(&mut self, at: Index) {
-            self.0.write(at, &mut records()).unwrap();
+            self.0.write(at.into(), &mut records()).unwrap();
         }
 
         fn read(&self, at: Index) -> io::Result<Vec<Bytes>> {
             let mut read = Vec::new();
-            self.0.read(at, &mut |record| {
+            self.0.read(at.into(), &mut |record| {
                 read.push(record);
                 true
             })?;
@@ -204,14 +249,14 @@ mod tests {
         let mut taken = 0;
         store
             .0
-            .read(12, &mut |_| {
+            .read(12.into(), &mut |_| {
                 taken += 1;
                 taken < 3
             })
             .unwrap();
         assert_eq!(taken, 3);
-        store.0.remove(7).unwrap();
-        store.0.remove(7).unwrap();
+        store.0.remove(7.into()).unwrap();
+        store.0.remove(7.into()).unwrap();
         assert_eq!(store.0.list().unwrap(), [12]);
         assert_eq!(store.read(7).unwrap_err().kind(), io::ErrorKind::NotFound);
         assert_eq!(store.0.list().unwrap(), [12]);
@@ -220,7 +265,7 @@ mod tests {
     #[test]
     fn a_checkpoint_is_written_in_place_of_what_was_left_of_one() {
         let mut store = Scratch::new("again");
-        store.0.write(7, &mut records().take(5)).unwrap();
+        store.0.write(7.into(), &mut records().take(5)).unwrap();
         store.write(7);
         assert_eq!(store.read(7).unwrap().len(), RECORDS as usize);
     }
@@ -229,7 +274,7 @@ mod tests {
     fn one_whose_writing_was_interrupted_is_not_listed() {
         let mut store = Scratch::new("interrupted");
         let mut rows = records().chain(std::iter::once_with(|| panic!("interrupted")));
-        let write = std::panic::AssertUnwindSafe(|| store.0.write(7, &mut rows));
+        let write = std::panic::AssertUnwindSafe(|| store.0.write(7.into(), &mut rows));
         std::panic::catch_unwind(write).unwrap_err();
         assert_eq!(store.0.list().unwrap(), []);
         assert!(store.0.path.join(UNFINISHED).exists());
@@ -243,8 +288,42 @@ mod tests {
     fn long_records_are_kept() {
         let mut store = Scratch::new("long");
         let long = Bytes::from(vec![7; 3 << 20]);
-        store.0.write(1, &mut [long.clone()].into_iter()).unwrap();
+        let mut row = [long.clone()].into_iter();
+        store.0.write(1.into(), &mut row).unwrap();
         assert_eq!(store.read(1).unwrap(), [long]);
+    }
+
+    #[test]
+    fn the_incoming_one_is_adopted_in_place_of_what_is_there() {
+        let mut store = Scratch::new("incoming");
+        store.0.write(7.into(), &mut records().take(5)).unwrap();
+        store.0.write(Slot::Incoming, &mut records()).unwrap();
+        assert_eq!(store.0.list().unwrap(), [7]);
+        store.0.adopt(7).unwrap();
+        assert_eq!(store.0.list().unwrap(), [7]);
+        assert_eq!(store.read(7).unwrap().len(), RECORDS as usize);
+        store.0.adopt(8).unwrap_err();
+    }
+
+    #[test]
+    fn one_that_is_read_is_not_removed() {
+        let mut store = Scratch::new("read");
+        store.write(7);
+        let mut handle = store.0.clone();
+        let mut taken = 0;
+        store
+            .0
+            .read(7.into(), &mut |_| {
+                if taken == 0 {
+                    handle.remove(7.into()).unwrap();
+                }
+                taken += 1;
+                true
+            })
+            .unwrap();
+        assert_eq!((taken, store.0.list().unwrap()), (RECORDS, vec![7]));
+        handle.remove(7.into()).unwrap();
+        assert_eq!(store.0.list().unwrap(), [0; 0]);
     }
 
     fn image() -> Image {
@@ -275,15 +354,18 @@ mod tests {
     #[test]
     fn damage_to_any_file_is_survived() {
         let mut store = Scratch::new("damage");
-        store.0.write(7, &mut image().into_records()).unwrap();
+        store
+            .0
+            .write(7.into(), &mut image().into_records())
+            .unwrap();
         let written = format!("{:?}", image());
         let mut files = Vec::new();
-        files_below(&store.0.directory(7), &mut files);
+        files_below(&store.0.directory(7.into()), &mut files);
         assert!(files.len() > 4, "{files:?}");
         let whole: Vec<_> = files.iter().map(content).collect();
         for (file, bytes) in files.iter().zip(&whole) {
             for damaged in damages(bytes) {
-                restore(&store.0.directory(7), &files, &whole);
+                restore(&store.0.directory(7.into()), &files, &whole);
                 match &damaged {
                     Some(damaged) => fs::write(file, damaged).unwrap(),
                     None => fs::remove_file(file).unwrap(),

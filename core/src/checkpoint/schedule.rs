@@ -7,6 +7,8 @@ use crate::{ids::Index, limits};
 pub struct Schedule {
     /// Entries between two checkpoints.
     every: Index,
+    /// Bytes of log above which it is not kept for those who lag.
+    log_bytes_max: u64,
     /// The newest that is durable; 0 for none.
     newest: Index,
     /// The one before that.
@@ -14,34 +16,72 @@ pub struct Schedule {
     /// Bytes written to the log when the newest was begun.
     begun_bytes: u64,
     is_writing: bool,
+    /// Another member needs one that reaches up to here.
+    wanted: Index,
 }
 
 impl Schedule {
     /// After a start from the checkpoint at an index; 0 for none. Another one that
     /// may be there was not verified, and counts for nothing.
-    pub fn new(every: Index, newest: Index) -> Self {
+    pub fn new(every: Index, log_bytes_max: u64, newest: Index) -> Self {
         Self {
             every: every.max(1),
+            log_bytes_max,
             newest,
             older: 0,
             begun_bytes: 0,
             is_writing: false,
+            wanted: 0,
         }
     }
 
+    /// Another member needs a checkpoint that holds this entry.
+    pub fn want(&mut self, at_least: Index) {
+        self.wanted = at_least;
+    }
+
     /// Whether to write one now: enough entries are applied since the newest, or
-    /// so much was written to the log.
+    /// so much was written to the log, or another member needs one.
     pub fn is_due(&self, applied: Index, written_bytes: u64) -> bool {
         let entries = applied.saturating_sub(self.newest);
         let bytes = written_bytes.saturating_sub(self.begun_bytes);
-        let is_enough = entries >= self.every || bytes >= limits::CHECKPOINT_LOG_BYTES;
+        let is_wanted = self.newest < self.wanted && self.wanted <= applied;
+        let is_enough = entries >= self.every || bytes >= limits::CHECKPOINT_LOG_BYTES || is_wanted;
         is_enough && entries > 0 && !self.is_writing
     }
 
-    /// One is being written.
-    pub fn begin(&mut self, written_bytes: u64) {
+    /// The one that ends with this entry is being written.
+    pub fn begin(&mut self, at: Index, written_bytes: u64) {
         self.is_writing = true;
         self.begun_bytes = written_bytes;
+        #[cfg(conclave_plant)]
+        if crate::plant::is("cut-behind-unsynced-checkpoint") {
+            self.older = at;
+        }
+        debug_assert!(at > self.newest, "checkpoints move on");
+    }
+
+    /// Whether one is being written, or received.
+    pub fn is_busy(&self) -> bool {
+        self.is_writing
+    }
+
+    /// One of another member is being received: none is written meanwhile, and none
+    /// must be already.
+    pub fn receive(&mut self) {
+        debug_assert!(!self.is_writing, "one at a time");
+        self.is_writing = true;
+    }
+
+    /// What was received is of no use.
+    pub fn discard(&mut self) {
+        self.is_writing = false;
+    }
+
+    /// One of another member takes the place of all others.
+    pub fn install(&mut self, at: Index) {
+        self.is_writing = false;
+        (self.older, self.newest) = (0, at);
     }
 
     /// It is durable, and has been read back.
@@ -58,10 +98,14 @@ impl Schedule {
 
     /// Up to where the log can be cut: never behind the older checkpoint, so that
     /// damage to the newer one costs nothing; nor behind what some member may still
-    /// need, unless the log takes too many bytes.
-    pub fn cut(&self, held_by_all: Index, log_bytes: u64) -> Index {
-        if log_bytes > limits::LOG_BYTES_MAX {
+    /// need, unless the log takes too many bytes. Such a member gets a checkpoint
+    /// instead, `sent` while that is on its way, and needs what follows on it; only at
+    /// twice as many bytes that counts for nothing.
+    pub fn cut(&self, held_by_all: Index, sent: Option<Index>, log_bytes: u64) -> Index {
+        if log_bytes > self.log_bytes_max.saturating_mul(2) {
             self.older
+        } else if log_bytes > self.log_bytes_max {
+            self.older.min(sent.unwrap_or(Index::MAX))
         } else {
             self.older.min(held_by_all)
         }
@@ -74,12 +118,12 @@ mod tests {
 
     #[test]
     fn a_checkpoint_is_due_after_so_many_entries_or_bytes() {
-        let mut schedule = Schedule::new(100, 50);
+        let mut schedule = Schedule::new(100, limits::LOG_BYTES_MAX, 50);
         assert!(!schedule.is_due(149, 0));
         assert!(schedule.is_due(150, 0));
         assert!(schedule.is_due(51, limits::CHECKPOINT_LOG_BYTES));
         assert!(!schedule.is_due(50, limits::CHECKPOINT_LOG_BYTES));
-        schedule.begin(1_000);
+        schedule.begin(150, 1_000);
         assert!(!schedule.is_due(500, 2 * limits::CHECKPOINT_LOG_BYTES));
         schedule.complete(150);
         assert!(!schedule.is_due(249, limits::CHECKPOINT_LOG_BYTES));
@@ -88,14 +132,43 @@ mod tests {
 
     #[test]
     fn the_log_is_cut_behind_the_older_of_two_checkpoints_only() {
-        let mut schedule = Schedule::new(100, 50);
-        assert_eq!(schedule.cut(500, 0), 0);
-        schedule.begin(0);
-        assert_eq!(schedule.cut(500, 0), 0);
+        let mut schedule = Schedule::new(100, limits::LOG_BYTES_MAX, 50);
+        assert_eq!(schedule.cut(500, None, 0), 0);
+        schedule.begin(150, 0);
+        assert_eq!(schedule.cut(500, None, 0), 0);
         schedule.complete(150);
         assert_eq!(schedule.newest(), 150);
-        assert_eq!(schedule.cut(500, 0), 50);
-        assert_eq!(schedule.cut(30, 0), 30);
-        assert_eq!(schedule.cut(30, limits::LOG_BYTES_MAX + 1), 50);
+        assert_eq!(schedule.cut(500, None, 0), 50);
+        assert_eq!(schedule.cut(30, None, 0), 30);
+        let many = limits::LOG_BYTES_MAX + 1;
+        assert_eq!(schedule.cut(30, None, many), 50);
+        assert_eq!(schedule.cut(30, Some(40), many), 40);
+        assert_eq!(schedule.cut(30, Some(40), 2 * many), 50);
+    }
+
+    #[test]
+    fn one_of_another_member_takes_the_place_of_all() {
+        let mut schedule = Schedule::new(100, limits::LOG_BYTES_MAX, 50);
+        schedule.receive();
+        assert!(schedule.is_busy() && !schedule.is_due(500, 0));
+        schedule.discard();
+        assert!(schedule.is_due(500, 0));
+        schedule.receive();
+        schedule.install(700);
+        assert_eq!((schedule.newest(), schedule.is_busy()), (700, false));
+        assert_eq!(schedule.cut(700, None, limits::LOG_BYTES_MAX + 1), 0);
+        assert!(!schedule.is_due(700, 0));
+        assert!(schedule.is_due(800, 0));
+    }
+
+    #[test]
+    fn a_checkpoint_that_a_member_needs_is_due_once_it_can_be_made() {
+        let mut schedule = Schedule::new(100, limits::LOG_BYTES_MAX, 50);
+        schedule.want(60);
+        assert!(!schedule.is_due(59, 0));
+        assert!(schedule.is_due(60, 0));
+        schedule.begin(60, 0);
+        schedule.complete(60);
+        assert!(!schedule.is_due(61, 0));
     }
 }

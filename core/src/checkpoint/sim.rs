@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::CheckpointStore;
+use super::{CheckpointStore, Slot};
 use crate::ids::Index;
 
 /// See the module. Clones are handles on the same store, so that whoever gave one
@@ -16,7 +16,7 @@ use crate::ids::Index;
 /// caller, always in the same order.
 #[derive(Clone, Debug, Default)]
 pub struct SimCheckpoints {
-    stored: Arc<Mutex<BTreeMap<Index, Stored>>>,
+    stored: Arc<Mutex<BTreeMap<Slot, Stored>>>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -32,17 +32,24 @@ impl SimCheckpoints {
     }
 
     /// Begins to write a checkpoint, which takes until [`SimCheckpoints::sync`].
-    pub fn begin(&mut self, at: Index, records: impl Iterator<Item = Bytes>) {
+    pub fn begin(&mut self, slot: Slot, records: impl Iterator<Item = Bytes>) {
         let stored = Stored {
             records: records.collect(),
             is_durable: false,
         };
-        self.stored().insert(at, stored);
+        self.stored().insert(slot, stored);
+    }
+
+    /// Goes on with one that was begun.
+    pub fn append(&mut self, slot: Slot, records: impl Iterator<Item = Bytes>) {
+        if let Some(stored) = self.stored().get_mut(&slot) {
+            stored.records.extend(records);
+        }
     }
 
     /// Makes durable what was begun.
-    pub fn sync(&mut self, at: Index) {
-        if let Some(stored) = self.stored().get_mut(&at) {
+    pub fn sync(&mut self, slot: Slot) {
+        if let Some(stored) = self.stored().get_mut(&slot) {
             stored.is_durable = true;
         }
     }
@@ -65,17 +72,17 @@ impl SimCheckpoints {
     /// # Panics
     ///
     /// If it is not there.
-    pub fn damage(&mut self, at: Index, change: impl FnOnce(&mut Vec<Bytes>)) {
+    pub fn damage(&mut self, slot: Slot, change: impl FnOnce(&mut Vec<Bytes>)) {
         let mut stored = self.stored();
         change(
             &mut stored
-                .get_mut(&at)
+                .get_mut(&slot)
                 .expect("the one to damage is there")
                 .records,
         );
     }
 
-    fn stored(&self) -> MutexGuard<'_, BTreeMap<Index, Stored>> {
+    fn stored(&self) -> MutexGuard<'_, BTreeMap<Slot, Stored>> {
         // Nothing panics while it holds the lock but `damage`, for a test to fail.
         self.stored.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -83,11 +90,17 @@ impl SimCheckpoints {
 
 impl CheckpointStore for SimCheckpoints {
     fn list(&self) -> io::Result<Vec<Index>> {
-        Ok(self.stored().keys().copied().collect())
+        let stored = self.stored();
+        let slots = stored.keys();
+        let named = slots.filter_map(|slot| match slot {
+            Slot::At(at) => Some(*at),
+            Slot::Incoming => None,
+        });
+        Ok(named.collect())
     }
 
-    fn read(&self, at: Index, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
-        let stored = self.stored().get(&at).cloned();
+    fn read(&self, slot: Slot, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
+        let stored = self.stored().get(&slot).cloned();
         for record in stored.ok_or(io::ErrorKind::NotFound)?.records {
             if !take(record) {
                 break;
@@ -96,14 +109,21 @@ impl CheckpointStore for SimCheckpoints {
         Ok(())
     }
 
-    fn write(&mut self, at: Index, records: &mut dyn Iterator<Item = Bytes>) -> io::Result<()> {
-        self.begin(at, records);
-        self.sync(at);
+    fn write(&mut self, slot: Slot, records: &mut dyn Iterator<Item = Bytes>) -> io::Result<()> {
+        self.begin(slot, records);
+        self.sync(slot);
         Ok(())
     }
 
-    fn remove(&mut self, at: Index) -> io::Result<()> {
-        self.stored().remove(&at);
+    fn adopt(&mut self, at: Index) -> io::Result<()> {
+        let mut stored = self.stored();
+        let incoming = stored.remove(&Slot::Incoming);
+        stored.insert(Slot::At(at), incoming.ok_or(io::ErrorKind::NotFound)?);
+        Ok(())
+    }
+
+    fn remove(&mut self, slot: Slot) -> io::Result<()> {
+        self.stored().remove(&slot);
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::{CheckpointStore, Image, Invalid, Reader};
+use super::{CheckpointStore, Image, Invalid, Reader, Slot};
 use crate::{
     ids::{Index, Term},
     log::Recovered,
@@ -11,19 +11,42 @@ use crate::{
 };
 
 /// The state from which a log goes on: that of the newest checkpoint that
-/// verifies, or of the one before, or the empty one if the log is whole.
+/// verifies, or of the one before, or the empty one if the log is whole. `None` if
+/// there is no such state: then a member still has its term, its vote and its log,
+/// and gets a checkpoint from the leader. A sole member has nobody to ask.
 ///
-/// Nothing on disk is changed.
+/// Nothing on disk is changed, but that a switch to another member's checkpoint
+/// which the log has recorded is completed.
 pub fn restore<M: Machine>(
-    store: &impl CheckpointStore,
+    store: &mut impl CheckpointStore,
     recovered: &Recovered,
-) -> Result<State<M>, RestoreError> {
+) -> Result<Option<State<M>>, RestoreError> {
     let list = store.list().map_err(RestoreError::Store)?;
     let mut newest_first = list.into_iter().rev().map(|at| (at, read(store, at)));
-    Ok(match choose(&mut newest_first, recovered)? {
-        Some(image) => State::restore(image),
-        None => State::new(recovered.identity.cluster),
-    })
+    let chosen = match choose(&mut newest_first, recovered) {
+        Ok(chosen) => chosen,
+        Err(RestoreError::NoCheckpoint { .. } | RestoreError::Gap { .. })
+            if let Some(image) = incoming(store, recovered) =>
+        {
+            super::adopt(store, image.applied).map_err(RestoreError::Store)?;
+            Some(image)
+        }
+        Err(RestoreError::NoCheckpoint { .. } | RestoreError::Gap { .. })
+            if recovered.facts.voters.len() > 1 =>
+        {
+            tracing::warn!("no checkpoint is whole; one will be asked for from the leader");
+            return Ok(None);
+        }
+        Err(refusal) => return Err(refusal),
+    };
+    let new = || State::new(recovered.identity.cluster);
+    Ok(Some(chosen.map_or_else(new, State::restore)))
+}
+
+/// The checkpoint of another member, if the log goes on from it.
+fn incoming(store: &impl CheckpointStore, recovered: &Recovered) -> Option<Image> {
+    let image = read(store, Slot::Incoming).ok()?;
+    check(&image, recovered).is_ok().then_some(image)
 }
 
 /// The checkpoint from which a start goes on, of those that were read, newest
@@ -50,19 +73,19 @@ pub fn choose(
 }
 
 /// Reads a checkpoint, and verifies it.
-pub fn read(store: &impl CheckpointStore, at: Index) -> Result<Image, ReadError> {
+pub fn read(store: &impl CheckpointStore, slot: impl Into<Slot>) -> Result<Image, ReadError> {
+    let slot = slot.into();
     let mut reader = Reader::default();
     let mut taken = Ok(());
-    store.read(at, &mut |record| {
+    store.read(slot, &mut |record| {
         taken = reader.take(record);
         taken.is_ok()
     })?;
     taken?;
     let image = reader.finish()?;
-    if image.applied == at {
-        Ok(image)
-    } else {
-        Err(Invalid::Mismatch.into())
+    match slot {
+        Slot::At(at) if image.applied != at => Err(Invalid::Mismatch.into()),
+        _ => Ok(image),
     }
 }
 
@@ -90,6 +113,9 @@ fn check(image: &Image, recovered: &Recovered) -> Result<(), RestoreError> {
 }
 
 fn term_at(recovered: &Recovered, index: Index) -> Option<Term> {
+    if index == recovered.base.0 {
+        return Some(recovered.base.1);
+    }
     let place = usize::try_from(index.checked_sub(recovered.first)?).ok()?;
     recovered.entries.get(place).map(|entry| entry.term)
 }

@@ -1,35 +1,64 @@
-//! The thread that writes checkpoints, so that the node's thread does not wait.
+//! The thread that writes checkpoints, its own and those of other members, so that
+//! the node's thread does not wait.
 
 use std::{
     io,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, Sender, TryRecvError, channel},
+        mpsc::{
+            Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError, channel, sync_channel,
+        },
     },
     thread::{Builder, JoinHandle},
+    time::Duration,
 };
 
-use super::{CheckpointStore, Image, ReadError, read};
-use crate::ids::Index;
+use bytes::Bytes;
+
+use super::{CheckpointStore, Image, Invalid, ReadError, Slot, read};
+use crate::{ids::Index, limits, machine::Machine, state::State};
+
+/// How often a thread that waits for records looks whether it is to end.
+const GIVEN_UP_EVERY: Duration = Duration::from_millis(50);
+
+/// Where the records of another member's checkpoint go, many at a time, in order.
+/// The end of it is the end of the row; whether it is whole shows in the records.
+pub type Sink = SyncSender<Vec<Bytes>>;
 
 /// See the module. When it is dropped, what is being written is given up.
 #[derive(Debug)]
-pub struct Writer {
+pub struct Writer<M: Machine> {
     /// `None` once it is to end.
     orders: Option<Sender<Order>>,
-    results: Receiver<Result<Index, WriteError>>,
+    results: Receiver<Result<Done<M>, WriteError>>,
     is_given_up: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
-struct Order {
-    image: Image,
-    newest: Index,
+enum Order {
+    /// A checkpoint that follows the newest one that is whole.
+    Write {
+        image: Box<Image>,
+        newest: Index,
+    },
+    Receive(Receiver<Vec<Bytes>>),
+    Adopt(Index),
 }
 
-impl Writer {
+/// What the thread has done.
+#[derive(Debug)]
+pub enum Done<M: Machine> {
+    /// The checkpoint of this entry is durable, and was read back.
+    Written(Index),
+    /// The incoming one is durable, and this is its state; or it is not whole.
+    Received(Result<Box<State<M>>, Invalid>),
+    /// The incoming one is now the checkpoint of this entry, and the only one.
+    Adopted(Index),
+}
+
+impl<M: Machine + Send + 'static> Writer<M> {
     /// Starts the thread.
     pub fn start(store: impl CheckpointStore + Send + 'static) -> io::Result<Self> {
         let (orders, received) = channel();
@@ -52,15 +81,34 @@ impl Writer {
     /// none. That one and the one before it stay while this one is written, and that
     /// one alone when it is durable.
     pub fn write(&self, image: Image, newest: Index) {
+        let image = Box::new(image);
+        self.order(Order::Write { image, newest });
+    }
+
+    /// Orders that records which come from another member be written to the incoming
+    /// slot. The sink takes so much ahead of the disk, and no more.
+    pub fn receive(&self) -> Sink {
+        let (sink, records) = sync_channel(limits::CHECKPOINT_CHUNKS_QUEUED_MAX);
+        self.order(Order::Receive(records));
+        sink
+    }
+
+    /// Orders that the incoming one become the checkpoint of an entry, as the log
+    /// says; all others are removed.
+    pub fn adopt(&self, at: Index) {
+        self.order(Order::Adopt(at));
+    }
+
+    fn order(&self, order: Order) {
         if let Some(orders) = &self.orders {
             // If the thread has ended, it has said why.
-            orders.send(Order { image, newest }).ok();
+            orders.send(order).ok();
         }
     }
 
-    /// The checkpoint that has become durable and was read back, if one has since
-    /// it was asked last. An error is the last there is.
-    pub fn poll(&self) -> Option<Result<Index, WriteError>> {
+    /// What has been done since it was asked last, one thing at a time. An error is
+    /// the last there is.
+    pub fn poll(&self) -> Option<Result<Done<M>, WriteError>> {
         match self.results.try_recv() {
             Ok(result) => Some(result),
             Err(TryRecvError::Empty) => None,
@@ -69,7 +117,7 @@ impl Writer {
     }
 }
 
-impl Drop for Writer {
+impl<M: Machine> Drop for Writer<M> {
     fn drop(&mut self) {
         self.is_given_up.store(true, Ordering::Relaxed);
         self.orders = None;
@@ -80,14 +128,25 @@ impl Drop for Writer {
     }
 }
 
-fn run(
+fn run<M: Machine>(
     mut store: impl CheckpointStore,
     orders: &Receiver<Order>,
-    done: &Sender<Result<Index, WriteError>>,
+    done: &Sender<Result<Done<M>, WriteError>>,
     is_given_up: &AtomicBool,
 ) {
+    // What a start has not gone on from is of no use.
+    if let Err(error) = store.remove(Slot::Incoming) {
+        done.send(Err(error.into())).ok();
+        return;
+    }
     while let Ok(order) = orders.recv() {
-        let result = write(&mut store, order, is_given_up);
+        let result = match order {
+            Order::Write { image, newest } => write(&mut store, *image, newest, is_given_up),
+            Order::Receive(records) => receive(&mut store, &records, is_given_up),
+            Order::Adopt(at) => adopt(&mut store, at)
+                .map(|()| Done::Adopted(at))
+                .map_err(WriteError::from),
+        };
         let is_over = result.is_err();
         // Nobody may listen any more.
         done.send(result).ok();
@@ -97,12 +156,12 @@ fn run(
     }
 }
 
-fn write(
+fn write<M: Machine>(
     store: &mut impl CheckpointStore,
-    order: Order,
+    image: Image,
+    newest: Index,
     is_given_up: &AtomicBool,
-) -> Result<Index, WriteError> {
-    let Order { image, newest } = order;
+) -> Result<Done<M>, WriteError> {
     let at = image.applied();
     keep_two(store, newest)?;
     let mut records = 0u64;
@@ -110,16 +169,60 @@ fn write(
         .into_records()
         .take_while(|_| !is_given_up.load(Ordering::Relaxed))
         .inspect(|_| records += 1);
-    store.write(at, &mut rows)?;
+    store.write(at.into(), &mut rows)?;
     drop(rows);
     if is_given_up.load(Ordering::Relaxed) {
-        store.remove(at)?;
+        store.remove(at.into())?;
         return Err(WriteError::Ended);
     }
     read(store, at).map_err(WriteError::NotReadBack)?;
     keep_two(store, at)?;
     tracing::info!(checkpoint = at, records, "wrote a checkpoint");
-    Ok(at)
+    Ok(Done::Written(at))
+}
+
+fn receive<M: Machine>(
+    store: &mut impl CheckpointStore,
+    records: &Receiver<Vec<Bytes>>,
+    is_given_up: &AtomicBool,
+) -> Result<Done<M>, WriteError> {
+    let chunks = std::iter::from_fn(|| next_chunk(records, is_given_up));
+    store.write(Slot::Incoming, &mut chunks.flatten())?;
+    if is_given_up.load(Ordering::Relaxed) {
+        return Err(WriteError::Ended);
+    }
+    let received = match read(store, Slot::Incoming) {
+        Ok(image) => Ok(Box::new(State::restore(image))),
+        Err(ReadError::Invalid(invalid)) => Err(invalid),
+        Err(ReadError::Io(error)) => return Err(error.into()),
+    };
+    if received.is_err() {
+        store.remove(Slot::Incoming)?;
+    }
+    Ok(Done::Received(received))
+}
+
+fn next_chunk(records: &Receiver<Vec<Bytes>>, is_given_up: &AtomicBool) -> Option<Vec<Bytes>> {
+    while !is_given_up.load(Ordering::Relaxed) {
+        match records.recv_timeout(GIVEN_UP_EVERY) {
+            Ok(chunk) => return Some(chunk),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    None
+}
+
+/// Makes the incoming one the only one: the log goes on from no other.
+pub fn adopt(store: &mut impl CheckpointStore, at: Index) -> io::Result<()> {
+    store.adopt(at)?;
+    for other in store.list()? {
+        if other != at {
+            store.remove(other.into())?;
+        }
+    }
+    tracing::info!(checkpoint = at, "keeps a checkpoint of another member");
+    Ok(())
 }
 
 /// Removes all checkpoints but this one and the one before it. That one may be
@@ -130,7 +233,7 @@ pub fn keep_two(store: &mut impl CheckpointStore, newest: Index) -> io::Result<(
     let before = stored.iter().copied().filter(|at| *at < newest).max();
     for at in stored {
         if at != newest && Some(at) != before {
-            store.remove(at)?;
+            store.remove(at.into())?;
         }
     }
     Ok(())
@@ -165,12 +268,21 @@ impl From<io::Error> for WriteError {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Mutex, time::Duration};
-
-    use bytes::Bytes;
+    use std::{
+        collections::{BTreeMap, BTreeSet},
+        convert::Infallible,
+        sync::Mutex,
+    };
 
     use super::*;
-    use crate::{checkpoint::SimCheckpoints, keyspace::Picture, session::Sessions, system::System};
+    use crate::{
+        checkpoint::SimCheckpoints,
+        ids::LogTime,
+        keyspace::{Change, Keyspace, Picture, Record},
+        machine::{Cause, Context, Executed, Place, Settled, View},
+        session::{EndReason, Sessions},
+        system::System,
+    };
 
     /// Notes which checkpoints there are whenever one is written.
     #[derive(Clone, Debug, Default)]
@@ -184,18 +296,82 @@ mod tests {
             self.store.list()
         }
 
-        fn read(&self, at: Index, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
-            self.store.read(at, take)
+        fn read(&self, slot: Slot, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
+            self.store.read(slot, take)
         }
 
-        fn write(&mut self, at: Index, rows: &mut dyn Iterator<Item = Bytes>) -> io::Result<()> {
+        fn write(&mut self, slot: Slot, rows: &mut dyn Iterator<Item = Bytes>) -> io::Result<()> {
             self.seen.lock().unwrap().push(self.store.list()?);
-            self.store.write(at, rows)
+            self.store.write(slot, rows)
         }
 
-        fn remove(&mut self, at: Index) -> io::Result<()> {
-            self.store.remove(at)
+        fn adopt(&mut self, at: Index) -> io::Result<()> {
+            self.store.adopt(at)
         }
+
+        fn remove(&mut self, slot: Slot) -> io::Result<()> {
+            self.store.remove(slot)
+        }
+    }
+
+    /// What is replicated makes no difference here.
+    #[derive(Debug, PartialEq)]
+    struct Nothing;
+
+    impl Machine for Nothing {
+        type Command = Infallible;
+        type Reply = Infallible;
+        type Rejection = Infallible;
+        type Note = Infallible;
+        type Event = Infallible;
+        type Query = Infallible;
+        type Answer = Infallible;
+
+        fn rebuild(_: &Keyspace) -> Self {
+            Self
+        }
+
+        fn decode(_: Bytes) -> Option<Infallible> {
+            None
+        }
+
+        fn execute(
+            &self,
+            _: &mut Context<'_>,
+            command: Infallible,
+        ) -> Result<Executed<Self>, Infallible> {
+            match command {}
+        }
+
+        fn next_due(&self) -> Option<LogTime> {
+            None
+        }
+
+        fn fire(&self, _: &mut Context<'_>) -> Infallible {
+            unreachable!("no timer is due")
+        }
+
+        fn outlives(&self, _: &Record, _: EndReason, _: LogTime) -> Option<Bytes> {
+            None
+        }
+
+        fn settle(&mut self, _: &[Change], _: Cause<'_, Infallible>) -> Settled<Self> {
+            Settled::default()
+        }
+
+        fn places(&self, _: &BTreeSet<Place>) -> BTreeMap<Place, Option<Infallible>> {
+            BTreeMap::new()
+        }
+
+        fn query(&self, _: View<'_>, query: Infallible) -> Infallible {
+            match query {}
+        }
+    }
+
+    const WAIT: Duration = Duration::from_secs(60);
+
+    fn done(writer: &Writer<Nothing>) -> Done<Nothing> {
+        writer.results.recv_timeout(WAIT).unwrap().unwrap()
     }
 
     fn image(applied: Index) -> Image {
@@ -215,12 +391,11 @@ mod tests {
         let mut watched = Watched::default();
         for at in stored {
             let mut rows = image(*at).into_records();
-            watched.store.write(*at, &mut rows).unwrap();
+            watched.store.write((*at).into(), &mut rows).unwrap();
         }
         let writer = Writer::start(watched.clone()).unwrap();
         writer.write(image(200), newest);
-        let wait = Duration::from_secs(60);
-        assert_eq!(writer.results.recv_timeout(wait).unwrap().unwrap(), 200);
+        assert!(matches!(done(&writer), Done::Written(200)));
         let during = watched.seen.lock().unwrap().remove(0);
         (during, watched.store.list().unwrap())
     }
@@ -232,6 +407,36 @@ mod tests {
         let both = (vec![50, 100], vec![100, 200]);
         assert_eq!(write_behind(100, &[50, 100]), both);
         assert_eq!(write_behind(100, &[10, 50, 100]), both);
+    }
+
+    #[test]
+    fn what_another_member_sends_is_there_once_it_is_whole_and_takes_the_place_of_all() {
+        let mut store = SimCheckpoints::new();
+        let mut old = image(100).into_records();
+        store.write(100.into(), &mut old).unwrap();
+        let writer = Writer::start(store.clone()).unwrap();
+        let rows: Vec<Bytes> = image(300).into_records().collect();
+        let cut_short = writer.receive();
+        cut_short.send(rows[..rows.len() - 1].to_vec()).unwrap();
+        drop(cut_short);
+        let received = done(&writer);
+        assert!(matches!(received, Done::Received(Err(Invalid::Incomplete))));
+        let sink = writer.receive();
+        for row in rows {
+            sink.send(vec![row]).unwrap();
+        }
+        drop(sink);
+        match done(&writer) {
+            Done::Received(Ok(state)) => assert_eq!(state.applied(), 300),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(store.list().unwrap(), [100]);
+        writer.adopt(300);
+        assert!(matches!(done(&writer), Done::Adopted(300)));
+        assert_eq!(store.list().unwrap(), [300]);
+        // A sink that nobody fills does not keep it from ending.
+        let _sink = writer.receive();
+        drop(writer);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use bytes::{Buf, BufMut, Bytes, TryGetError};
 
 use super::{Batch, EntryKind, Facts, HardState, Identity, Layout, LogEntry};
-use crate::ids::{Index, NodeId};
+use crate::ids::{Index, NodeId, Term};
 
 /// The version of the format that this code writes, and the only one it reads.
 pub(super) const FORMAT_VERSION: u32 = 1;
@@ -13,6 +13,7 @@ const BATCH: u8 = 2;
 
 const HAS_HARD_STATE: u8 = 1;
 const HAS_FACTS: u8 = 2;
+const HAS_BASE: u8 = 4;
 
 const NORMAL: u8 = 0;
 const MEMBERSHIP: u8 = 1;
@@ -24,8 +25,8 @@ pub(super) struct Standing {
     pub(super) identity: Identity,
     pub(super) hard_state: HardState,
     pub(super) facts: Facts,
-    /// The first index of the log.
-    pub(super) first: Index,
+    /// The entry before the first of the log, and its term; (0, 0) for none.
+    pub(super) base: (Index, Term),
     /// The index behind the newest entry.
     pub(super) next: Index,
 }
@@ -36,11 +37,21 @@ impl Standing {
     /// start would refuse.
     pub(super) fn check(&self, batch: &Batch) -> Result<Index, &'static str> {
         let mut next = self.next;
+        let (base, _) = batch.base.unwrap_or(self.base);
+        if let Some((base, term)) = batch.base {
+            if base < self.hard_state.commit {
+                return Err("a base before what is committed");
+            }
+            if base == 0 || term == 0 {
+                return Err("a base without a term");
+            }
+            next = base.checked_add(1).ok_or("a base at the end of all")?;
+        }
         for entry in &batch.entries {
             if entry.term == 0 {
                 return Err("an entry without a term");
             }
-            if entry.index < self.first {
+            if entry.index <= base {
                 return Err("an entry below the first index");
             }
             if entry.index > next {
@@ -60,6 +71,7 @@ impl Standing {
     /// Takes a batch in that was checked.
     pub(super) fn advance(&mut self, batch: &Batch, next: Index) {
         self.next = next;
+        self.base = batch.base.unwrap_or(self.base);
         if let Some(hard_state) = batch.hard_state {
             self.hard_state = hard_state;
         }
@@ -94,8 +106,11 @@ pub(super) fn put_header(buffer: &mut Vec<u8>, standing: &Standing, layout: Layo
     buffer.put_u64_le(standing.identity.incarnation);
     put_hard_state(buffer, &standing.hard_state);
     put_facts(buffer, &standing.facts);
-    buffer.put_u64_le(standing.first);
+    buffer.put_u64_le(standing.base.0 + 1);
     buffer.put_u64_le(standing.next);
+    if standing.base.0 > 0 {
+        buffer.put_u64_le(standing.base.1);
+    }
 }
 
 pub(super) fn header(mut body: Bytes) -> Result<(Standing, Layout), Malformed> {
@@ -110,7 +125,7 @@ pub(super) fn header(mut body: Bytes) -> Result<(Standing, Layout), Malformed> {
         segment_bytes: body.try_get_u64_le()?,
         step_bytes: body.try_get_u64_le()?.max(1),
     };
-    let standing = Standing {
+    let mut standing = Standing {
         identity: Identity {
             cluster: body.try_get_u64_le()?,
             node: NodeId(body.try_get_u64_le()?),
@@ -118,11 +133,15 @@ pub(super) fn header(mut body: Bytes) -> Result<(Standing, Layout), Malformed> {
         },
         hard_state: hard_state(&mut body)?,
         facts: facts(&mut body)?,
-        first: body.try_get_u64_le()?,
+        base: (body.try_get_u64_le()?.wrapping_sub(1), 0),
         next: body.try_get_u64_le()?,
     };
-    let Standing { first, next, .. } = standing;
-    if standing.identity.node.0 == 0 || first == 0 || next < first {
+    if standing.base.0 > 0 {
+        standing.base.1 = body.try_get_u64_le()?;
+    }
+    let Standing { base, next, .. } = standing;
+    // A first index of 0 makes a base at the end of all.
+    if standing.identity.node.0 == 0 || next <= base.0 || (base.0 > 0) != (base.1 > 0) {
         return Err(Malformed::Content("a header that contradicts itself"));
     }
     finish(&body)?;
@@ -137,6 +156,9 @@ pub(super) fn put_batch(buffer: &mut Vec<u8>, batch: &Batch) {
     if batch.facts.is_some() {
         parts |= HAS_FACTS;
     }
+    if batch.base.is_some() {
+        parts |= HAS_BASE;
+    }
     buffer.put_u8(BATCH);
     buffer.put_u8(parts);
     if let Some(hard_state) = &batch.hard_state {
@@ -144,6 +166,10 @@ pub(super) fn put_batch(buffer: &mut Vec<u8>, batch: &Batch) {
     }
     if let Some(facts) = &batch.facts {
         put_facts(buffer, facts);
+    }
+    if let Some((index, term)) = batch.base {
+        buffer.put_u64_le(index);
+        buffer.put_u64_le(term);
     }
     for entry in &batch.entries {
         buffer.put_u64_le(entry.index);
@@ -164,7 +190,7 @@ pub(super) fn batch(mut body: Bytes) -> Result<Batch, Malformed> {
         return Err(Malformed::Content("no batch where one should be"));
     }
     let parts = body.try_get_u8()?;
-    if parts & !(HAS_HARD_STATE | HAS_FACTS) != 0 {
+    if parts & !(HAS_HARD_STATE | HAS_FACTS | HAS_BASE) != 0 {
         return Err(Malformed::Content("a batch with an unknown part"));
     }
     let mut batch = Batch::default();
@@ -173,6 +199,9 @@ pub(super) fn batch(mut body: Bytes) -> Result<Batch, Malformed> {
     }
     if parts & HAS_FACTS != 0 {
         batch.facts = Some(facts(&mut body)?);
+    }
+    if parts & HAS_BASE != 0 {
+        batch.base = Some((body.try_get_u64_le()?, body.try_get_u64_le()?));
     }
     while !body.is_empty() {
         batch.entries.push(entry(&mut body)?);
@@ -270,6 +299,7 @@ mod tests {
                 incarnations: [(NodeId(1), 11), (NodeId(2), 22)].into(),
                 voters: vec![NodeId(1), NodeId(2)],
             }),
+            base: Some((9, 2)),
             entries: vec![
                 LogEntry {
                     index: 10,
@@ -296,7 +326,7 @@ mod tests {
             },
             hard_state: HardState::default(),
             facts: full_batch().facts.unwrap(),
-            first: 1,
+            base: (4, 2),
             next: 10,
         }
     }
@@ -367,6 +397,11 @@ mod tests {
         };
         assert_eq!(with(|_| ()), Ok(12));
         assert_eq!(with(|batch| batch.entries.clear()), Ok(10));
+        with(|batch| batch.base = None).unwrap();
+        with(|batch| batch.base = Some((8, 2))).unwrap_err();
+        with(|batch| batch.base = Some((9, 0))).unwrap_err();
+        with(|batch| batch.base = Some((10, 2))).unwrap_err();
+        with(|batch| batch.base = Some((u64::MAX, 2))).unwrap_err();
         with(|batch| batch.entries[0].index = 12).unwrap_err();
         with(|batch| batch.entries[1].index = 12).unwrap_err();
         with(|batch| batch.entries[0].index = 0).unwrap_err();

@@ -143,7 +143,7 @@ impl Found {
     }
 
     fn first(segment: Segment, header: &Record, standing: Standing) -> Result<Self, LogError> {
-        let is_first = standing.first == standing.next && header.link.previous == 0;
+        let is_first = standing.next == 1 && header.link.previous == 0;
         if segment.number == FIRST_SEGMENT && !is_first {
             return Err(segment.corrupt(0, "it is not the first of its row"));
         }
@@ -227,6 +227,10 @@ impl Found {
         self.standing.advance(&batch, next);
         self.is_marked = batch.is_empty();
         self.behind = self.behind.max(next);
+        if let Some((base, _)) = batch.base {
+            self.entries.clear();
+            self.first = base + 1;
+        }
         for entry in batch.entries {
             // It may replace entries of segments that are cut off. Checked: it is
             // not behind the end.
@@ -338,6 +342,7 @@ impl Found {
             hard_state: self.standing.hard_state,
             facts: self.standing.facts.clone(),
             first: self.first,
+            base: self.standing.base,
             entries: std::mem::take(&mut self.entries),
         }
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use conclave_proto::internal::{PeerMessage, command};
 
-use super::compaction::Retention;
+use super::{compaction::Retention, install::Fetch};
 use crate::{
     ids::{Index, NodeId, RequestNumber, Revision, SessionId, Term},
     keyspace::{
@@ -14,6 +14,7 @@ use crate::{
     log::Batch,
     machine::Machine,
     session::{EndReason, Session},
+    state::State,
 };
 
 /// The clocks, read by the driver at the start of each turn.
@@ -85,6 +86,9 @@ pub enum Input<M: Machine> {
         /// Whom to renew.
         session: SessionId,
     },
+    /// What became of a [`Fetch`]: the state of a checkpoint that is durable and
+    /// verified, or nothing.
+    Fetched(Option<Box<State<M>>>),
     /// Hand leadership over, if this node has it.
     Resign,
 }
@@ -255,8 +259,15 @@ pub struct Finished<M: Machine> {
     pub messages: Vec<(NodeId, PeerMessage)>,
     /// To this node's clients.
     pub answers: Vec<(RequestNumber, Result<Answer<M>, Failure>)>,
-    /// To sessions, in order; each node sees the same ones.
+    /// To sessions, in order; each node sees the same ones, unless it installs a
+    /// checkpoint.
     pub events: Vec<Event<M::Event>>,
+    /// Get a checkpoint of another member; the outcome is [`Input::Fetched`], once.
+    pub fetch: Option<Fetch>,
+    /// The state of the checkpoint that was fetched last, up to this entry, is now that
+    /// of this member, and its log begins there or goes on. It is to be kept like its
+    /// own. Events before those given here were missed: whoever listens must ask again.
+    pub installed: Option<Index>,
 }
 
 impl<M: Machine> Default for Finished<M> {
@@ -265,6 +276,8 @@ impl<M: Machine> Default for Finished<M> {
             messages: Vec::new(),
             answers: Vec::new(),
             events: Vec::new(),
+            fetch: None,
+            installed: None,
         }
     }
 }
@@ -294,6 +307,8 @@ pub struct Status {
     pub keys: usize,
     /// The size of the state; see [`crate::state::State::bytes`].
     pub state_bytes: u64,
+    /// Whether this node waits for a checkpoint of the leader.
+    pub is_behind: bool,
     /// Whether the alarm NOSPACE is raised.
     pub is_out_of_space: bool,
     /// Members that have served: id, name, client addresses.

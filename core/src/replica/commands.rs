@@ -29,12 +29,13 @@ impl<M: Machine> Replica<M> {
                 renewals,
             } = arrived;
             self.refuse_forwarded(forwarded);
-            match self.consensus.leader() {
-                Some(leader) if leader != self.config.node => {
+            let leader = self.consensus.leader();
+            match leader {
+                Some(leader) if leader != self.config.node && !self.is_behind() => {
                     self.forward(leader, commands);
                     self.forward_renewals(leader, renewals);
                 }
-                _ => self.refuse(commands, renewals),
+                _ => self.refuse(leader, commands, renewals),
             }
         }
     }
@@ -241,13 +242,15 @@ impl<M: Machine> Replica<M> {
             .push(to(leader, peer_message::Message::Forward(forward)));
     }
 
-    /// Nobody leads, as far as this node knows.
+    /// Nobody leads, as far as this node knows, or it would not learn what comes of
+    /// a request.
     fn refuse(
         &mut self,
+        leader: Option<NodeId>,
         commands: Vec<(RequestNumber, command::Body)>,
         renewals: Vec<(Renewer, SessionId)>,
     ) {
-        let failure = Failure::NotLeader { leader: None };
+        let failure = Failure::NotLeader { leader };
         for (number, _) in commands {
             self.fail(number, failure);
         }

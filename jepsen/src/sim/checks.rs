@@ -15,7 +15,7 @@ use prost::Message as _;
 
 use super::ground::{About, Call};
 use crate::checkers::{
-    STAYS_UP, Verdict, Violation,
+    STAYS_UP, Verdict, Violation, WHOLE_CHECKPOINT,
     acknowledged::{Acknowledged, Known},
     broken,
     early_expiry::{EarlyExpiry, Moment, NODES_MAX},
@@ -60,6 +60,12 @@ impl Checks {
     /// A node stopped although its disk did nothing wrong.
     pub(crate) fn node_failed(&mut self, node: usize, why: &dyn std::fmt::Display) {
         self.note(broken(STAYS_UP, format!("node {node} stopped: {why}")));
+    }
+
+    /// A node starts and finds no whole checkpoint, although none was damaged.
+    pub(crate) fn checkpoint_missing(&mut self, node: usize) {
+        let what = format!("node {node} starts without a whole checkpoint of what it cut off");
+        self.note(broken(WHOLE_CHECKPOINT, what));
     }
 
     /// A node takes a call in under a number.

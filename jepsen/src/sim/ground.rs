@@ -15,6 +15,7 @@ use super::{
     checks::Checks,
     clock::Clock,
     network::Network,
+    node::Step,
     queue::Queue,
     settings::{ELECTION_MS, Settings},
     tally::{Fault, Operation, Tally},
@@ -41,6 +42,8 @@ pub(crate) enum Event {
     Synced { node: usize, boot: u64 },
     /// A checkpoint has taken its time.
     CheckpointWritten { node: usize, boot: u64 },
+    /// Of a checkpoint that a node gets from another.
+    Install { node: usize, step: Step },
     /// A node that was down starts.
     Start { node: usize },
     /// A node goes on after a pause.
@@ -205,6 +208,11 @@ pub(crate) struct Ground {
     pub(crate) led_us: [Option<u64>; NODES_MAX],
     /// Clients begin nothing new.
     pub(crate) draining: bool,
+    /// The node whose checkpoints were all damaged, until it has another one. One at a
+    /// time: no majority of a cluster may be without a state.
+    pub(crate) without_state: Option<usize>,
+    /// Fetches of checkpoints so far.
+    pub(crate) fetches: u64,
     /// Which client listens for a session's events, and at which node.
     attached: BTreeMap<i64, (usize, usize)>,
     queue: Queue<Event>,
@@ -221,6 +229,8 @@ impl Ground {
             stall_free: Vec::new(),
             led_us: [None; NODES_MAX],
             draining: false,
+            without_state: None,
+            fetches: 0,
             attached: BTreeMap::new(),
             queue: Queue::default(),
             rng,
@@ -284,7 +294,8 @@ impl Ground {
         self.schedule(at_us, Event::Peer { from, to, message });
     }
 
-    fn arrival(&mut self) -> u64 {
+    /// When something that leaves now arrives.
+    pub(crate) fn arrival(&mut self) -> u64 {
         let weather = self.network.weather();
         let usual = 20 + self.rng.skewed(weather.delay_us);
         if self.rng.chance(weather.late) {

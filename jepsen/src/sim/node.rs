@@ -2,10 +2,12 @@
 //! driven as its loop thread drives it, with time taken by syncs, pauses and
 //! restarts.
 
+mod install;
+
 use std::collections::BTreeMap;
 
 use conclave_core::{
-    checkpoint::{self, CheckpointStore as _, Schedule, SimCheckpoints},
+    checkpoint::{self, CheckpointStore as _, Schedule, SimCheckpoints, Slot},
     disk::SimDisk,
     ids::{Index, NodeId},
     log::{Facts, Identity, Layout, Log, LogError},
@@ -15,6 +17,8 @@ use conclave_core::{
 use conclave_primitives::Primitives;
 use conclave_proto::internal::PeerMessage;
 
+use self::install::Receiving;
+pub(crate) use self::install::{Step, happens};
 use super::{
     alarm::{Alarm, Owner},
     clock::Clock,
@@ -40,6 +44,8 @@ const DRAWN_PER_TURN_MAX: u64 = 64;
 const LOG_DAMAGES: u64 = 200_000;
 /// How often a start finds its newest checkpoint damaged, in a million.
 const DAMAGES: u64 = 50_000;
+/// How often it finds all of them damaged.
+const LOSSES: u64 = 50_000;
 
 /// See the module.
 #[derive(Debug)]
@@ -69,6 +75,13 @@ struct Running {
     schedule: Schedule,
     /// The checkpoint that is being written.
     checkpoint: Option<Index>,
+    /// What it gets from another node, and then what it has got.
+    receiving: Option<Receiving>,
+    received: Option<Receiving>,
+    /// Between the log and the name of a checkpoint that it has got.
+    adopts: Option<Index>,
+    /// What another node gets from it, and until when it keeps the log for that.
+    sent: Option<(Index, u64)>,
     inbox: Vec<Input<Primitives>>,
     /// Between the halves of a turn.
     sync: Sync,
@@ -181,12 +194,16 @@ impl Node {
             Ok(None) => return ground.checks.node_failed(self.index, &"its log is gone"),
             Err(error) => return ground.checks.node_failed(self.index, &error),
         };
-        let state = match checkpoint::restore::<Primitives>(&self.checkpoints, &recovered) {
+        let state = match checkpoint::restore::<Primitives>(&mut self.checkpoints, &recovered) {
             Ok(state) => state,
             Err(error) => return ground.checks.node_failed(self.index, &error),
         };
+        if !self.may_start(state.is_some(), ground) {
+            return;
+        }
         self.boot += 1;
-        let (restored, entries) = (state.applied(), recovered.entries.len());
+        let restored = state.as_ref().map_or(0, |state| state.applied());
+        let entries = recovered.entries.len();
         ground.tell(format_args!(
             "node {} starts from {restored} with {entries} entries",
             self.index
@@ -209,8 +226,16 @@ impl Node {
         self.running = Some(Running {
             replica,
             log,
-            schedule: Schedule::new(ground.settings.checkpoint_every, restored),
+            schedule: Schedule::new(
+                ground.settings.checkpoint_every,
+                ground.settings.log_bytes_max,
+                restored,
+            ),
             checkpoint: None,
+            receiving: None,
+            received: None,
+            adopts: None,
+            sent: None,
             inbox: Vec::new(),
             sync: Sync::None,
             callers: BTreeMap::new(),
@@ -222,18 +247,50 @@ impl Node {
         self.alarm.set(ground.now_us, ground);
     }
 
-    /// Damages the newest checkpoint at rest, if there is another one.
+    /// Whether a node may find itself without a state: only if its checkpoints were
+    /// damaged at rest.
+    fn may_start(&self, has_state: bool, ground: &mut Ground) -> bool {
+        let is_damaged = ground.without_state == Some(self.index);
+        if has_state {
+            if is_damaged {
+                // The log was whole without them.
+                ground.without_state = None;
+            }
+            return true;
+        }
+        if is_damaged {
+            ground.tally.fault(Fault::CheckpointsLost);
+        } else {
+            ground.checks.checkpoint_missing(self.index);
+        }
+        is_damaged
+    }
+
+    /// Damages the newest checkpoint at rest, if there is another one, or all of them,
+    /// if no other node is without one.
     fn damage_checkpoint(&mut self, ground: &mut Ground) {
         let Ok(stored) = self.checkpoints.list() else {
             return;
         };
+        let may_lose = ground.without_state.is_none() && !stored.is_empty();
+        if may_lose && ground.rng.chance(LOSSES) {
+            ground.without_state = Some(self.index);
+            for at in stored {
+                self.checkpoints
+                    .damage(at.into(), |records| drop(records.pop()));
+            }
+            if let Err(error) = self.checkpoints.remove(Slot::Incoming) {
+                ground.checks.node_failed(self.index, &error);
+            }
+            return;
+        }
         let is_whole = |at: &&Index| checkpoint::read(&self.checkpoints, **at).is_ok();
         if let [_, newest] = stored.iter().filter(is_whole).collect::<Vec<_>>()[..]
             && ground.rng.chance(DAMAGES)
         {
             ground.tally.fault(Fault::CheckpointDamaged);
             let newest = *newest;
-            self.checkpoints.damage(newest, |records| {
+            self.checkpoints.damage(newest.into(), |records| {
                 let lost = ground.rng.index(records.len());
                 records.remove(lost);
             });
@@ -289,6 +346,7 @@ impl Node {
         if running.checkpoint.is_some() {
             ground.tally.fault(Fault::CrashDuringCheckpoint);
         }
+        Self::count_crash(&running, ground);
         let rng = &mut ground.rng;
         self.disk.crash(&mut || rng.chance(kept_of_million));
         self.checkpoints.crash(&mut || rng.chance(kept_of_million));
@@ -437,7 +495,7 @@ impl Node {
             Input::Command { number: other, .. }
             | Input::Read { number: other, .. }
             | Input::Renew { number: other, .. } => *other != number,
-            Input::Peer { .. } | Input::PeerLost { .. } | Input::Resign => true,
+            Input::Peer { .. } | Input::PeerLost { .. } | Input::Fetched(_) | Input::Resign => true,
         });
         if running.inbox.len() < before {
             running.callers.remove(&number);
@@ -536,7 +594,14 @@ impl Node {
         if running.replica.status().role == Role::Leader {
             ground.led_us[index] = Some(ground.now_us);
         }
+        let (fetch, installed) = (finished.fetch, finished.installed);
         running.deliver(index, finished, ground);
+        if let Some(at) = installed {
+            self.installed(at, ground);
+        }
+        if let Some(fetch) = fetch {
+            self.fetch(fetch, ground);
+        }
         self.keep_checkpoints(ground);
         let Some(running) = &mut self.running else {
             return;
@@ -552,18 +617,26 @@ impl Node {
 
     /// Begins a checkpoint when one is due, and cuts the log.
     fn keep_checkpoints(&mut self, ground: &mut Ground) {
-        let Some(running) = &mut self.running else {
+        let Some(running) = &self.running else {
             return;
         };
         let written_bytes = running.log.written_bytes();
         let applied = running.replica.state().applied();
-        if running.schedule.is_due(applied, written_bytes) {
+        let is_due = running.schedule.is_due(applied, written_bytes);
+        if is_due {
+            // The thread that writes does one thing after the other.
+            self.adopt(ground);
+        }
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        if is_due {
             if let Err(error) =
                 checkpoint::keep_two(&mut self.checkpoints, running.schedule.newest())
             {
                 return ground.checks.node_failed(self.index, &error);
             }
-            running.schedule.begin(written_bytes);
+            running.schedule.begin(applied, written_bytes);
             running.replica.begin_image();
         }
         let drawn = 1 + ground.rng.below(DRAWN_PER_TURN_MAX);
@@ -571,15 +644,19 @@ impl Node {
         if let Some(image) = running.replica.draw_image(drawn) {
             let at = image.applied();
             running.checkpoint = Some(at);
-            self.checkpoints.begin(at, image.into_records());
+            self.checkpoints.begin(at.into(), image.into_records());
             let (node, boot) = (self.index, self.boot);
             let at_us = ground.now_us + ground.rng.skewed(200_000);
             ground.schedule(at_us, Event::CheckpointWritten { node, boot });
         }
         let held = running.replica.held_by_all();
-        let upto = running.schedule.cut(held, running.log.bytes());
+        let sent = running
+            .sent
+            .filter(|(_, until_us)| *until_us > ground.now_us);
+        let sent = sent.map(|(at, _)| at);
+        let upto = running.schedule.cut(held, sent, running.log.bytes());
         running.replica.cut(upto);
-        if let Err(error) = running.log.cut(upto) {
+        if let Err(error) = running.log.cut(upto.max(running.log.base())) {
             self.disk_failed(&error, ground);
         }
     }
@@ -592,8 +669,9 @@ impl Node {
         if boot == self.boot
             && let Some(at) = running.checkpoint.take()
         {
-            self.checkpoints.sync(at);
+            self.checkpoints.sync(at.into());
             running.schedule.complete(at);
+            running.replica.checkpointed(at);
             if let Err(error) = checkpoint::keep_two(&mut self.checkpoints, at) {
                 ground.checks.node_failed(self.index, &error);
             }

@@ -58,6 +58,8 @@ pub(crate) struct Settings {
     pub(crate) sync_us: u64,
     /// Entries between two checkpoints of a node.
     pub(crate) checkpoint_every: u64,
+    /// Bytes of log that are kept for nodes that are away.
+    pub(crate) log_bytes_max: u64,
     /// What the state may take.
     pub(crate) quota_bytes: u64,
     /// The usual time between two faults.
@@ -99,6 +101,7 @@ impl Settings {
             },
             sync_us: *pick(rng, &[100, 300, 1_000]),
             checkpoint_every: *pick(rng, &[30, 100, 500, 1_000_000]),
+            log_bytes_max: *pick(rng, &[32 << 10, 128 << 10, 1 << 30]),
             // A small one is reached again and again.
             quota_bytes: match rng.chance(150_000) {
                 true => *pick(rng, &[100 << 10, 200 << 10]),

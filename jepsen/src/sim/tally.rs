@@ -37,6 +37,10 @@ counted! {
         CrashDuringSync = "crash_during_sync",
         CrashDuringCheckpoint = "crash_during_checkpoint",
         CheckpointDamaged = "checkpoint_damaged",
+        CheckpointsLost = "checkpoints_all_damaged",
+        FetchBroken = "checkpoint_fetch_broken",
+        CrashDuringFetch = "crash_during_fetch",
+        CrashDuringInstall = "crash_during_install",
         LogDamaged = "log_damaged",
         Reboot = "boot_clock_reset",
         Pause = "pause",
@@ -80,6 +84,8 @@ counted! {
         SwapMissed = "compare_failed",
         Unknown = "outcome_unknown",
         Restored = "restored_from_checkpoint",
+        Installed = "installed_checkpoint",
+        InstalledUnderAnother = "installed_under_another_leader",
         NoSpace = "no_space",
         IndexRebuilt = "index_rebuilt",
     }
@@ -141,6 +147,8 @@ impl Tally {
             Operation::SessionExpired,
             Operation::Unknown,
             Operation::Restored,
+            Operation::Installed,
+            Operation::InstalledUnderAnother,
             Operation::NoSpace,
             Operation::IndexRebuilt,
         ];

@@ -6,7 +6,7 @@ use super::{
     client::LockClient,
     faults,
     ground::{Event, Ground, Reply},
-    node::{Node, id},
+    node::{self, Node, id},
     operator::Operator,
     register::RegisterClient,
     settings::Settings,
@@ -16,6 +16,10 @@ use crate::{
     checkers::{Violation, liveness::RECOVERY_US},
     rng::Rng,
 };
+
+/// What a leader proposes by itself just before the end, a compaction say, is given
+/// this time to reach everyone.
+const SETTLES_US: u64 = 1_000_000;
 
 /// See the module.
 #[derive(Debug)]
@@ -87,7 +91,8 @@ impl World {
     /// Runs to the end, or to the first violation.
     pub(crate) fn run(mut self) -> Outcome {
         while let Some(event) = self.ground.advance() {
-            if self.ground.now_us > self.ground.settings.end_us {
+            let beyond_us = self.ground.now_us.checked_sub(self.ground.settings.end_us);
+            if beyond_us.is_some_and(|us| us > SETTLES_US || self.has_settled()) {
                 self.finish();
                 break;
             }
@@ -131,6 +136,7 @@ impl World {
             Event::CheckpointWritten { node, boot } => {
                 nodes[node].checkpoint_written(boot, ground);
             }
+            Event::Install { node, step } => node::happens(nodes, node, step, ground),
             Event::Start { node } => nodes[node].start(ground),
             Event::Resume { node, pause } => nodes[node].resume(Some(pause), ground),
             Event::DiskRecovers { node } => nodes[node].slow_down(1),
@@ -160,6 +166,14 @@ impl World {
         let liveness = &self.ground.checks.liveness;
         let verdict = liveness.recovered(living, RECOVERY_US);
         self.ground.checks.note(verdict);
+    }
+
+    /// Whether all nodes have applied the same.
+    fn has_settled(&self) -> bool {
+        let applied = |node: &Node| node.replica().map(|replica| replica.state().applied());
+        self.nodes
+            .windows(2)
+            .all(|pair| applied(&pair[0]) == applied(&pair[1]))
     }
 
     fn finish(&mut self) {

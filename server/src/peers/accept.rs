@@ -11,14 +11,17 @@ use async_trait::async_trait;
 use conclave_core::{ids::NodeId, node::Handle};
 use conclave_primitives::Primitives;
 use conclave_proto::internal::{
-    PeerFrame, PeerGreeting,
+    CheckpointRequest, PeerFrame, PeerGreeting,
     peer_server::{Peer, PeerServer},
 };
 use tokio::{sync::mpsc, time};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
-use super::{FRAME_BYTES_MAX, PROTOCOL, Peers};
+use super::{
+    FRAME_BYTES_MAX, PROTOCOL, Peers,
+    fetch::{Chunks, Sender},
+};
 use crate::net;
 
 /// A member sends its greeting at once.
@@ -34,11 +37,13 @@ const REFUSALS_LOGGED_MAX: usize = 64;
 pub(super) async fn serve(
     peers: Arc<Peers>,
     handle: Handle<Primitives>,
+    sender: Arc<Sender>,
     connections: mpsc::Receiver<TcpStream>,
 ) {
     let service = PeerService {
         peers,
         handle,
+        sender,
         refusals: Mutex::default(),
     };
     let service = PeerServer::new(service).max_decoding_message_size(FRAME_BYTES_MAX);
@@ -59,6 +64,7 @@ pub(super) async fn serve(
 struct PeerService {
     peers: Arc<Peers>,
     handle: Handle<Primitives>,
+    sender: Arc<Sender>,
     refusals: Mutex<BTreeSet<String>>,
 }
 
@@ -88,6 +94,18 @@ impl Peer for PeerService {
         };
         tokio::spawn(reader.run(frames, answers));
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type FetchStream = Chunks;
+
+    async fn fetch(&self, request: Request<CheckpointRequest>) -> Result<Response<Chunks>, Status> {
+        let CheckpointRequest { greeting, at_least } = request.into_inner();
+        let from = self
+            .check(greeting)
+            .inspect_err(|refusal| self.log_refusal(refusal))?;
+        let link = self.peers.links.get(&from);
+        let name = link.map_or("", |link| link.member.name.as_str());
+        Ok(Response::new(self.sender.send(at_least, name)?))
     }
 }
 

@@ -61,7 +61,7 @@ async fn connect(
     link: &Link,
     greeting: &PeerGreeting,
 ) -> Result<Streaming<PeerGreeting>, LinkError> {
-    let channel = endpoint(link)?
+    let channel = endpoint(&link.member)?
         .connect()
         .await
         .map_err(LinkError::Unreachable)?;
@@ -70,8 +70,9 @@ async fn connect(
         .unwrap_or(Err(LinkError::Silent))
 }
 
-fn endpoint(link: &Link) -> Result<Endpoint, LinkError> {
-    let endpoint = Endpoint::from_shared(link.member.peer_url.to_string());
+/// How to connect to a member.
+pub(super) fn endpoint(member: &Member) -> Result<Endpoint, LinkError> {
+    let endpoint = Endpoint::from_shared(member.peer_url.to_string());
     Ok(endpoint
         .map_err(LinkError::Unreachable)?
         .connect_timeout(CONNECT_WITHIN)
@@ -114,7 +115,7 @@ async fn lost(mut greetings: Streaming<PeerGreeting>) -> LinkError {
 
 /// Why a link does not stand.
 #[derive(Debug, thiserror::Error)]
-enum LinkError {
+pub(super) enum LinkError {
     #[error("it cannot be reached: {}", root(.0))]
     Unreachable(tonic::transport::Error),
     #[error("it did not answer in time")]

@@ -13,6 +13,7 @@ mod damage;
 mod dev_command;
 mod disk;
 mod garbage;
+mod install;
 mod lock_command;
 mod overload;
 mod serve_command;
