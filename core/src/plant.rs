@@ -23,6 +23,8 @@ pub const NAMES: &[&str] = &[
     "forget-lock-at-recovery",
     "compact-locally",
     "skip-lock-delay",
+    "retry-runs-twice",
+    "requests-left-out-of-checkpoint",
 ];
 
 /// The chosen one: its place in the list, counted from 1.

@@ -21,6 +21,8 @@ const PLANTS: &[&str] = &[
     "forget-lock-at-recovery",
     "compact-locally",
     "skip-lock-delay",
+    "retry-runs-twice",
+    "requests-left-out-of-checkpoint",
 ];
 
 /// How to look for them.

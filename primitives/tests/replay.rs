@@ -20,9 +20,9 @@ use bytes::{Buf as _, Bytes};
 use conclave_core::{machine::Outcome, replica::AnswerBody, state::State};
 use conclave_primitives::Primitives;
 use conclave_proto::internal::{
-    CloseSession, Command, Compact, Compare, DeleteRange, Entry, ExpireSessions, LockAcquire,
-    LockCancel, LockForceRelease, LockRelease, NoSpace, OpenSession, Operation, Origin,
-    PublishMember, Put, RaiseApplyVersion, Range, Stamp, Txn, command, compare,
+    AttachSession, CloseSession, Command, Compact, Compare, DeleteRange, Entry, ExpireSessions,
+    LockAcquire, LockCancel, LockForceRelease, LockRelease, NoSpace, OpenSession, Operation,
+    Origin, PublishMember, Put, RaiseApplyVersion, Range, Request, Stamp, Txn, command, compare,
     operation::Operation as Kind, primitive_command::Command as Primitive,
 };
 use prost::Message as _;
@@ -84,6 +84,7 @@ impl Recorder {
             ttl_ms: 10_000,
             name: name.to_owned(),
             metadata: [("host".to_owned(), name.to_owned())].into(),
+            secret: secret_of(name),
         };
         match self.run(command::Body::OpenSession(open)) {
             Some(AnswerBody::SessionOpened { session, .. }) => session.0,
@@ -96,8 +97,11 @@ impl Recorder {
             name: "lock".to_owned(),
             session_id,
             owner: owner.to_owned(),
-            request,
-            acknowledged: request.saturating_sub(2),
+            request: Some(Request {
+                number: request,
+                acknowledged: request.saturating_sub(2),
+                ..Request::default()
+            }),
             wait_ms,
             ..LockAcquire::default()
         }));
@@ -179,6 +183,7 @@ fn history() -> Recorder {
     let sessions = ["one", "two", "three"].map(|name| r.open(name));
     record_locks(r, sessions);
     record_keys(r, sessions);
+    record_requests(r, sessions);
     r.begin_term();
     // Of another term than that of its entry, then of the same.
     for term in [1, 2] {
@@ -189,7 +194,10 @@ fn history() -> Recorder {
         }));
     }
     for session_id in sessions {
-        r.run(command::Body::CloseSession(CloseSession { session_id }));
+        r.run(command::Body::CloseSession(CloseSession {
+            session_id,
+            attachment: 2,
+        }));
     }
     recorder
 }
@@ -221,12 +229,68 @@ fn record_locks(r: &mut Recorder, [one, two, three]: [i64; 3]) {
     r.lock(Primitive::LockCancel(LockCancel {
         name: name(),
         session_id: three,
-        owner: String::new(),
-        request: 5,
-        place: 0,
+        entry: 5,
+        ..LockCancel::default()
     }));
     r.acquire(three, "", 5, None);
     r.acquire(three, "y", 0, None);
+}
+
+/// Attachments, and numbered requests that are repeated, over, superseded or forestalled.
+fn record_requests(r: &mut Recorder, [one, two, _]: [i64; 3]) {
+    let secret = secret_of("one");
+    for (replaces, nonce, secret) in [
+        (2, 1, secret.clone()),
+        (1, 1, Bytes::new()),
+        (1, 1, secret.clone()),
+        (1, 1, secret),
+    ] {
+        r.run(command::Body::AttachSession(AttachSession {
+            session_id: one,
+            secret,
+            replaces,
+            nonce,
+            wanted: vec![2],
+        }));
+    }
+    r.open("one");
+    r.acquire(one, "", 12, None);
+    r.acquire(two, "", 12, None);
+    let release = |number, unfinished| {
+        Primitive::LockRelease(LockRelease {
+            name: "lock".to_owned(),
+            session_id: two,
+            token: r.state.keyspace().revision(),
+            request: Some(Request {
+                number,
+                acknowledged: 14,
+                unfinished,
+                ..Request::default()
+            }),
+            ..LockRelease::default()
+        })
+    };
+    let releases = [
+        release(15, vec![13]),
+        release(15, vec![]),
+        release(13, vec![]),
+    ];
+    for release in releases {
+        r.lock(release);
+    }
+    r.lock(Primitive::LockCancel(LockCancel {
+        name: "lock".to_owned(),
+        session_id: two,
+        entry: 16,
+        ..LockCancel::default()
+    }));
+    r.acquire(two, "", 16, None);
+}
+
+fn secret_of(name: &str) -> Bytes {
+    let mut secret = name.as_bytes().to_vec();
+    secret.resize(16, b'.');
+    secret.into()
 }
 
 fn record_keys(r: &mut Recorder, [one, two, _]: [i64; 3]) {
