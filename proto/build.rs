@@ -4,10 +4,11 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const SCHEMAS: [&str; 6] = [
+const SCHEMAS: [&str; 7] = [
     "conclave/v1/session.proto",
     "conclave/v1/lock.proto",
     "conclave/v1/cluster.proto",
+    "conclave/v1/channel.proto",
     "conclave/internal/entry.proto",
     "conclave/internal/peer.proto",
     "conclave/internal/checkpoint.proto",
@@ -23,6 +24,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .build_client(grpc)
         .build_server(grpc)
+        // Its `connect` would clash with the method of that name.
+        .build_transport(false)
         .codec_path("crate::codec::Codec")
         .bytes(".")
         .compile_fds(descriptors)?;

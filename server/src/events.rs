@@ -21,6 +21,7 @@ use conclave_proto::v1::{self, session_event};
 use tokio::sync::{
     Notify,
     mpsc::{self, error::TrySendError},
+    watch,
 };
 use tonic::{Status, Streaming};
 
@@ -45,11 +46,12 @@ const _: () = assert!(2 * ATTACHING_MAX < QUEUED_MAX);
 #[derive(Debug, Default)]
 pub(crate) struct Hub {
     registry: Mutex<Registry>,
+    /// Changes under the lock of the registry.
+    closed: watch::Sender<bool>,
 }
 
 #[derive(Debug, Default)]
 struct Registry {
-    closed: bool,
     followers: BTreeMap<SessionId, Vec<Arc<Inbox>>>,
 }
 
@@ -86,12 +88,21 @@ impl Hub {
     /// Ends every stream, and those that begin later.
     pub(crate) fn close(&self) {
         let mut registry = self.registry();
-        registry.closed = true;
+        self.closed.send_replace(true);
         for inbox in std::mem::take(&mut registry.followers)
             .into_values()
             .flatten()
         {
             inbox.end(Failure::ShuttingDown.into());
+        }
+    }
+
+    /// Resolves when [`Hub::close`] was called.
+    pub(crate) fn closed(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut closed = self.closed.subscribe();
+        async move {
+            // An error means that the hub is gone.
+            closed.wait_for(|closed| *closed).await.ok();
         }
     }
 
@@ -102,7 +113,7 @@ impl Hub {
 
     fn register(&self, session: SessionId, inbox: &Arc<Inbox>) {
         let mut registry = self.registry();
-        if registry.closed {
+        if *self.closed.borrow() {
             return inbox.end(Failure::ShuttingDown.into());
         }
         let followers = registry.followers.entry(session).or_default();

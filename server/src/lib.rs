@@ -7,7 +7,8 @@
 //! - [`server`]: how it is put together, and taken apart;
 //! - [`storage`], [`net`], [`shutdown`]: the data directory, sockets, signals;
 //! - `routes`: everything that is served on the client addresses, which is
-//!   `session`, `lock` and `cluster` (the native API) and `http` (health, metrics);
+//!   `session`, `lock` and `cluster` (the native API), `channel` (the same, many
+//!   calls on one stream) and `http` (health, metrics);
 //! - `gateway`: the way from all of these to the replica, and `mailbox`: the way
 //!   back;
 //! - `validate`, `convert`, `status`: requests are checked, answers converted,
@@ -22,6 +23,7 @@
 //!
 //! [`Handle`]: conclave_core::node::Handle
 
+mod channel;
 mod cluster;
 mod convert;
 mod events;

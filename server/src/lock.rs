@@ -99,7 +99,7 @@ impl Lock for LockService {
     }
 }
 
-async fn acquire(
+pub(crate) async fn acquire(
     gateway: &Arc<Gateway>,
     request: v1::AcquireRequest,
 ) -> Result<v1::AcquireResponse, Refusal> {
@@ -187,7 +187,7 @@ async fn withdraw(gateway: Arc<Gateway>, cancel: LockCancel) {
         "an abandoned call for a lock could not be withdrawn");
 }
 
-async fn release(
+pub(crate) async fn release(
     gateway: &Gateway,
     request: v1::ReleaseRequest,
 ) -> Result<v1::ReleaseResponse, Refusal> {
@@ -210,7 +210,7 @@ async fn release(
     Ok(v1::ReleaseResponse { header })
 }
 
-async fn cancel(
+pub(crate) async fn cancel(
     gateway: &Gateway,
     request: v1::CancelRequest,
 ) -> Result<v1::CancelResponse, Refusal> {

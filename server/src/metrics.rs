@@ -155,10 +155,11 @@ pub(crate) enum Method {
     ClusterStatus,
     ClusterCompact,
     ClusterDisarm,
+    ChannelConnect,
 }
 
 impl Method {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::SessionOpen,
         Self::SessionRenew,
         Self::SessionClose,
@@ -173,10 +174,12 @@ impl Method {
         Self::ClusterStatus,
         Self::ClusterCompact,
         Self::ClusterDisarm,
+        Self::ChannelConnect,
     ];
 
     fn label(self) -> &'static str {
         match self {
+            Self::ChannelConnect => "Channel/Connect",
             Self::SessionOpen => "Session/Open",
             Self::SessionRenew => "Session/Renew",
             Self::SessionClose => "Session/Close",

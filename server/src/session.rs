@@ -67,7 +67,7 @@ impl Session for SessionService {
     }
 }
 
-async fn open(
+pub(crate) async fn open(
     gateway: &Gateway,
     request: v1::OpenSessionRequest,
 ) -> Result<v1::OpenSessionResponse, Refusal> {
@@ -92,7 +92,7 @@ async fn open(
     })
 }
 
-async fn renew(
+pub(crate) async fn renew(
     gateway: &Gateway,
     request: v1::RenewSessionRequest,
 ) -> Result<v1::RenewSessionResponse, Refusal> {
@@ -106,7 +106,7 @@ async fn renew(
     Ok(v1::RenewSessionResponse { header, ttl_ms })
 }
 
-async fn close(
+pub(crate) async fn close(
     gateway: &Gateway,
     request: v1::CloseSessionRequest,
 ) -> Result<v1::CloseSessionResponse, Refusal> {

@@ -26,6 +26,7 @@
 //!   clock or I/O, so that a simulator runs the very same code;
 //! - `grants`, `events`: what is held, and how news of its loss arrives;
 //! - `transport`, `routes`: connections to several servers, and which to use;
+//! - `calls`: many calls to one server on one stream;
 //! - `error`: [`Error`].
 //!
 //! Invariants: a session is given up before the cluster can end it, and never
@@ -36,6 +37,7 @@
 //! not know yet that it lost: the token does, if whatever the lock protects
 //! refuses tokens lower than the highest it has seen.
 
+mod calls;
 mod client;
 mod clock;
 mod error;

@@ -12,9 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use conclave_proto::v1::{
-    AcquireRequest, AcquireResponse, CancelRequest, ReleaseRequest, lock_client::LockClient,
-};
+use conclave_proto::v1::{AcquireRequest, AcquireResponse, CancelRequest, ReleaseRequest};
 use tokio::time::{Instant, timeout};
 
 use crate::{
@@ -294,14 +292,10 @@ impl Pending {
         let transport = self.core.transport();
         let request = self.request(wait, left);
         if wait == Some(Duration::ZERO) {
-            let call = transport.attempt(ATTEMPT_TIMEOUT, |channel| async move {
-                LockClient::new(channel).acquire(request).await
-            });
-            return call.await;
+            return transport.call(ATTEMPT_TIMEOUT, request).await;
         }
-        let (index, channel) = transport.server();
-        let mut client = LockClient::new(channel);
-        let mut call = pin!(client.acquire(request));
+        let (index, calls) = transport.calls();
+        let mut call = pin!(calls.call(request));
         loop {
             match timeout(LOOK_AROUND, &mut call).await {
                 Ok(result) => return transport.settle(index, result),
@@ -393,11 +387,7 @@ async fn cancel(core: &Core, lock: &Contended, acquire: &Acquire) {
             owner: lock.owner.clone(),
             request: acquire.request(),
         };
-        let call = core
-            .transport()
-            .attempt(ATTEMPT_TIMEOUT, |channel| async move {
-                LockClient::new(channel).cancel(request).await
-            });
+        let call = core.transport().call(ATTEMPT_TIMEOUT, request);
         let (outcome, moved) = tokio::select! {
             biased;
             attempted = call => split(attempted.map(|_| ())),
@@ -426,11 +416,7 @@ async fn release(core: &Core, lock: &Contended, token: u64, entry: u64) -> Resul
             token,
             entry,
         };
-        let call = core
-            .transport()
-            .attempt(ATTEMPT_TIMEOUT, |channel| async move {
-                LockClient::new(channel).release(request).await
-            });
+        let call = core.transport().call(ATTEMPT_TIMEOUT, request);
         let (outcome, moved) = tokio::select! {
             biased;
             attempted = call => split(attempted.map(|_| ())),

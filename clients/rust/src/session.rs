@@ -9,9 +9,7 @@ use std::{
     time::Duration,
 };
 
-use conclave_proto::v1::{
-    CloseSessionRequest, OpenSessionRequest, RenewSessionRequest, session_client::SessionClient,
-};
+use conclave_proto::v1::{CloseSessionRequest, OpenSessionRequest, RenewSessionRequest};
 use tokio::{
     sync::{Notify, watch},
     task::JoinSet,
@@ -27,7 +25,7 @@ use crate::{
     lock::{Contended, LockRequest},
     requests::Requests,
     session_state::{Attempt, LossReason, SessionState, Status},
-    transport::{ATTEMPT_TIMEOUT, Failed, Transport},
+    transport::{Failed, Transport},
 };
 
 /// How to open a session.
@@ -130,14 +128,11 @@ impl Session {
         // If an attempt is repeated although it had its effect, a session
         // without anything bound to it expires unused.
         let mut sent = 0;
-        let opening = client
-            .transport
-            .repeat(PATIENCE, ATTEMPT_TIMEOUT, |channel| {
-                sent = clock::now();
-                let request = request.clone();
-                async move { SessionClient::new(channel).open(request).await }
-            });
-        let opened = opening.await?;
+        let attempt = || {
+            sent = clock::now();
+            request.clone()
+        };
+        let opened = client.transport.repeat_call(PATIENCE, attempt).await?;
         if opened.session_id == 0 || opened.ttl_ms == 0 {
             return Err(incomplete("session_id"));
         }
@@ -401,10 +396,7 @@ impl Core {
         let request = RenewSessionRequest {
             session_id: self.id,
         };
-        let result = self.transport.attempt(limit, |channel| async move {
-            SessionClient::new(channel).renew(request).await
-        });
-        let result = result.await;
+        let result = self.transport.call(limit, request).await;
         let now = clock::now();
         let mut life = self.life();
         match result {
@@ -427,12 +419,7 @@ impl Core {
         let request = CloseSessionRequest {
             session_id: self.id,
         };
-        let closing = self
-            .transport
-            .repeat(PATIENCE, ATTEMPT_TIMEOUT, |channel| async move {
-                SessionClient::new(channel).close(request).await
-            });
-        match closing.await {
+        match self.transport.repeat_call(PATIENCE, || request).await {
             Ok(_) | Err(Error::SessionLost(_)) => Ok(()),
             Err(error) => Err(error),
         }

@@ -18,6 +18,7 @@ use tonic::{
 };
 
 use crate::{
+    calls::{Call, Calls},
     clock,
     error::{Error, Failure},
     routes::{Routes, normalize},
@@ -55,8 +56,17 @@ pub(crate) struct Transport {
 struct Servers {
     routes: Routes,
     /// One for each address of `routes`, in the same order.
-    channels: Vec<Channel>,
+    lines: Vec<Server>,
     searched: Option<Instant>,
+}
+
+/// The ways to one server.
+#[derive(Clone, Debug)]
+struct Server {
+    /// For calls of their own.
+    channel: Channel,
+    /// For those of sessions, over the same connection.
+    calls: Arc<Calls>,
 }
 
 /// An attempt that failed.
@@ -115,13 +125,14 @@ impl Transport {
         let routes = Routes::new(addresses);
         let mut servers = Servers {
             routes,
-            channels: Vec::new(),
+            lines: Vec::new(),
             searched: None,
         };
-        servers.connect_new();
+        let runtime = Handle::current();
+        servers.connect_new(&runtime);
         Ok(Transport {
             servers: Mutex::new(servers),
-            runtime: Handle::current(),
+            runtime,
         })
     }
 
@@ -134,7 +145,14 @@ impl Transport {
     pub(crate) fn server(&self) -> (usize, Channel) {
         let servers = self.servers();
         let index = servers.routes.current();
-        (index, servers.channels[index].clone())
+        (index, servers.lines[index].channel.clone())
+    }
+
+    /// The server to use now, for calls of sessions.
+    pub(crate) fn calls(&self) -> (usize, Arc<Calls>) {
+        let servers = self.servers();
+        let index = servers.routes.current();
+        (index, Arc::clone(&servers.lines[index].calls))
     }
 
     /// Whether this is still the server to use.
@@ -146,7 +164,30 @@ impl Transport {
     pub(crate) fn all(&self) -> Vec<(String, Channel)> {
         let servers = self.servers();
         let addresses = servers.routes.addresses().map(str::to_owned);
-        addresses.zip(servers.channels.iter().cloned()).collect()
+        let channels = servers.lines.iter().map(|server| server.channel.clone());
+        addresses.zip(channels).collect()
+    }
+
+    /// One attempt of a session's call at the current server, for at most `limit`.
+    pub(crate) async fn call<C: Call<Answer: Answer>>(
+        self: &Arc<Self>,
+        limit: Duration,
+        request: C,
+    ) -> Result<C::Answer, Failed> {
+        let (index, calls) = self.calls();
+        self.settle(index, answer_within(limit, calls.call(request)).await)
+    }
+
+    /// Attempts a session's call until there is an answer, or `patience` is over.
+    /// For calls that may safely be repeated. The request is made anew for each
+    /// attempt.
+    pub(crate) async fn repeat_call<C: Call<Answer: Answer>>(
+        self: &Arc<Self>,
+        patience: Duration,
+        mut request: impl FnMut() -> C,
+    ) -> Result<C::Answer, Error> {
+        self.until_answered(patience, || self.call(ATTEMPT_TIMEOUT, request()))
+            .await
     }
 
     /// One attempt at the current server, for at most `limit`.
@@ -159,9 +200,8 @@ impl Transport {
         F: Future<Output = Result<Response<T>, Status>>,
     {
         let (index, channel) = self.server();
-        let result = timeout(limit, call(channel)).await;
-        let result = result.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer")));
-        self.settle(index, result)
+        let result = answer_within(limit, call(channel)).await;
+        self.settle(index, result.map(Response::into_inner))
     }
 
     /// Attempts until there is an answer, or `patience` is over. For calls
@@ -170,16 +210,28 @@ impl Transport {
         self: &Arc<Self>,
         patience: Duration,
         limit: Duration,
-        mut call: impl FnMut(Channel) -> F,
+        call: impl Fn(Channel) -> F,
     ) -> Result<T, Error>
     where
         F: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.until_answered(patience, || self.attempt(limit, &call))
+            .await
+    }
+
+    async fn until_answered<T, F>(
+        &self,
+        patience: Duration,
+        mut attempt: impl FnMut() -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Failed>>,
     {
         let give_up = Instant::now() + patience;
         let mut backoff = Backoff::default();
         let mut may_have_applied = false;
         loop {
-            let failed = match self.attempt(limit, &mut call).await {
+            let failed = match attempt().await {
                 Ok(answer) => return Ok(answer),
                 Err(failed) => failed,
             };
@@ -196,11 +248,10 @@ impl Transport {
     pub(crate) fn settle<T: Answer>(
         self: &Arc<Self>,
         index: usize,
-        result: Result<Response<T>, Status>,
+        result: Result<T, Status>,
     ) -> Result<T, Failed> {
         match result {
-            Ok(response) => {
-                let answer = response.into_inner();
+            Ok(answer) => {
                 if let Some(header) = answer.header() {
                     self.note_header(index, header);
                 }
@@ -257,7 +308,7 @@ impl Transport {
                 servers.routes.learn(member.id, &member.client_urls);
             }
         }
-        servers.connect_new();
+        servers.connect_new(&self.runtime);
         servers.routes.prefer_member(header.leader_id, clock::now()) == Some(true)
     }
 
@@ -273,7 +324,7 @@ impl Transport {
                 ..
             } => {
                 let follows = servers.routes.prefer(leader, now);
-                servers.connect_new();
+                servers.connect_new(&self.runtime);
                 let is_other = servers.routes.current() != index;
                 (follows && is_other) || servers.routes.pass_over(index, now)
             }
@@ -297,14 +348,15 @@ impl Transport {
 }
 
 impl Servers {
-    /// Makes channels for addresses that have none yet.
-    fn connect_new(&mut self) {
-        let new = self
-            .routes
-            .addresses()
-            .skip(self.channels.len())
-            .map(channel);
-        self.channels.extend(new);
+    /// Makes connections for addresses that have none yet.
+    fn connect_new(&mut self, runtime: &Handle) {
+        let known = self.lines.len();
+        let new = self.routes.addresses().skip(known).map(|address| {
+            let channel = channel(address);
+            let calls = Arc::new(Calls::new(channel.clone(), runtime.clone()));
+            Server { channel, calls }
+        });
+        self.lines.extend(new);
     }
 
     /// Starts a search for the leader in the background, unless one has just
@@ -320,6 +372,15 @@ impl Servers {
             .runtime
             .spawn(async move { searching.find_leader().await });
     }
+}
+
+/// What comes of a call within this time.
+async fn answer_within<T>(
+    limit: Duration,
+    call: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    let result = timeout(limit, call).await;
+    result.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer")))
 }
 
 /// A connection to a normalized address, made when first used.

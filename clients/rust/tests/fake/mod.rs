@@ -7,7 +7,15 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-use conclave_proto::v1::{self, cluster_server, lock_server, session_event::Event, session_server};
+use conclave_proto::v1::{
+    self,
+    call::Request as Body,
+    channel_server, cluster_server,
+    lock_server::{self, Lock as _},
+    reply::Outcome,
+    session_event::Event,
+    session_server::{self, Session as _},
+};
 use tokio::{
     net::TcpListener,
     sync::{Notify, mpsc},
@@ -81,6 +89,7 @@ impl Servers {
             let router = tonic::transport::Server::builder()
                 .add_service(session_server::SessionServer::new(server.clone()))
                 .add_service(lock_server::LockServer::new(server.clone()))
+                .add_service(channel_server::ChannelServer::new(server.clone()))
                 .add_service(cluster_server::ClusterServer::new(server));
             tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
         }
@@ -421,6 +430,69 @@ impl lock_server::Lock for Server {
         _request: Request<v1::CheckRequest>,
     ) -> Result<Response<v1::CheckResponse>, Status> {
         Err(Status::unimplemented("not needed"))
+    }
+}
+
+#[tonic::async_trait]
+impl channel_server::Channel for Server {
+    type ConnectStream = Pin<Box<dyn Stream<Item = Result<v1::ServerFrame, Status>> + Send>>;
+
+    async fn connect(
+        &self,
+        request: Request<Streaming<v1::ClientFrame>>,
+    ) -> Result<Response<Self::ConnectStream>, Status> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let mut frames = request.into_inner();
+        let server = self.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(frame)) = frames.message().await {
+                for call in frame.calls {
+                    let (server, sender) = (server.clone(), sender.clone());
+                    tokio::spawn(async move { sender.send(server.answer(call).await) });
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(
+            receiver,
+        ))))
+    }
+}
+
+impl Server {
+    /// An error without a reason ends the whole stream, as the loss of a connection
+    /// would.
+    async fn answer(&self, call: v1::Call) -> Result<v1::ServerFrame, Status> {
+        macro_rules! answer {
+            ($method:ident, $request:ident, $outcome:ident) => {
+                self.$method(Request::new($request))
+                    .await
+                    .map(|response| Outcome::$outcome(response.into_inner()))
+            };
+        }
+        let result = match call.request.unwrap() {
+            Body::OpenSession(request) => answer!(open, request, OpenSession),
+            Body::RenewSession(request) => answer!(renew, request, RenewSession),
+            Body::CloseSession(request) => answer!(close, request, CloseSession),
+            Body::AcquireLock(request) => answer!(acquire, request, AcquireLock),
+            Body::ReleaseLock(request) => answer!(release, request, ReleaseLock),
+            Body::CancelLock(request) => answer!(cancel, request, CancelLock),
+        };
+        let outcome = match result {
+            Err(status) if status.get_details_error_info().is_none() => return Err(status),
+            Err(status) => Outcome::Error(v1::CallError {
+                code: status.code() as u32,
+                message: status.message().to_owned(),
+                details: status.details().to_vec().into(),
+            }),
+            Ok(outcome) => outcome,
+        };
+        let reply = v1::Reply {
+            tag: call.tag,
+            outcome: Some(outcome),
+        };
+        Ok(v1::ServerFrame {
+            replies: vec![reply],
+        })
     }
 }
 
