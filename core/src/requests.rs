@@ -82,7 +82,7 @@ pub enum NotRun {
     TooMany,
     /// The secret is not that of the session, or the session has none.
     WrongSecret,
-    /// Another attachment than the one to be replaced is the present one.
+    /// The attachment to be replaced is not the present one.
     Attached {
         /// The present one.
         attachment: u64,
@@ -167,6 +167,13 @@ impl Requests {
     pub(crate) fn acknowledge(&mut self, request: &Request) {
         let upto = request.acknowledged;
         let unfinished = &request.unfinished;
+        let passed = self.watermark;
+        let is_late =
+            |number: &u64| *number > passed && *number <= upto && self.find(*number).is_err();
+        let late: Vec<u64> = unfinished.iter().copied().filter(is_late).collect();
+        if self.slots.len() + late.len() > limits::REQUESTS_OPEN_MAX {
+            return;
+        }
         if self.slots.front().is_some_and(|(first, _)| *first <= upto) {
             let mut freed = 0;
             self.slots.retain(|(number, slot)| {
@@ -178,16 +185,9 @@ impl Requests {
             });
             self.bytes -= freed;
         }
-        let has_room = self.slots.len() + unfinished.len() <= limits::REQUESTS_OPEN_MAX;
-        if upto > self.watermark && has_room {
-            let passed = self.watermark;
-            self.watermark = upto;
-            for number in unfinished {
-                let was_passed = *number > passed && *number <= upto;
-                if was_passed && self.find(*number).is_err() {
-                    self.set(*number, Slot::Expected);
-                }
-            }
+        self.watermark = passed.max(upto);
+        for number in late {
+            self.set(number, Slot::Expected);
         }
     }
 

@@ -252,7 +252,6 @@ pub(crate) fn cancel(
         session_id,
         owner,
         entry,
-        place,
         request: _,
     } = command;
     let id = SessionId(session_id);
@@ -261,14 +260,9 @@ pub(crate) fn cancel(
     if is_numbered {
         context.session(id).map_err(Rejection::SessionEnded)?;
     }
-    let meant = |record: &Record| match entry {
-        0 => record.create_revision == place,
-        entry => asked_by(record, entry),
-    };
-    let found = context.overlay.get(&key).filter(|record| meant(record));
-    match found.cloned() {
-        Some(record) if entry != 0 => leave(context, &record, entry),
-        Some(record) => remove(context, &record),
+    let found = context.overlay.get(&key);
+    match found.filter(|record| asked_by(record, entry)).cloned() {
+        Some(record) => leave(context, &record, entry),
         None if is_numbered => forestall(context, id, entry)?,
         None => {}
     }
@@ -494,7 +488,9 @@ pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: Sessio
         if holds(contenders, &lock, record) {
             grants.push(contends);
         } else {
-            let request = native(record).map_or(0, |value| value.request);
+            let number = native(record).map(|value| value.request);
+            let is_number = |number: &u64| *number <= limits::REQUEST_NUMBER_MAX;
+            let request = number.filter(is_number).unwrap_or(0);
             waiting.push(Waiting { contends, request });
         }
     }

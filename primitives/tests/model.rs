@@ -74,10 +74,6 @@ enum Action {
         session: usize,
         back: u64,
     },
-    CancelPlace {
-        who: Who,
-        off: u64,
-    },
     Force {
         lock: usize,
         off: Option<u64>,
@@ -442,13 +438,6 @@ impl Model {
         }
     }
 
-    fn cancel_place(&mut self, who: Who, token: Revision) {
-        let key = self.key(who);
-        if self.find(&key).is_some_and(|place| place.token == token) {
-            self.remove(&key);
-        }
-    }
-
     /// The victim, in the place of the reply.
     fn force(&mut self, lock: &str, token: Revision, skip_delay: bool) -> Result<Place, Rejection> {
         let found = self
@@ -710,17 +699,12 @@ impl World {
             Action::Cancel { who, back } => {
                 let entry = self.newest(who.session).saturating_sub(back).max(1);
                 self.model.cancel(who, entry);
-                ((Rejection::Cancelled, None), self.cancel(who, entry, 0))
+                ((Rejection::Cancelled, None), self.cancel(who, entry))
             }
             Action::Attach { session, back } => {
                 let wanted = self.newest(session).saturating_sub(back);
                 let applied = self.attach(session, wanted);
                 ((Rejection::Cancelled, None), applied)
-            }
-            Action::CancelPlace { who, off } => {
-                let place = self.token_of(who) + off;
-                self.model.cancel_place(who, place);
-                ((Rejection::Cancelled, None), self.cancel(who, 0, place))
             }
             Action::Force {
                 lock,
@@ -844,14 +828,13 @@ impl World {
         step.applied
     }
 
-    fn cancel(&mut self, who: Who, entry: u64, place: Revision) -> Applied<Primitives> {
+    fn cancel(&mut self, who: Who, entry: u64) -> Applied<Primitives> {
         let (name, session_id, owner) = self.names(who);
         let cancel = LockCancel {
             name,
             session_id,
             owner,
             entry,
-            place,
             request: None,
         };
         let step = self.driver.run(command(Command::LockCancel(cancel)));
@@ -1183,7 +1166,6 @@ fn action() -> impl Strategy<Value = Action> {
         2 => (who(), 0u64..5).prop_map(|(who, back)| Action::Cancel { who, back }),
         1 => (0..SESSIONS, 0u64..4)
             .prop_map(|(session, back)| Action::Attach { session, back }),
-        1 => (who(), off()).prop_map(|(who, off)| Action::CancelPlace { who, off }),
         1 => (0..LOCKS.len(), prop::option::of(off()), any::<bool>())
             .prop_map(|(lock, off, skip_delay)| Action::Force { lock, off, skip_delay }),
         2 => writes().prop_map(Action::Txn),

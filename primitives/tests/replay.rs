@@ -240,6 +240,7 @@ fn record_locks(r: &mut Recorder, [one, two, three]: [i64; 3]) {
 fn record_requests(r: &mut Recorder, [one, two, _]: [i64; 3]) {
     let secret = secret_of("one");
     for (replaces, nonce, secret) in [
+        (0, 1, secret.clone()),
         (2, 1, secret.clone()),
         (1, 1, Bytes::new()),
         (1, 1, secret.clone()),

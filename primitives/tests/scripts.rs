@@ -10,7 +10,7 @@
 //! attach SESSION [secret=TEXT] replaces=N nonce=N [wanted=N,...]
 //! acquire SESSION LOCK [owner=O] [REQUEST] [tag=N] [wait=MS] [delay=MS] [reentrant=1]
 //! release SESSION LOCK token=N [owner=O] [entry=N] [REQUEST]
-//! cancel SESSION LOCK [owner=O] entry=N|place=N [REQUEST]
+//! cancel SESSION LOCK [owner=O] entry=N [REQUEST]
 //!   REQUEST: [request=N] [acknowledged=N] [unfinished=N,...] [attachment=N]
 //! force LOCK [token=N] [skip_delay=1] reason=TEXT
 //! put KEY... [value=TEXT] [lease=SESSION] | delete KEY...
@@ -339,7 +339,6 @@ impl Script {
                 session_id,
                 owner,
                 entry: number("entry"),
-                place: number("place"),
                 request: Some(request),
             }),
             unknown => panic!("no such command: {unknown}"),

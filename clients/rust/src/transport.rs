@@ -94,6 +94,7 @@ macro_rules! answers {
 
 answers!(
     OpenSessionResponse,
+    AttachSessionResponse,
     RenewSessionResponse,
     CloseSessionResponse,
     ListSessionsResponse,

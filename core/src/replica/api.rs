@@ -136,9 +136,9 @@ pub enum AnswerBody<M: Machine> {
         /// Its TTL, within the limits.
         ttl_ms: u64,
     },
-    /// A client attached to its session.
+    /// A client attached to its session, or asked how that stands.
     SessionAttached {
-        /// The present attachment from now on.
+        /// The present attachment.
         attachment: u64,
         /// The highest number that any request of the session has had.
         last_request: u64,

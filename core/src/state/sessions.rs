@@ -86,6 +86,10 @@ impl<M: Machine> State<M> {
         if session.secret.is_none() || session.secret != Secret::new(&attach.secret) {
             return AnswerBody::NotRun(NotRun::WrongSecret);
         }
+        if attach.replaces == 0 {
+            // Only a question.
+            return self.attached(id);
+        }
         let attachment = session.requests.attachment();
         let is_again =
             attachment == attach.replaces.wrapping_add(1) && session.requests.nonce == attach.nonce;

@@ -10,7 +10,7 @@ use super::{
     alarm::{Alarm, Owner},
     checks::lock_name,
     ground::{About, CallBody, Ground, Reply},
-    link::{Link, Pending, outcome},
+    link::{Link, Pending, Refusal, outcome},
     tally::Operation,
 };
 
@@ -130,7 +130,8 @@ impl Operator {
                 }),
                 _,
             ) => ground.did(Operation::Compacted),
-            (Outcome::Answered(_) | Outcome::Refused(Rejection::NotHeld), _) => {}
+            (Outcome::Answered(_) | Outcome::Refused(Refusal::Rejected(Rejection::NotHeld)), _) => {
+            }
             (_, hint) => {
                 ground.checks.liveness.gone(self.link.actor);
                 self.link.move_on(hint, ground);

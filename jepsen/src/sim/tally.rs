@@ -48,6 +48,8 @@ counted! {
         ConnectionLost = "client_connection_lost",
         ClientCut = "client_partition",
         ClientDeath = "client_death",
+        ClientReturn = "client_return",
+        CallRepeated = "client_call_repeated",
     }
 }
 
@@ -56,6 +58,11 @@ counted! {
     Operation {
         SessionOpened = "session_opened",
         SessionClosed = "session_closed",
+        SessionAttached = "session_attached",
+        WaitResumed = "wait_resumed",
+        GrantResumed = "grant_resumed",
+        OldAttachmentRefused = "old_attachment_refused",
+        AnsweredAgain = "answered_again",
         Renewed = "renewed",
         SessionExpired = "session_expired",
         GrantedByTry = "granted_by_try",
@@ -122,6 +129,7 @@ impl Tally {
             Fault::MessageReordered,
             Fault::CallLost,
             Fault::ReplyLost,
+            Fault::CallRepeated,
         ];
         let injected = Fault::ALL.iter().filter(|fault| !weather.contains(fault));
         injected.map(|fault| self.faults[*fault as usize]).sum()
@@ -135,6 +143,7 @@ impl Tally {
             Operation::SessionExpired,
             Operation::Unknown,
             Operation::Restored,
+            Operation::AnsweredAgain,
         ];
         let completed = Operation::ALL
             .iter()
