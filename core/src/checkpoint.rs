@@ -31,12 +31,12 @@ pub use self::fjall::FjallCheckpoints;
 pub use records::{Invalid, Reader};
 pub use schedule::Schedule;
 pub use sim::SimCheckpoints;
-pub use start::{ReadError, RestoreError, read, restore};
+pub use start::{ReadError, RestoreError, choose, read, restore};
 pub use store::CheckpointStore;
-pub use writer::{WriteError, Writer};
+pub use writer::{WriteError, Writer, keep_two};
 
 /// Everything that is replicated, after one entry. See
-/// [`State::image`](crate::state::State::image).
+/// [`State::begin_image`](crate::state::State::begin_image).
 #[derive(Debug)]
 pub struct Image {
     pub(crate) cluster: u64,
@@ -52,5 +52,30 @@ impl Image {
     /// The newest entry that it holds.
     pub fn applied(&self) -> Index {
         self.applied
+    }
+
+    /// The term of that entry.
+    pub fn term(&self) -> Term {
+        self.term
+    }
+
+    /// The cluster that it belongs to.
+    pub fn cluster(&self) -> u64 {
+        self.cluster
+    }
+
+    /// The hash over the history up to that entry, equal on all members.
+    pub fn digest(&self) -> u64 {
+        self.digest
+    }
+
+    /// How many versions of keys it holds, superseded ones included.
+    pub fn versions(&self) -> usize {
+        self.keyspace.live.len() + self.keyspace.past.len()
+    }
+
+    /// How many sessions it holds.
+    pub fn sessions(&self) -> usize {
+        self.sessions.len()
     }
 }

@@ -10,7 +10,10 @@
 
 mod deferral;
 
-use std::{collections::VecDeque, fmt};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    fmt,
+};
 
 use bytes::Bytes;
 use protobuf::Message as _;
@@ -69,8 +72,8 @@ pub(crate) struct Consensus {
     drawn_for: (Term, Role),
     /// As last given out for the log.
     saved: HardState,
-    /// How far followers have been told of commits.
-    told: Index,
+    /// How far each follower has been told of commits, while this node leads.
+    told: BTreeMap<u64, Index>,
     deferral: Deferral,
 }
 
@@ -144,7 +147,7 @@ impl Consensus {
             seed: config.seed,
             drawn_for: (0, Role::Joining),
             saved: hard_state,
-            told: 0,
+            told: BTreeMap::new(),
             deferral: Deferral::default(),
         };
         consensus.draw_election_timeout();
@@ -235,17 +238,20 @@ impl Consensus {
 
     /// Appends an entry to the log of this leader; false if it cannot now.
     pub(crate) fn propose(&mut self, data: Vec<u8>) -> bool {
-        let proposed =
-            self.raw.raft.state == StateRole::Leader && self.raw.propose(Vec::new(), data).is_ok();
-        if proposed {
-            self.told = self.committed();
-        }
-        proposed
+        self.raw.raft.state == StateRole::Leader && self.raw.propose(Vec::new(), data).is_ok()
     }
 
-    /// Whether this leader knows of a commit that no append has carried yet.
+    /// Whether a follower has acknowledged what is committed, and nothing that was sent
+    /// to it or is about to be says so. Before that, a heartbeat could not tell it: that
+    /// says no more than the follower has acknowledged.
     pub(crate) fn has_untold_commit(&self) -> bool {
-        self.raw.raft.state == StateRole::Leader && self.told < self.committed()
+        let raft = &self.raw.raft;
+        let is_untold = |id: u64, matched: Index| {
+            let told = self.told.get(&id).copied().unwrap_or(0);
+            told < matched.min(raft.raft_log.committed) && !self.deferral.holds(id)
+        };
+        let mut followers = raft.prs().iter().filter(|(id, _)| **id != raft.id);
+        raft.state == StateRole::Leader && followers.any(|(id, p)| is_untold(*id, p.matched))
     }
 
     /// Tells followers how much is committed, without waiting for an append that
@@ -253,7 +259,6 @@ impl Consensus {
     /// messages and turns that an entry costs.
     pub(crate) fn tell_commit(&mut self) {
         self.raw.ping();
-        self.told = self.committed();
     }
 
     /// Asks for a confirmation that this group's leader still leads. `sequence`
@@ -359,12 +364,33 @@ impl Consensus {
         let raft = &self.raw.raft;
         if raft.state != StateRole::Leader {
             self.deferral.forget();
+            self.told.clear();
             return messages;
         }
         let others = raft.prs().iter().filter(|(id, _)| **id != raft.id);
         let matched = others.map(|(id, progress)| (*id, progress.matched));
         self.deferral.choose(matched, now_us);
-        self.deferral.pass(messages, now_us)
+        let mut leaving = self.deferral.pass(messages, now_us);
+        for message in &mut leaving {
+            self.note_told(message);
+        }
+        leaving
+    }
+
+    /// Notes what a message tells its receiver of commits: an append, no more than up to
+    /// its last entry. One that was held back gets the newest that is known.
+    fn note_told(&mut self, message: &mut Message) {
+        let commit = match message.msg_type {
+            MessageType::MsgAppend => {
+                message.commit = message.commit.max(self.raw.raft.raft_log.committed);
+                let last = message.index + message.entries.len() as u64;
+                message.commit.min(last)
+            }
+            MessageType::MsgHeartbeat => message.commit,
+            _ => return,
+        };
+        let told = self.told.entry(message.to).or_default();
+        *told = commit.max(*told);
     }
 
     /// The second half, after what `prepare` gave out is durable.

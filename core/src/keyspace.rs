@@ -15,6 +15,7 @@
 
 mod history;
 mod overlay;
+mod picture;
 mod range;
 pub mod txn;
 
@@ -26,13 +27,15 @@ use std::{
 use bytes::Bytes;
 use xxhash_rust::xxh3::Xxh3;
 
-use self::history::History;
+use self::{history::History, picture::Drawing};
 use crate::{
     ids::{Revision, SessionId},
     limits,
+    picture::UnderWay,
 };
 
 pub use overlay::{Overlay, Writes};
+pub(crate) use picture::Picture;
 pub use range::KeyRange;
 
 /// The revision of a keyspace that nothing was ever written to.
@@ -112,16 +115,7 @@ pub struct Keyspace {
     /// The live keys of each session that has any.
     bound: BTreeMap<SessionId, BTreeSet<Bytes>>,
     digest: u64,
-}
-
-/// All versions of all keys at one moment. See [`Keyspace::picture`].
-#[derive(Debug, Default)]
-pub(crate) struct Picture {
-    pub(crate) revision: Revision,
-    pub(crate) compacted: Revision,
-    pub(crate) digest: u64,
-    pub(crate) live: Vec<Record>,
-    pub(crate) past: Vec<(Revision, Record)>,
+    drawing: UnderWay<Drawing>,
 }
 
 impl Keyspace {
@@ -134,6 +128,7 @@ impl Keyspace {
             past: History::default(),
             bound: BTreeMap::new(),
             digest: 0,
+            drawing: UnderWay::default(),
         }
     }
 
@@ -203,7 +198,12 @@ impl Keyspace {
 
     /// Drops what compactions have given up, `max` versions at most.
     pub fn sweep(&mut self, max: usize) {
-        self.past.sweep(max);
+        let mut drawing = self.drawing.0.as_mut();
+        self.past.sweep(max, |ended, record| {
+            if let Some(drawing) = &mut drawing {
+                drawing.rescue(ended, record);
+            }
+        });
     }
 
     /// Whether compactions have given up something that is not dropped yet.
@@ -270,16 +270,19 @@ impl Keyspace {
         self.digest
     }
 
-    /// All versions, the live ones in order of key, then those that have ended
-    /// with the revision that ended each.
-    pub(crate) fn picture(&self) -> Picture {
-        Picture {
-            revision: self.revision,
-            compacted: self.compacted(),
-            digest: self.digest,
-            live: self.live.values().cloned().collect(),
-            past: self.past.iter().collect(),
+    /// Begins a picture of all versions as they are now.
+    pub(crate) fn begin_picture(&mut self) {
+        let drawing = Drawing::new(self.revision, self.digest, self.live.len(), &self.past);
+        self.drawing = UnderWay(Some(drawing));
+    }
+
+    /// Goes on with the picture, by `max` versions; gives it out when it is whole.
+    pub(crate) fn draw_picture(&mut self, max: usize) -> Option<Picture> {
+        let drawing = self.drawing.0.as_mut()?;
+        if !drawing.walk(&self.live, &self.past, max) {
+            return None;
         }
+        self.drawing.0.take().map(Drawing::into_picture)
     }
 
     /// The keyspace of a picture.
@@ -306,6 +309,7 @@ impl Keyspace {
             past: History::restore(compacted, past),
             bound,
             digest,
+            drawing: UnderWay::default(),
         }
     }
 

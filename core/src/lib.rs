@@ -26,6 +26,7 @@ mod liveness;
 pub mod log;
 pub mod machine;
 pub mod node;
+mod picture;
 #[cfg(conclave_plant)]
 pub mod plant;
 pub mod replica;

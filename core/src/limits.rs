@@ -103,13 +103,17 @@ pub const CHECKPOINT_ENTRIES: u64 = 100_000;
 /// A checkpoint is also due when this many bytes were written to the log since
 /// the last one was begun, since a start reads them all.
 pub const CHECKPOINT_LOG_BYTES: u64 = 64 << 20;
+/// Versions and sessions that one turn copies for a checkpoint: a fraction of a
+/// millisecond.
+pub const DRAWN_PER_TURN_MAX: usize = 2_048;
 /// The log is kept for members that are away up to this many bytes; memory holds
 /// about as much.
 pub const LOG_BYTES_MAX: u64 = 1 << 30;
 
 /// Locks in one answer of a list.
 pub const LIST_LOCKS_MAX: usize = 1_000;
-/// Waiters shown for one lock in a list.
+/// Waiters shown in one answer of a list, for all its locks: some milliseconds of
+/// work, and no more than clients take in one message.
 pub const LIST_WAITERS_MAX: usize = 1_000;
 
 const _: () = {

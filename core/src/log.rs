@@ -3,7 +3,8 @@
 //! # Format, version 1
 //!
 //! A log is a row of files, the segments: `log-` and a number of 20 digits, from
-//! 1 on, without gaps; those that are oldest may be cut off. A segment is a chain of records; the first is its header.
+//! 1 on, without gaps; those that are oldest may be cut off. A segment is a chain of
+//! records; the first is its header.
 //! Behind the last record the file is zero. All numbers are little-endian, all
 //! records begin at a multiple of 8.
 //!
@@ -187,6 +188,20 @@ pub struct Recovered {
     pub entries: Vec<LogEntry>,
 }
 
+/// What a log holds, for one who only looks at it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inspection {
+    /// What a start would find.
+    pub recovered: Recovered,
+    /// The files and how long they are, oldest first.
+    pub segments: Vec<(String, u64)>,
+    /// Where the newest record ends, in the newest segment.
+    pub end: u64,
+    /// How many bytes at the end no later record says to be durable: of damage to
+    /// these a start could not know.
+    pub unattested_bytes: u64,
+}
+
 /// How a log takes up space. Recovery does not depend on it, so it may change
 /// from one start to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -365,6 +380,15 @@ impl<D: Disk> Log<D> {
         Ok(Some((log, recovered)))
     }
 
+    /// What a log holds, or `None` where [`Log::open`] says so. Changes nothing, and
+    /// refuses what `open` refuses.
+    pub fn inspect(disk: &D) -> Result<Option<Inspection>, LogError> {
+        Ok(match recovery::read(disk)? {
+            Contents::Log(found) => Some(found.inspection()),
+            Contents::Nothing | Contents::HalfCreated => None,
+        })
+    }
+
     /// Writes a batch; not durable before [`Log::sync`]. An empty one writes
     /// nothing.
     ///
@@ -424,23 +448,24 @@ impl<D: Disk> Log<D> {
         self.written_bytes
     }
 
-    /// Removes the oldest segments as far as they hold no entries behind `upto`,
-    /// which must be in a durable checkpoint: what is left needs that. The newest
-    /// always stays. Whether any was removed.
+    /// Removes the oldest segment if it holds no entries behind `upto`, which must be
+    /// in a durable checkpoint: what is left needs that. The newest always stays.
+    /// Whether one was removed. Only one, since each costs a sync of the directory,
+    /// and whoever calls has others waiting.
     pub fn cut(&mut self, upto: Index) -> Result<bool, LogError> {
         // A record behind the newest header attests it: without one, damage to it
         // would look like a log that never began.
         let is_attested = !self.tail.is_fresh && self.synced == self.tail.end;
-        let before = self.older.len();
-        while let Some(oldest) = self.older.front()
-            && oldest.behind <= upto.saturating_add(1)
-            && is_attested
-        {
+        let is_over = |oldest: &&Older| oldest.behind <= upto.saturating_add(1);
+        let Some(oldest) = self.older.front().filter(is_over) else {
+            return Ok(false);
+        };
+        if is_attested {
             let name = segment_name(oldest.number);
             self.attempt(|log| remove(&mut log.disk, &name))?;
             self.older.pop_front();
         }
-        Ok(self.older.len() < before)
+        Ok(is_attested)
     }
 
     /// Works on the disk, unless that failed before; remembers if it fails now.

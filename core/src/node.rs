@@ -203,8 +203,9 @@ impl<M: Machine> Handle<M> {
         self.shared.log_bytes.load(Ordering::Relaxed)
     }
 
-    /// Refuses new work, hands leadership over if this node has it, and then
-    /// stops, after one election timeout at most.
+    /// Refuses new work, hands leadership over if this node has it, waits for answers
+    /// to what is under way, but for locks, and then stops; after one election timeout
+    /// at most.
     pub fn stop(&self) {
         unpoisoned(self.shared.inbox.lock()).stopping = true;
         (self.shared.wake)();
@@ -351,6 +352,9 @@ impl<M: Machine, D: Disk> fmt::Debug for Node<M, D> {
 impl<M: Machine, D: Disk> Node<M, D> {
     /// How long until the next turn is due although nothing arrives.
     pub fn wait(&self) -> Duration {
+        if self.replica.state().is_drawing() {
+            return Duration::ZERO;
+        }
         let wait_us = self.replica.next_turn_us().saturating_sub(now().boot_us);
         Duration::from_micros(wait_us)
     }
@@ -398,8 +402,9 @@ impl<M: Machine, D: Disk> Node<M, D> {
         self.keep_checkpoints()?;
         self.publish_status();
         let leads = self.replica.status().role == Role::Leader;
+        let is_free = !leads && !self.replica.owes_answers();
         Ok(match self.give_up_us {
-            Some(give_up_us) if !leads || now().boot_us >= give_up_us => Progress::Stopped,
+            Some(give_up_us) if is_free || now().boot_us >= give_up_us => Progress::Stopped,
             _ => Progress::GoOn,
         })
     }
@@ -419,7 +424,8 @@ impl<M: Machine, D: Disk> Node<M, D> {
         Ok(())
     }
 
-    /// Orders a checkpoint when one is due, and cuts the log when one is done.
+    /// Begins a checkpoint when one is due, and goes on with it: some of its picture
+    /// each turn, then the writer has it. Cuts the log when one is done.
     fn keep_checkpoints(&mut self) -> Result<(), Fatal> {
         if let Some(written) = self.checkpoints.poll() {
             let at = written.map_err(|error| Fatal::Storage(error.to_string()))?;
@@ -429,8 +435,10 @@ impl<M: Machine, D: Disk> Node<M, D> {
         let applied = self.replica.state().applied();
         if self.schedule.is_due(applied, written_bytes) {
             self.schedule.begin(written_bytes);
-            let image = self.replica.state().image();
-            self.checkpoints.write(image, self.schedule.kept());
+            self.replica.begin_image();
+        }
+        if let Some(image) = self.replica.draw_image(limits::DRAWN_PER_TURN_MAX) {
+            self.checkpoints.write(image, self.schedule.newest());
         }
         self.cut()
     }

@@ -54,6 +54,7 @@ use self::{
     reads::{Ask, AskBody, Reads, Renewer},
 };
 use crate::{
+    checkpoint::Image,
     clock::Clock,
     consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
     ids::{Attachment, Index, NodeId, RequestNumber, SessionId, Term},
@@ -213,6 +214,16 @@ impl<M: Machine> Replica<M> {
         &self.state
     }
 
+    /// See [`State::begin_image`].
+    pub fn begin_image(&mut self) {
+        self.state.begin_image();
+    }
+
+    /// See [`State::draw_image`].
+    pub fn draw_image(&mut self, max: usize) -> Option<Image> {
+        self.state.draw_image(max)
+    }
+
     /// Up to where every member is known to have the log on disk: nobody will ever
     /// need that from this node. Only grows.
     pub fn held_by_all(&self) -> Index {
@@ -223,6 +234,12 @@ impl<M: Machine> Replica<M> {
     /// durable checkpoint. A follower that still needs it gets nothing any more.
     pub fn cut(&mut self, upto: Index) {
         self.consensus.cut(upto);
+    }
+
+    /// Whether requests of this node's clients are under way. Those that have a place
+    /// in a queue are not: nobody knows when that comes to its end.
+    pub fn owes_answers(&self) -> bool {
+        !self.pending.is_empty() || !self.renewals.is_empty() || !self.reads.is_empty()
     }
 
     /// What this node knows, as of the end of its last turn.

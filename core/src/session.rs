@@ -2,12 +2,17 @@
 //! requests must not run any more. Who is alive is decided by the leader (see
 //! `liveness`); here is only what its decisions led to.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    ops::Bound,
+};
 
 use crate::{
     ids::{LogTime, Revision, SessionId},
     limits,
     machine::Place,
+    picture::UnderWay,
     requests::{Answered, Requests, Slot},
 };
 
@@ -83,6 +88,26 @@ pub struct Sessions {
     /// Whose numbered request waits at a place.
     waiting: BTreeMap<Place, (SessionId, u64)>,
     bytes: u64,
+    drawing: UnderWay<Box<Drawing>>,
+}
+
+/// A picture of all sessions, as far as it is drawn. A session that changes ahead
+/// of the walk is taken before.
+#[derive(Clone, Debug, Default)]
+struct Drawing {
+    picture: Sessions,
+    /// Up to where the walk came.
+    at: Option<SessionId>,
+    /// Those that were not there when it began.
+    opened: BTreeSet<SessionId>,
+}
+
+impl Drawing {
+    fn take(&mut self, id: SessionId, session: &Session) {
+        if self.picture.get(id).is_none() && !self.opened.contains(&id) {
+            self.picture.insert(id, session.clone());
+        }
+    }
 }
 
 impl Sessions {
@@ -120,7 +145,32 @@ impl Sessions {
         self.live.into_iter()
     }
 
+    /// Begins a picture of all sessions as they are now.
+    pub(crate) fn begin_picture(&mut self) {
+        self.drawing = UnderWay(Some(Box::default()));
+    }
+
+    /// Goes on with the picture, by `max` sessions, from which those walked over are
+    /// taken off; gives it out when it is whole.
+    pub(crate) fn draw_picture(&mut self, max: &mut usize) -> Option<Self> {
+        let drawing = self.drawing.0.as_mut()?;
+        let from = drawing.at.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut ahead = self.live.range((from, Bound::Unbounded));
+        for (id, session) in ahead.by_ref().take(*max) {
+            drawing.take(*id, session);
+            drawing.at = Some(*id);
+            *max -= 1;
+        }
+        if ahead.next().is_some() {
+            return None;
+        }
+        self.drawing.0.take().map(|drawing| drawing.picture)
+    }
+
     pub(crate) fn insert(&mut self, id: SessionId, session: Session) {
+        if let Some(drawing) = &mut self.drawing.0 {
+            drawing.opened.insert(id);
+        }
         self.bytes += session.bytes();
         if let Some(secret) = session.secret {
             self.by_secret.insert(secret, id);
@@ -133,6 +183,7 @@ impl Sessions {
     }
 
     pub(crate) fn remove(&mut self, id: SessionId) -> Option<Session> {
+        self.rescue(id);
         let removed = self.live.remove(&id)?;
         self.bytes -= removed.bytes();
         if let Some(secret) = removed.secret {
@@ -146,6 +197,7 @@ impl Sessions {
 
     /// Changes what is known of a session's requests, but none that waits.
     pub(crate) fn change(&mut self, id: SessionId, change: impl FnOnce(&mut Requests)) {
+        self.rescue(id);
         if let Some(session) = self.live.get_mut(&id) {
             self.bytes -= session.requests.bytes();
             change(&mut session.requests);
@@ -170,6 +222,15 @@ impl Sessions {
             self.change(id, |requests| {
                 requests.set(number, Slot::Answered(answered));
             });
+        }
+    }
+
+    /// A session is about to change: the picture takes it as it was.
+    fn rescue(&mut self, id: SessionId) {
+        if let Some(drawing) = &mut self.drawing.0
+            && let Some(session) = self.live.get(&id)
+        {
+            drawing.take(id, session);
         }
     }
 }

@@ -19,6 +19,7 @@ use crate::{
     keyspace::{Change, Keyspace, Writes, txn},
     limits,
     machine::{Cause, Context, Machine, Outcome, Place, Settled, Staged, View},
+    picture::UnderWay,
     replica::{Answer, AnswerBody, Event, EventBody, Fatal},
     requests::{Answered, KeptReply, Slot},
     session::Sessions,
@@ -37,6 +38,18 @@ pub struct State<M: Machine> {
     sessions: Sessions,
     system: System,
     machine: M,
+    drawing: UnderWay<Drawing>,
+}
+
+/// The parts of a picture that are there at once, and those that take their time
+/// as they come: see [`State::draw_image`].
+#[derive(Debug)]
+struct Drawing {
+    applied: Index,
+    term: Term,
+    digest: u64,
+    system: System,
+    sessions: Option<Sessions>,
 }
 
 /// What applying one entry led to.
@@ -101,21 +114,55 @@ impl<M: Machine> State<M> {
             keyspace,
             sessions: Sessions::default(),
             system: System::default(),
+            drawing: UnderWay::default(),
         }
     }
 
-    /// A picture of everything, which further entries do not change. Costs a
-    /// handle a key and version, and a copy of the rest.
-    pub fn image(&self) -> Image {
-        Image {
-            cluster: self.cluster,
+    /// Begins a picture of everything as it is now. One that was under way is given
+    /// up.
+    pub fn begin_image(&mut self) {
+        self.keyspace.begin_picture();
+        self.sessions.begin_picture();
+        self.drawing = UnderWay(Some(Drawing {
             applied: self.applied,
             term: self.term,
             digest: self.digest,
-            keyspace: self.keyspace.picture(),
-            sessions: self.sessions.clone(),
             system: self.system.clone(),
+            sessions: None,
+        }));
+    }
+
+    /// Whether a picture is under way.
+    pub fn is_drawing(&self) -> bool {
+        self.drawing.0.is_some()
+    }
+
+    /// Goes on with the picture, by `max` versions of keys and sessions, and gives it
+    /// out when it is whole. It shows the state at which it was begun, whatever was
+    /// applied since. Copies handles, not the bytes of keys and values.
+    pub fn draw_image(&mut self, max: usize) -> Option<Image> {
+        let drawing = self.drawing.0.as_mut()?;
+        let mut left = max;
+        if drawing.sessions.is_none() {
+            drawing.sessions = Some(self.sessions.draw_picture(&mut left)?);
         }
+        let keyspace = self.keyspace.draw_picture(left)?;
+        let Drawing {
+            applied,
+            term,
+            digest,
+            system,
+            sessions,
+        } = self.drawing.0.take()?;
+        Some(Image {
+            cluster: self.cluster,
+            applied,
+            term,
+            digest,
+            keyspace,
+            sessions: sessions.expect("they are drawn before"),
+            system,
+        })
     }
 
     /// The state of a picture. Whoever restores it applies the entry behind
@@ -140,6 +187,7 @@ impl<M: Machine> State<M> {
             keyspace,
             sessions,
             system,
+            drawing: UnderWay::default(),
         }
     }
 

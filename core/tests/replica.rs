@@ -455,8 +455,9 @@ impl Cluster {
     /// The same, over a checkpoint of now and a log of which only the newest
     /// entries are left.
     fn restart_from_checkpoint(&mut self, id: NodeId, boot: u64, left: u64) {
-        let node = &self.nodes[&id];
-        let image = node.replica.state().image();
+        let node = self.nodes.get_mut(&id).unwrap();
+        node.replica.begin_image();
+        let image = node.replica.draw_image(usize::MAX).unwrap();
         let mut log = node.log.clone();
         log.first = image.applied() + 1 - left;
         log.entries.retain(|entry| entry.index >= log.first);
@@ -1348,40 +1349,119 @@ fn the_apply_version_is_raised_when_every_member_has_said_that_it_supports_it() 
 }
 
 /// With everything but a thread, since the order is that of its inbox.
+/// A member over a disk, as a process runs it, and what it has sent.
+struct Member {
+    handle: node::Handle<Register>,
+    node: node::Node<Register, SimDisk>,
+    sent: mpsc::Receiver<(NodeId, PeerMessage)>,
+    is_stopped: bool,
+}
+
+impl Member {
+    fn open(id: NodeId, size: u64, election_ms: u64) -> Self {
+        let recovered = fresh(id, size, 100 + id.0);
+        let log = Log::create(
+            SimDisk::new(),
+            recovered.identity.clone(),
+            recovered.facts.clone(),
+        )
+        .unwrap();
+        let (send, sent) = mpsc::channel();
+        let outlets = Outlets {
+            wake: Box::new(|| ()),
+            answered: Box::new(|| ()),
+            send: Box::new(move |messages| {
+                for message in messages {
+                    send.send(message).ok();
+                }
+            }),
+            publish: Box::new(|_| ()),
+        };
+        let config = Config {
+            election_ms,
+            ..config(&recovered, 1)
+        };
+        let stores = Stores {
+            log,
+            state: State::<Register>::new(recovered.identity.cluster),
+            recovered,
+            checkpoints: Writer::start(SimCheckpoints::new()).unwrap(),
+            checkpoint_every: Index::MAX,
+        };
+        let (handle, node) = node::open(config, stores, outlets);
+        Self {
+            handle,
+            node,
+            sent,
+            is_stopped: false,
+        }
+    }
+
+    fn turn(&mut self) {
+        if !self.is_stopped {
+            self.node.begin_turn().unwrap();
+            self.is_stopped = self.node.finish_turn().unwrap() == node::Progress::Stopped;
+        }
+    }
+
+    /// Whether it leads or follows, and has applied what there is.
+    fn serves(&self) -> bool {
+        let status = self.handle.status();
+        status.leader.is_some() && status.applied > 0 && status.applied == status.last
+    }
+}
+
+fn letter(letter: &'static [u8]) -> command::Body {
+    command::Body::Machine(letter.into())
+}
+
+#[test]
+fn a_follower_that_stops_answers_what_is_under_way() {
+    let mut members: Vec<Member> = (1..=3)
+        .map(|id| Member::open(NodeId(id), 3, 2_000))
+        .collect();
+    let turn = |members: &mut Vec<Member>| {
+        for from in 0..members.len() {
+            members[from].turn();
+            let sent: Vec<_> = members[from].sent.try_iter().collect();
+            for (to, message) in sent {
+                let to = usize::try_from(to.0 - 1).unwrap();
+                members[to].handle.peer(NodeId(from as u64 + 1), [message]);
+            }
+        }
+        thread::yield_now();
+    };
+    while !members.iter().all(Member::serves) {
+        turn(&mut members);
+    }
+    let follows = |member: &Member| member.handle.status().role == Role::Follower;
+    let follower = members.iter().position(follows).unwrap();
+    let handle = members[follower].handle.clone();
+    let (told, answers) = mpsc::channel();
+    let respond = || -> Responder<Register> {
+        let told = told.clone();
+        Box::new(move |answer| drop(told.send(answer.map(|answer| answer.body))))
+    };
+    handle.command(letter(b"a"), respond()).unwrap();
+    handle.read(Query::Barrier, respond()).unwrap();
+    // Nobody knows when this one is answered.
+    handle.command(letter(b"?"), respond()).unwrap();
+    handle.stop();
+    while !members[follower].is_stopped {
+        turn(&mut members);
+    }
+    let told: Vec<_> = answers.try_iter().collect();
+    assert!(matches!(told[..], [Ok(_), Ok(_)]), "{told:?}");
+    let refused = handle.command(letter(b"b"), respond());
+    assert_eq!(refused, Err(Failure::ShuttingDown));
+}
+
 #[test]
 fn what_gives_something_back_goes_ahead_of_other_work() {
-    let recovered = fresh(NodeId(1), 1, 101);
-    let log = Log::create(
-        SimDisk::new(),
-        recovered.identity.clone(),
-        recovered.facts.clone(),
-    )
-    .unwrap();
-    let outlets = Outlets {
-        wake: Box::new(|| ()),
-        answered: Box::new(|| ()),
-        send: Box::new(|_| ()),
-        publish: Box::new(|_| ()),
-    };
-    let config = config(&recovered, 1);
-    let stores = Stores {
-        log,
-        state: State::<Register>::new(recovered.identity.cluster),
-        recovered,
-        checkpoints: Writer::start(SimCheckpoints::new()).unwrap(),
-        checkpoint_every: Index::MAX,
-    };
-    let (handle, mut node) = node::open(config, stores, outlets);
-    let mut turn = || {
-        node.begin_turn().unwrap();
-        node.finish_turn().unwrap();
-    };
-    let leads = || {
-        let status = handle.status();
-        status.role == Role::Leader && status.applied > 0 && status.applied == status.last
-    };
-    while !leads() {
-        turn();
+    let mut member = Member::open(NodeId(1), 1, ELECTION_MS);
+    let handle = member.handle.clone();
+    while !(member.serves() && handle.status().role == Role::Leader) {
+        member.turn();
         thread::yield_now();
     }
     let (told, answers) = mpsc::channel();
@@ -1389,17 +1469,71 @@ fn what_gives_something_back_goes_ahead_of_other_work() {
         let told = told.clone();
         Box::new(move |answer| told.send(answer.unwrap().body).unwrap())
     };
-    let letter = |letter: &'static [u8]| command::Body::Machine(letter.into());
     handle.command(letter(b"a"), respond()).unwrap();
     handle.command(letter(b"b"), respond()).unwrap();
     handle.ending(letter(b"c"), respond()).unwrap();
     for _ in 0..3 {
-        turn();
+        member.turn();
     }
     let told: Vec<_> = answers.try_iter().map(|body| format!("{body:?}")).collect();
     let expected = ["c", "ca", "cab"]
         .map(|text| format!("{:?}", AnswerBody::<Register>::Machine(Ok(text.into()))));
     assert_eq!(told, expected);
+}
+
+#[test]
+fn who_waits_on_an_idle_follower_does_not_wait_for_a_heartbeat() {
+    let mut cluster = Cluster::ready(3);
+    let leader = cluster.leader();
+    let others = || (1..=3).map(NodeId).filter(|id| *id != leader);
+    let waiting: Vec<_> = others().map(|id| cluster.append(id, "?")).collect();
+    // Long enough for both to count as idle, and then until a heartbeat has just been.
+    cluster.run_ms(500);
+    let said = |cluster: &Cluster| cluster.traffic[&(leader, cluster.follower())].0;
+    let before = said(&cluster);
+    while said(&cluster) == before {
+        cluster.run_ms(10);
+    }
+    cluster.append(leader, ".");
+    cluster.turn(leader);
+    let is_told = |cluster: &Cluster, id: &NodeId| !cluster.nodes[id].inbox.is_empty();
+    let late = others().find(|id| !is_told(&cluster, id)).unwrap();
+    let fast = others().find(|id| *id != late).unwrap();
+    // What is held back leaves before the entry is committed, and the word that it is
+    // before the late one has acknowledged it.
+    cluster.boot_us += 2_000;
+    cluster.turn(leader);
+    cluster.turn(fast);
+    cluster.turn(leader);
+    cluster.boot_us += 1_000;
+    cluster.turn(leader);
+    let inbox = &mut cluster.nodes.get_mut(&late).unwrap().inbox;
+    assert_eq!(inbox.len(), 2, "an append and a heartbeat");
+    let heartbeat = inbox.pop_back().unwrap();
+    cluster.turn(late);
+    cluster.input(late, heartbeat);
+    cluster.turn(late);
+    cluster.run_ms(20);
+    for (id, number) in others().zip(waiting) {
+        let outcome = cluster.outcome(id, number);
+        assert!(outcome.starts_with("Ok("), "{id}: {outcome}");
+    }
+}
+
+#[test]
+fn what_is_kept_does_not_hold_on_to_the_entry_it_came_in() {
+    let mut cluster = Cluster::ready(1);
+    let leader = cluster.leader();
+    cluster.put(leader, 10);
+    cluster.run_ms(10);
+    let node = &cluster.nodes[&leader];
+    let entry = node.log.entries.iter().map(|entry| &entry.data);
+    let inside = |bytes: &Bytes| {
+        let mut entries = entry.clone();
+        entries.any(|entry| entry.as_ptr_range().contains(&bytes.as_ptr()))
+    };
+    let record = node.replica.state().keyspace().get(b"key").unwrap();
+    assert!(!inside(&record.key) && !inside(&record.value));
 }
 
 #[test]

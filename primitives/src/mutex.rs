@@ -130,7 +130,7 @@ pub struct LockInfo {
     pub name: String,
     /// Who holds it, or did before the delay that runs.
     pub holder: Contender,
-    /// In order; at most `limits::LIST_WAITERS_MAX`.
+    /// In order; at most `limits::LIST_WAITERS_MAX` over all locks of an answer.
     pub waiters: Vec<Contender>,
     /// How many wait in all.
     pub waiters_total: usize,
@@ -445,10 +445,11 @@ pub(crate) fn locks(
     after: String,
     limit: usize,
 ) -> Answer {
+    let mut waiters_left = limits::LIST_WAITERS_MAX;
+    let mut info = |first| lock_info(contenders, view, first, &mut waiters_left);
     if let Some(name) = name {
         let first = contenders.first(&Bytes::from(name));
-        let lock = first.map(|first| lock_info(contenders, view, first));
-        let locks = lock.into_iter().collect();
+        let locks = first.map(info).into_iter().collect();
         return Answer::Locks { locks, more: false };
     }
     let limit = match limit {
@@ -456,11 +457,7 @@ pub(crate) fn locks(
         limit => limit.min(limits::LIST_LOCKS_MAX),
     };
     let mut firsts = contenders.firsts_after(Bytes::from(after));
-    let locks = firsts
-        .by_ref()
-        .take(limit)
-        .map(|first| lock_info(contenders, view, first))
-        .collect();
+    let locks = firsts.by_ref().take(limit).map(&mut info).collect();
     Answer::Locks {
         locks,
         more: firsts.next().is_some(),
@@ -502,13 +499,19 @@ pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: Sessio
     }
 }
 
-fn lock_info(contenders: &Contenders, view: View<'_>, first: &Ticket) -> LockInfo {
+fn lock_info(
+    contenders: &Contenders,
+    view: View<'_>,
+    first: &Ticket,
+    waiters_left: &mut usize,
+) -> LockInfo {
     let mut queue = contenders.queue(&first.lock).enumerate().skip(1);
     let waiters: Vec<Contender> = queue
         .by_ref()
-        .take(limits::LIST_WAITERS_MAX)
+        .take(*waiters_left)
         .map(|(place, ticket)| listed(view, ticket, place))
         .collect();
+    *waiters_left -= waiters.len();
     LockInfo {
         name: first.lock_name(),
         holder: listed(view, first, 0),

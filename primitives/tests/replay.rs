@@ -182,6 +182,8 @@ fn history() -> Recorder {
     r.run(command::Body::RaiseApplyVersion(raise));
     let sessions = ["one", "two", "three"].map(|name| r.open(name));
     record_locks(r, sessions);
+    record_delays(r, sessions);
+    record_shared(r, sessions);
     record_keys(r, sessions);
     record_requests(r, sessions);
     r.begin_term();
@@ -234,6 +236,85 @@ fn record_locks(r: &mut Recorder, [one, two, three]: [i64; 3]) {
     }));
     r.acquire(three, "", 5, None);
     r.acquire(three, "y", 0, None);
+}
+
+/// The delay of a lost holder: begun by force, not begun again, cut short, and begun
+/// by the expiry at the end.
+fn record_delays(r: &mut Recorder, [one, two, three]: [i64; 3]) {
+    let acquire = |session_id, number, delay_ms| {
+        Primitive::LockAcquire(LockAcquire {
+            name: "delayed".to_owned(),
+            session_id,
+            request: numbered(number),
+            delay_ms,
+            ..LockAcquire::default()
+        })
+    };
+    let force = |skip_delay| {
+        Primitive::LockForceRelease(LockForceRelease {
+            name: "delayed".to_owned(),
+            reason: "stuck".to_owned(),
+            skip_delay,
+            ..LockForceRelease::default()
+        })
+    };
+    r.lock(acquire(one, 40, 250));
+    r.lock(acquire(three, 40, 10_000));
+    r.lock(acquire(two, 40, 60_000));
+    for skip_delay in [false, false] {
+        r.lock(force(skip_delay));
+    }
+    r.lock(acquire(one, 41, 0));
+    // By now the delay is over, and `three` holds.
+    for skip_delay in [false, true] {
+        r.lock(force(skip_delay));
+    }
+    // `two` holds until it expires.
+}
+
+/// Acquires that share one grant.
+fn record_shared(r: &mut Recorder, [one, two, _]: [i64; 3]) {
+    let acquire = |session_id, number, reentrant| {
+        Primitive::LockAcquire(LockAcquire {
+            name: "shared".to_owned(),
+            session_id,
+            owner: "o".to_owned(),
+            request: numbered(number),
+            reentrant,
+            ..LockAcquire::default()
+        })
+    };
+    r.lock(acquire(one, 50, true));
+    let token = r.state.keyspace().revision();
+    for request in 51..=54 {
+        r.lock(acquire(one, request, request < 54));
+    }
+    r.lock(acquire(two, 50, true));
+    r.lock(Primitive::LockCancel(LockCancel {
+        name: "shared".to_owned(),
+        session_id: one,
+        owner: "o".to_owned(),
+        entry: 51,
+        request: None,
+    }));
+    for entry in [52, 52, 0, 50, 50] {
+        r.lock(Primitive::LockRelease(LockRelease {
+            name: "shared".to_owned(),
+            session_id: one,
+            owner: "o".to_owned(),
+            token,
+            entry,
+            request: None,
+        }));
+    }
+}
+
+/// A number alone.
+fn numbered(number: u64) -> Option<Request> {
+    Some(Request {
+        number,
+        ..Request::default()
+    })
 }
 
 /// Attachments, and numbered requests that are repeated, over, superseded or forestalled.

@@ -47,6 +47,44 @@ use conclave_proto::internal::{
 };
 use harness::{Driver, Step};
 
+/// Too long for a script: more waiters than one answer shows.
+#[test]
+fn a_list_shows_a_bounded_number_of_waiters_and_counts_the_rest() {
+    let mut driver = Driver::new();
+    let put = |key: String| Operation {
+        operation: Some(operation::Operation::Put(Put {
+            key: key.into(),
+            ..Put::default()
+        })),
+    };
+    let waiters = limits::LIST_WAITERS_MAX / 2 + 1;
+    for lock in ["a", "b", "c"] {
+        let contenders = (0..=waiters).map(|number| format!("{lock}/{number}"));
+        let success = contenders.map(put).collect();
+        driver.run(Body::Txn(Txn {
+            success,
+            ..Txn::default()
+        }));
+    }
+    let query = Query::Locks {
+        name: None,
+        after: String::new(),
+        limit: 0,
+    };
+    let state = &driver.state;
+    let Found::Locks { locks, .. } = state.machine().query(state.view(), query) else {
+        panic!("not a list of locks");
+    };
+    let counts: Vec<_> = locks
+        .iter()
+        .map(|lock| (lock.waiters.len(), lock.waiters_total))
+        .collect();
+    assert_eq!(
+        counts,
+        [(waiters, waiters), (waiters - 2, waiters), (0, waiters)]
+    );
+}
+
 /// Too long for a script: a session with as many unfinished requests as it may have.
 #[test]
 fn a_place_is_given_up_even_if_no_more_requests_can_be_noted() {

@@ -24,6 +24,9 @@ use crate::{gateway::Gateway, lock, metrics::Method, session, status::Refusal, v
 /// With so many calls of one stream under way, as many as the replica takes, those
 /// that want a session or a lock are refused.
 const RUNNING_MAX: usize = limits::PENDING_COMMANDS_MAX;
+/// With so many, no more are read until answers have left. Not all of them wait for
+/// locks, so that does not take long, unless the client does not read.
+const TAKEN_MAX: usize = 2 * RUNNING_MAX;
 /// Answers of one frame. The largest has some 2 KiB.
 const REPLIES_MAX: usize = 512;
 
@@ -89,7 +92,8 @@ impl Replies {
         if self.frames.is_some() && self.closed.as_mut().poll(cx).is_ready() {
             self.frames = None;
         }
-        while let Some(frames) = &mut self.frames
+        while self.running.len() < TAKEN_MAX
+            && let Some(frames) = &mut self.frames
             && let Poll::Ready(next) = frames.poll_next_unpin(cx)
         {
             match next.transpose()? {

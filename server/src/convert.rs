@@ -99,59 +99,11 @@ pub(crate) fn contender(contender: primitives::Contender) -> v1::Contender {
     }
 }
 
-/// Locks with at most `waiters_max` waiters over all, so that an answer stays
-/// within what clients take in one message.
-pub(crate) fn locks(locks: Vec<primitives::LockInfo>, waiters_max: usize) -> Vec<v1::LockInfo> {
-    let mut left = waiters_max;
-    let convert = |lock: primitives::LockInfo| {
-        let shown = lock.waiters.len().min(left);
-        left -= shown;
-        v1::LockInfo {
-            name: lock.name,
-            holder: Some(contender(lock.holder)),
-            waiters: lock
-                .waiters
-                .into_iter()
-                .take(shown)
-                .map(contender)
-                .collect(),
-            waiters_total: lock.waiters_total as u64,
-        }
-    };
-    locks.into_iter().map(convert).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn contender_at(place: usize) -> primitives::Contender {
-        primitives::Contender {
-            key: "k".into(),
-            session: None,
-            session_name: String::new(),
-            owner: String::new(),
-            token: 2,
-            since_ms: 0,
-            place,
-            delay_left_ms: None,
-            entries: 1,
-        }
-    }
-
-    #[test]
-    fn an_answer_shows_a_bounded_number_of_waiters_and_counts_the_rest() {
-        let lock = |waiters: usize| primitives::LockInfo {
-            name: "l".to_owned(),
-            holder: contender_at(0),
-            waiters: (1..=waiters).map(contender_at).collect(),
-            waiters_total: waiters,
-        };
-        let shown = locks(vec![lock(2), lock(3), lock(1)], 4);
-        let counts: Vec<_> = shown
-            .iter()
-            .map(|l| (l.waiters.len(), l.waiters_total))
-            .collect();
-        assert_eq!(counts, [(2, 2), (2, 3), (0, 1)]);
+pub(crate) fn lock(lock: primitives::LockInfo) -> v1::LockInfo {
+    v1::LockInfo {
+        name: lock.name,
+        holder: Some(contender(lock.holder)),
+        waiters: lock.waiters.into_iter().map(contender).collect(),
+        waiters_total: lock.waiters_total as u64,
     }
 }

@@ -5,7 +5,8 @@
 //! - [`options`] with `retention`: what a server is told, and who is in its
 //!   cluster;
 //! - [`server`]: how it is put together, and taken apart;
-//! - [`storage`], [`net`], [`shutdown`]: the data directory, sockets, signals;
+//! - [`storage`], [`inspect`], [`net`], [`shutdown`]: the data directory, a look at
+//!   it, sockets, signals;
 //! - `routes`: everything that is served on the client addresses, which is
 //!   `session`, `lock` and `cluster` (the native API), `channel` (the same, many
 //!   calls on one stream) and `http` (health, metrics);
@@ -29,6 +30,7 @@ mod convert;
 mod events;
 mod gateway;
 mod http;
+pub mod inspect;
 mod lock;
 mod mailbox;
 mod metrics;

@@ -298,7 +298,7 @@ async fn list(
     let primitives::Answer::Locks { locks, more } = found else {
         return Err(ANOTHER_KIND);
     };
-    let locks = convert::locks(locks, limits::LIST_WAITERS_MAX);
+    let locks = locks.into_iter().map(convert::lock).collect();
     Ok(v1::ListLocksResponse {
         header,
         locks,

@@ -123,6 +123,11 @@ impl Options {
         check_distinct(&[&listen_client, &listen_peer, &listen_metrics])?;
         let advertise_client = self.advertise_client(&listen_client)?;
         let topology = self.topology(&listen_peer)?;
+        let quota_bytes = match u64::try_from(self.quota_backend_bytes) {
+            Ok(0) => limits::QUOTA_BYTES_DEFAULT,
+            Ok(bytes) => bytes,
+            Err(_) => u64::MAX,
+        };
         Ok(Settings {
             name: self.name.clone(),
             data_dir: self
@@ -141,12 +146,9 @@ impl Options {
             retention: retention(
                 self.auto_compaction_mode,
                 self.auto_compaction_retention.as_deref(),
+                quota_bytes,
             )?,
-            quota_bytes: match u64::try_from(self.quota_backend_bytes) {
-                Ok(0) => limits::QUOTA_BYTES_DEFAULT,
-                Ok(bytes) => bytes,
-                Err(_) => u64::MAX,
-            },
+            quota_bytes,
             snapshot_count: match self.snapshot_count {
                 0 => limits::CHECKPOINT_ENTRIES,
                 count => count,

@@ -16,15 +16,23 @@ pub enum CompactionMode {
 
 const HOUR_MS: u64 = 60 * 60 * 1_000;
 
+/// Of the quota, this part at most is history, unless an operator has a rule of their
+/// own: nobody is refused for the sake of what could be compacted.
+const QUOTA_PART: u64 = 4;
+
 /// What the two flags mean: `None` for 0, with which history is kept for ever;
-/// without a retention, [`Retention::default`]. An operator's own rule is not cut
-/// short by the bytes of history; only the quota bounds those.
+/// without a retention, [`Retention::default`], and less where the quota is small. An
+/// operator's own rule is not cut short by the bytes of history; only the quota bounds
+/// those.
 pub(crate) fn retention(
     mode: CompactionMode,
     text: Option<&str>,
+    quota_bytes: u64,
 ) -> Result<Option<Retention>, OptionsError> {
     let Some(text) = text else {
-        return Ok(Some(Retention::default()));
+        let kept = Retention::default();
+        let bytes = kept.bytes.min(quota_bytes / QUOTA_PART);
+        return Ok(Some(Retention { bytes, ..kept }));
     };
     let amount = match mode {
         CompactionMode::Periodic => milliseconds(text),
@@ -74,6 +82,8 @@ fn milliseconds(text: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use conclave_core::limits;
+
     use super::*;
 
     #[test]
@@ -96,7 +106,10 @@ mod tests {
 
     #[test]
     fn flags_become_a_rule() {
-        let by = |mode, text| retention(mode, text).map(|kept| kept.map(|r| (r.revisions, r.ms)));
+        let by = |mode, text| {
+            let kept = retention(mode, text, u64::MAX);
+            kept.map(|kept| kept.map(|r| (r.revisions, r.ms)))
+        };
         let (periodic, revision) = (CompactionMode::Periodic, CompactionMode::Revision);
         assert_eq!(by(periodic, None), Ok(Some((1_000_000, 600_000))));
         assert_eq!(by(periodic, Some("1s")), Ok(Some((0, 1_000))));
@@ -104,5 +117,16 @@ mod tests {
         assert_eq!(by(periodic, Some("0")), Ok(None));
         assert_eq!(by(revision, Some("0")), Ok(None));
         assert!(by(revision, Some("1h")).is_err());
+    }
+
+    #[test]
+    fn history_leaves_most_of_the_quota_to_what_is_there() {
+        let bytes = |text, quota| {
+            let kept = retention(CompactionMode::Periodic, text, quota).unwrap();
+            kept.unwrap().bytes
+        };
+        assert_eq!(bytes(None, limits::QUOTA_BYTES_DEFAULT), 512 << 20);
+        assert_eq!(bytes(None, 256 << 20), 64 << 20);
+        assert_eq!(bytes(Some("1h"), 256 << 20), u64::MAX);
     }
 }

@@ -3,7 +3,8 @@
 //! ```text
 //! NAME.conclave/
 //!   log/            the write-ahead log, locked
-//!   checkpoints/    the state at two moments, from which the log goes on
+//!   checkpoints/    the state at two moments, from which the log goes on; made
+//!                   after the log, so where they are, there was a log
 //! ```
 
 use std::{
@@ -14,7 +15,7 @@ use std::{
 };
 
 use conclave_core::{
-    checkpoint::{self, CheckpointStore as _, FjallCheckpoints, RestoreError},
+    checkpoint::{self, FjallCheckpoints, RestoreError},
     disk::FileDisk,
     ids::NodeId,
     log::{Facts, Identity, Log, LogError, Recovered},
@@ -25,8 +26,8 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::options::{ClusterState, Settings, Topology};
 
-const LOG: &str = "log";
-const CHECKPOINTS: &str = "checkpoints";
+pub(crate) const LOG: &str = "log";
+pub(crate) const CHECKPOINTS: &str = "checkpoints";
 
 /// What a data directory held when it was opened, and where more goes.
 #[derive(Debug)]
@@ -52,8 +53,11 @@ impl Storage {
         };
         // The lock of the log is that of the whole directory.
         let opened = Log::open(disk(path)?).map_err(unusable)?;
-        let checkpoints = FjallCheckpoints::open(path.join(CHECKPOINTS)).map_err(failed)?;
+        let checkpoints = path.join(CHECKPOINTS);
+        let is_begun = checkpoints.is_dir();
+        let open_checkpoints = || FjallCheckpoints::open(checkpoints).map_err(failed);
         if let Some((log, recovered)) = opened {
+            let checkpoints = open_checkpoints()?;
             check_identity(&recovered, &settings.topology, path)?;
             let restored = checkpoint::restore(&checkpoints, &recovered);
             let state = restored.map_err(|source| StorageError::Checkpoint {
@@ -67,7 +71,7 @@ impl Storage {
                 checkpoints,
             });
         }
-        if !checkpoints.list().map_err(failed)?.is_empty() {
+        if is_begun {
             return Err(StorageError::LogGone { path: path.clone() });
         }
         if settings.cluster_state == ClusterState::Existing {
@@ -83,7 +87,8 @@ impl Storage {
             log,
             recovered,
             state,
-            checkpoints,
+            // Made after the log, so that a directory that has them had one.
+            checkpoints: open_checkpoints()?,
         })
     }
 }
@@ -193,7 +198,8 @@ pub enum StorageError {
     #[error("the checkpoints in {} cannot be used", path.display())]
     Checkpoint { path: PathBuf, source: RestoreError },
     #[error(
-        "data directory {} holds checkpoints, but its log is gone; restore it as it was",
+        "the log in data directory {} is gone; nothing was changed: restore the directory as it \
+         was, or remove it and add the member again as a new one",
         path.display()
     )]
     LogGone { path: PathBuf },
@@ -305,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn checkpoints_without_a_log_are_not_taken_for_a_new_directory() {
+    fn a_directory_that_lost_its_log_is_not_taken_for_a_new_one() {
         let path = std::env::temp_dir().join(format!("conclave-storage-{:x}", random()));
         let options = Options {
             data_dir: Some(path.clone()),
@@ -313,8 +319,25 @@ mod tests {
         };
         let settings = options.validate().unwrap();
         drop(Storage::open(&settings).unwrap());
-        fs::create_dir(path.join(CHECKPOINTS).join(format!("{:020}", 9))).unwrap();
         fs::remove_dir_all(path.join(LOG)).unwrap();
+        let opened = Storage::open(&settings);
+        assert!(matches!(opened, Err(StorageError::LogGone { .. })));
+        fs::remove_dir_all(&path).unwrap();
+    }
+
+    #[test]
+    fn an_empty_segment_is_a_new_directory_only_until_the_first_start_succeeded() {
+        let path = std::env::temp_dir().join(format!("conclave-storage-{:x}", random()));
+        let options = Options {
+            data_dir: Some(path.clone()),
+            ..Options::default()
+        };
+        let settings = options.validate().unwrap();
+        let segment = path.join(LOG).join("log-00000000000000000001");
+        fs::create_dir_all(path.join(LOG)).unwrap();
+        fs::write(&segment, "").unwrap();
+        drop(Storage::open(&settings).unwrap());
+        fs::write(&segment, "").unwrap();
         let opened = Storage::open(&settings);
         assert!(matches!(opened, Err(StorageError::LogGone { .. })));
         fs::remove_dir_all(&path).unwrap();

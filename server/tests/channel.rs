@@ -285,3 +285,28 @@ async fn a_client_that_does_not_read_is_not_read_and_then_gets_every_answer_once
     assert!(count == sent || count == sent + CALLS, "{count} of {sent}");
     node.stop().unwrap();
 }
+
+#[tokio::test]
+async fn a_client_that_sends_more_than_it_reads_is_read_no_faster_in_the_end() {
+    const CALLS: u64 = 256;
+    // What the server takes, and what windows and buffers hold.
+    const UNREAD_MAX: u64 = 600_000;
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let mut stream = Stream::open(&client).await;
+    let (mut sent, mut read) = (0, 0);
+    for _ in 0..20 {
+        // As much as is taken, and then a few answers.
+        let frame = |from| (from..from + CALLS).map(|tag| (tag, None));
+        while let Ok(()) = timeout(Duration::from_millis(200), stream.send(frame(sent))).await {
+            sent += CALLS;
+            assert!(sent - read < UNREAD_MAX, "{sent} calls, {read} answers");
+        }
+        for _ in 0..4 * CALLS {
+            stream.next().await.unwrap();
+            read += 1;
+        }
+    }
+    node.stop().unwrap();
+}

@@ -6,6 +6,8 @@ use conclave_client::Error;
 
 /// Something went wrong that has no code of its own.
 pub(crate) const GENERAL: u8 = 1;
+/// Something is damaged that can be done without.
+pub(crate) const DAMAGED: u8 = 2;
 /// The command line or an argument is wrong.
 pub(crate) const USAGE: u8 = 64;
 /// No cluster was reached.

@@ -1,12 +1,13 @@
 //! The `conclave` binary: servers, and everything a shell needs to use them.
 //!
 //! In reading order: `cli` (the command line), `lock`, `process` and `watchdog` (run a command
-//! under a lock), `admin` (look and interfere), `bench` and `histogram`, `serve`
+//! under a lock), `admin` (look and interfere), `check_data` (look at a directory), `bench` and `histogram`, `serve`
 //! and `dev` (servers), `output` and `failure` (what all of them say, and with
 //! which exit code).
 
 mod admin;
 mod bench;
+mod check_data;
 mod cli;
 mod dev;
 mod duration;
@@ -57,6 +58,7 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Locks(args) => run(admin::locks(args, global)),
         Command::Sessions => run(admin::sessions(global)),
         Command::Status => run(admin::status(global)),
+        Command::CheckData(args) => check_data::run(&args, &global),
         Command::Bench(args) => run(bench::run(args, global)),
         Command::Completions { shell } => {
             let mut script = Vec::new();

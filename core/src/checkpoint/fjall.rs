@@ -21,6 +21,9 @@ use crate::ids::Index;
 
 /// The only keyspace of a database. Keys are places in the row of records.
 const RECORDS: &str = "records";
+/// Where one is written, until it is durable and gets its name: so what is not
+/// whole under its name is damaged, and no half-written one passes for that.
+const UNFINISHED: &str = "unfinished";
 /// It is read once, from beginning to end.
 const CACHE_BYTES: u64 = 1 << 20;
 
@@ -82,7 +85,8 @@ impl CheckpointStore for FjallCheckpoints {
 
     fn write(&mut self, at: Index, rows: &mut dyn Iterator<Item = Bytes>) -> io::Result<()> {
         self.remove(at)?;
-        let directory = self.directory(at);
+        let directory = self.path.join(UNFINISHED);
+        remove_directory(&directory)?;
         DirBuilder::new().mode(0o700).create(&directory)?;
         let write = || {
             let (database, records) = open(&directory)?;
@@ -94,15 +98,20 @@ impl CheckpointStore for FjallCheckpoints {
             database.persist(PersistMode::SyncAll)
         };
         write().map_err(plain)?;
-        sync_directory(&directory)?;
+        sync_directories(&directory)?;
+        fs::rename(&directory, self.directory(at))?;
         sync_directory(&self.path)
     }
 
     fn remove(&mut self, at: Index) -> io::Result<()> {
-        match fs::remove_dir_all(self.directory(at)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            removed => removed,
-        }
+        remove_directory(&self.directory(at))
+    }
+}
+
+fn remove_directory(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
@@ -113,6 +122,18 @@ fn open(directory: &Path) -> ::fjall::Result<(Database, Keyspace)> {
         .open()?;
     let records = database.keyspace(RECORDS, KeyspaceCreateOptions::default)?;
     Ok((database, records))
+}
+
+/// Makes durable which directories there are: fjall makes those of its keyspaces
+/// after it has synced the one that they are in.
+fn sync_directories(path: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync_directories(&entry.path())?;
+        }
+    }
+    sync_directory(path)
 }
 
 fn sync_directory(path: &Path) -> io::Result<()> {
@@ -196,6 +217,20 @@ mod tests {
         store.0.write(7, &mut records().take(5)).unwrap();
         store.write(7);
         assert_eq!(store.read(7).unwrap().len(), RECORDS as usize);
+    }
+
+    #[test]
+    fn one_whose_writing_was_interrupted_is_not_listed() {
+        let mut store = Scratch::new("interrupted");
+        let mut rows = records().chain(std::iter::once_with(|| panic!("interrupted")));
+        let write = std::panic::AssertUnwindSafe(|| store.0.write(7, &mut rows));
+        std::panic::catch_unwind(write).unwrap_err();
+        assert_eq!(store.0.list().unwrap(), []);
+        assert!(store.0.path.join(UNFINISHED).exists());
+        store.write(8);
+        assert_eq!(store.0.list().unwrap(), [8]);
+        assert!(!store.0.path.join(UNFINISHED).exists());
+        assert_eq!(store.read(8).unwrap().len(), RECORDS as usize);
     }
 
     #[test]

@@ -51,9 +51,9 @@ impl Schedule {
         self.newest = at;
     }
 
-    /// Those to keep, the older one first; 0 for none.
-    pub fn kept(&self) -> [Index; 2] {
-        [self.older, self.newest]
+    /// The newest that is durable; 0 for none.
+    pub fn newest(&self) -> Index {
+        self.newest
     }
 
     /// Up to where the log can be cut: never behind the older checkpoint, so that
@@ -93,7 +93,7 @@ mod tests {
         schedule.begin(0);
         assert_eq!(schedule.cut(500, 0), 0);
         schedule.complete(150);
-        assert_eq!(schedule.kept(), [50, 150]);
+        assert_eq!(schedule.newest(), 150);
         assert_eq!(schedule.cut(500, 0), 50);
         assert_eq!(schedule.cut(30, 0), 30);
         assert_eq!(schedule.cut(30, limits::LOG_BYTES_MAX + 1), 50);

@@ -18,18 +18,33 @@ pub fn restore<M: Machine>(
     store: &impl CheckpointStore,
     recovered: &Recovered,
 ) -> Result<State<M>, RestoreError> {
-    for at in store.list().map_err(RestoreError::Store)?.into_iter().rev() {
-        match read(store, at) {
+    let list = store.list().map_err(RestoreError::Store)?;
+    let mut newest_first = list.into_iter().rev().map(|at| (at, read(store, at)));
+    Ok(match choose(&mut newest_first, recovered)? {
+        Some(image) => State::restore(image),
+        None => State::new(recovered.identity.cluster),
+    })
+}
+
+/// The checkpoint from which a start goes on, of those that were read, newest
+/// first; `None` if it goes on from a whole log alone. Asks for no more of them
+/// than it needs.
+pub fn choose(
+    newest_first: &mut impl Iterator<Item = (Index, Result<Image, ReadError>)>,
+    recovered: &Recovered,
+) -> Result<Option<Image>, RestoreError> {
+    for (at, read) in newest_first {
+        match read {
             Ok(image) => {
                 check(&image, recovered)?;
-                return Ok(State::restore(image));
+                return Ok(Some(image));
             }
             // Also one whose writing was interrupted.
             Err(reason) => tracing::warn!(checkpoint = at, %reason, "passed over a checkpoint"),
         }
     }
     match recovered.first {
-        1 => Ok(State::new(recovered.identity.cluster)),
+        1 => Ok(None),
         first => Err(RestoreError::NoCheckpoint { first }),
     }
 }

@@ -19,7 +19,7 @@ pub trait CheckpointStore {
     /// until `take` says that it wants no more.
     fn read(&self, at: Index, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()>;
     /// Writes one in place of what is there, durable when this returns. After a
-    /// failure or a crash it may be there in part.
+    /// failure or a crash it is gone, or may be there in part.
     fn write(&mut self, at: Index, records: &mut dyn Iterator<Item = Bytes>) -> io::Result<()>;
     /// Removes one, if it is there.
     fn remove(&mut self, at: Index) -> io::Result<()>;

@@ -26,9 +26,7 @@ pub struct Writer {
 #[derive(Debug)]
 struct Order {
     image: Image,
-    /// The older and the newer checkpoint there are. Others go first, before it
-    /// takes space, and the older one when it is durable.
-    keep: [Index; 2],
+    newest: Index,
 }
 
 impl Writer {
@@ -50,12 +48,13 @@ impl Writer {
         })
     }
 
-    /// Orders a checkpoint, beside the older and the newer one there are. All others
-    /// are removed, and the older one when this one is durable.
-    pub fn write(&self, image: Image, keep: [Index; 2]) {
+    /// Orders a checkpoint that follows `newest`, the newest one that is whole; 0 for
+    /// none. That one and the one before it stay while this one is written, and that
+    /// one alone when it is durable.
+    pub fn write(&self, image: Image, newest: Index) {
         if let Some(orders) = &self.orders {
             // If the thread has ended, it has said why.
-            orders.send(Order { image, keep }).ok();
+            orders.send(Order { image, newest }).ok();
         }
     }
 
@@ -103,9 +102,9 @@ fn write(
     order: Order,
     is_given_up: &AtomicBool,
 ) -> Result<Index, WriteError> {
-    let Order { image, keep } = order;
+    let Order { image, newest } = order;
     let at = image.applied();
-    remove_all_but(store, keep)?;
+    keep_two(store, newest)?;
     let mut records = 0u64;
     let mut rows = image
         .into_records()
@@ -117,15 +116,20 @@ fn write(
         return Err(WriteError::Ended);
     }
     read(store, at).map_err(WriteError::NotReadBack)?;
-    remove_all_but(store, [keep[1], at])?;
+    keep_two(store, at)?;
     tracing::info!(checkpoint = at, records, "wrote a checkpoint");
     Ok(at)
 }
 
-fn remove_all_but(store: &mut impl CheckpointStore, keep: [Index; 2]) -> io::Result<()> {
-    for old in store.list()? {
-        if !keep.contains(&old) {
-            store.remove(old)?;
+/// Removes all checkpoints but this one and the one before it. That one may be
+/// damaged: a start does not look at it if it does not have to. It may also be all
+/// that there is to fall back on.
+pub fn keep_two(store: &mut impl CheckpointStore, newest: Index) -> io::Result<()> {
+    let stored = store.list()?;
+    let before = stored.iter().copied().filter(|at| *at < newest).max();
+    for at in stored {
+        if at != newest && Some(at) != before {
+            store.remove(at)?;
         }
     }
     Ok(())
@@ -155,5 +159,84 @@ impl From<io::Error> for WriteError {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full(error),
             _ => Self::Io(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Mutex, time::Duration};
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::{checkpoint::SimCheckpoints, keyspace::Picture, session::Sessions, system::System};
+
+    /// Notes which checkpoints there are whenever one is written.
+    #[derive(Clone, Debug, Default)]
+    struct Watched {
+        store: SimCheckpoints,
+        seen: Arc<Mutex<Vec<Vec<Index>>>>,
+    }
+
+    impl CheckpointStore for Watched {
+        fn list(&self) -> io::Result<Vec<Index>> {
+            self.store.list()
+        }
+
+        fn read(&self, at: Index, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
+            self.store.read(at, take)
+        }
+
+        fn write(&mut self, at: Index, rows: &mut dyn Iterator<Item = Bytes>) -> io::Result<()> {
+            self.seen.lock().unwrap().push(self.store.list()?);
+            self.store.write(at, rows)
+        }
+
+        fn remove(&mut self, at: Index) -> io::Result<()> {
+            self.store.remove(at)
+        }
+    }
+
+    fn image(applied: Index) -> Image {
+        Image {
+            cluster: 1,
+            applied,
+            term: 1,
+            digest: 0,
+            keyspace: Picture::default(),
+            sessions: Sessions::default(),
+            system: System::default(),
+        }
+    }
+
+    /// What is there while the checkpoint at 200 is written, and when it is done.
+    fn write_behind(newest: Index, stored: &[Index]) -> (Vec<Index>, Vec<Index>) {
+        let mut watched = Watched::default();
+        for at in stored {
+            let mut rows = image(*at).into_records();
+            watched.store.write(*at, &mut rows).unwrap();
+        }
+        let writer = Writer::start(watched.clone()).unwrap();
+        writer.write(image(200), newest);
+        let wait = Duration::from_secs(60);
+        assert_eq!(writer.results.recv_timeout(wait).unwrap().unwrap(), 200);
+        let during = watched.seen.lock().unwrap().remove(0);
+        (during, watched.store.list().unwrap())
+    }
+
+    #[test]
+    fn two_are_left_while_one_is_written_also_after_a_start() {
+        assert_eq!(write_behind(0, &[]), (vec![], vec![200]));
+        assert_eq!(write_behind(100, &[100]), (vec![100], vec![100, 200]));
+        let both = (vec![50, 100], vec![100, 200]);
+        assert_eq!(write_behind(100, &[50, 100]), both);
+        assert_eq!(write_behind(100, &[10, 50, 100]), both);
+    }
+
+    #[test]
+    fn one_that_a_start_has_passed_over_goes_first() {
+        let expected = (vec![50], vec![50, 200]);
+        assert_eq!(write_behind(50, &[50, 100]), expected);
+        assert_eq!(write_behind(0, &[50, 100]), (vec![], vec![200]));
     }
 }

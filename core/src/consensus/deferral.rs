@@ -44,6 +44,11 @@ impl Deferral {
         self.serves_until_us.insert(follower, now_us + SERVES_US);
     }
 
+    /// Whether an append to this follower is held back.
+    pub(super) fn holds(&self, follower: u64) -> bool {
+        self.held.contains_key(&follower)
+    }
+
     /// When something that is held back must leave.
     pub(super) fn next_due_us(&self) -> Option<u64> {
         self.held.values().map(|held| held.due_us).min()

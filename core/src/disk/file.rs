@@ -54,6 +54,27 @@ impl FileDisk {
         })
     }
 
+    /// Opens a directory that is there, for one who only looks. It makes nothing,
+    /// not even the lock, and keeps all others out that would write.
+    ///
+    /// Fails with [`io::ErrorKind::ResourceBusy`] if another process uses it.
+    pub fn open_to_read(path: impl Into<PathBuf>) -> io::Result<Self> {
+        let path = path.into();
+        let directory = File::open(&path)?;
+        let lock = match File::open(path.join(LOCK)) {
+            Ok(lock) => held(lock.try_lock_shared(), lock, &path)?,
+            // Nobody can use it: the lock is made before anything else is.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => directory.try_clone()?,
+            Err(error) => return Err(error),
+        };
+        Ok(Self {
+            path,
+            directory,
+            current: None,
+            _lock: lock,
+        })
+    }
+
     /// The open file of that name, made if it is missing.
     fn open_file(&mut self, name: &str) -> io::Result<&mut Current> {
         if self.current.as_ref().is_none_or(|open| open.name != name) {
@@ -130,7 +151,12 @@ fn lock(path: &Path) -> io::Result<File> {
         .truncate(false)
         .mode(0o600)
         .open(path.join(LOCK))?;
-    match lock.try_lock() {
+    held(lock.try_lock(), lock, path)
+}
+
+/// The lock, if taking it succeeded.
+fn held(taken: Result<(), TryLockError>, lock: File, path: &Path) -> io::Result<File> {
+    match taken {
         Ok(()) => Ok(lock),
         Err(TryLockError::WouldBlock) => Err(io::Error::new(
             io::ErrorKind::ResourceBusy,
@@ -213,6 +239,27 @@ mod tests {
         assert!(refused.to_string().contains("in use by another process"));
         drop(first);
         FileDisk::open(&scratch.0).unwrap();
+    }
+
+    #[test]
+    fn whoever_only_looks_changes_nothing_and_keeps_others_out() {
+        let scratch = Scratch::new("look");
+        let missing = FileDisk::open_to_read(&scratch.0).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+        let mut writing = FileDisk::open(&scratch.0).unwrap();
+        writing.write("a", 0, b"x").unwrap();
+        let refused = FileDisk::open_to_read(&scratch.0).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ResourceBusy);
+        drop(writing);
+        let looking = FileDisk::open_to_read(&scratch.0).unwrap();
+        let beside = FileDisk::open_to_read(&scratch.0).unwrap();
+        assert_eq!(beside.read("a").unwrap(), b"x");
+        FileDisk::open(&scratch.0).unwrap_err();
+        drop((looking, beside));
+        fs::remove_file(scratch.0.join(LOCK)).unwrap();
+        let looking = FileDisk::open_to_read(&scratch.0).unwrap();
+        assert_eq!(looking.list().unwrap(), ["a"]);
+        assert!(!scratch.0.join(LOCK).exists());
     }
 
     #[test]

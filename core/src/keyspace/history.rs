@@ -37,10 +37,14 @@ impl History {
         history
     }
 
-    /// Every version with the revision that ended it, in order of key.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (Revision, Record)> {
-        let past = self.past.iter();
-        past.map(|((_, ended), record)| (*ended, record.clone()))
+    /// The versions behind this one, each under its key and the revision that ended
+    /// it, in that order.
+    pub(super) fn after(
+        &self,
+        (key, ended): &(Bytes, Revision),
+    ) -> impl Iterator<Item = (&(Bytes, Revision), &Record)> {
+        let from = Bound::Excluded((key.clone(), *ended));
+        self.past.range((from, Bound::Unbounded))
     }
 
     /// The lowest revision that can be read, if it is not 0.
@@ -77,15 +81,18 @@ impl History {
             .is_some_and(|(ended, _)| *ended <= self.compacted)
     }
 
-    /// Drops versions that no read can see, `max` at most.
-    pub(super) fn sweep(&mut self, max: usize) {
+    /// Drops versions that no read can see, `max` at most. `dropped` sees each, with
+    /// the revision that ended it.
+    pub(super) fn sweep(&mut self, max: usize, mut dropped: impl FnMut(Revision, &Record)) {
         for _ in 0..max {
             if !self.has_superseded() {
                 return;
             }
             let (ended, key) = self.by_end.pop_first().expect("it has one");
-            let dropped = self.past.remove(&(key, ended));
-            self.bytes -= dropped.expect("both maps hold the same versions").bytes();
+            let gone = self.past.remove(&(key, ended));
+            let gone = gone.expect("both maps hold the same versions");
+            self.bytes -= gone.bytes();
+            dropped(ended, &gone);
         }
     }
 

@@ -161,6 +161,9 @@ fn run(
                 return Err(TxnError::SessionNotAlive(session));
             }
             let before = overlay.get(&key).cloned();
+            // Copies: what was decoded is part of all that came with it, up to a whole
+            // segment of the log, and would keep that in memory for as long as it lives.
+            let [key, value] = [key, value].map(|bytes| Bytes::copy_from_slice(&bytes));
             overlay.put(key, value, lease);
             Ok(OperationReply::Put(before))
         }

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 
 use super::{
-    LogEntry, LogError, Older, Recovered,
+    Inspection, LogEntry, LogError, Older, Recovered,
     body::{self, FORMAT_VERSION, Malformed, Standing},
     record::{self, Link, Position, Record},
     segment_name,
@@ -253,6 +253,23 @@ impl Found {
         self.newest
             .record(0)
             .is_some_and(|header| header.end == self.tail.at.offset)
+    }
+
+    pub(super) fn inspection(mut self) -> Inspection {
+        let Link { at, attested, .. } = self.tail;
+        let unattested_bytes = match attested.segment == at.segment {
+            _ if self.is_marked => 0,
+            true => at.offset - attested.offset,
+            false => at.offset,
+        };
+        let older = self.older.iter().map(|older| (older.number, older.length));
+        let rows = older.chain([(self.newest.number, self.length)]);
+        Inspection {
+            segments: rows.map(|(n, length)| (segment_name(n), length)).collect(),
+            end: at.offset,
+            unattested_bytes,
+            recovered: self.recovered(),
+        }
     }
 
     pub(super) fn recovered(&mut self) -> Recovered {

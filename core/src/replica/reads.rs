@@ -95,6 +95,10 @@ impl<M: Machine> Reads<M> {
         self.fresh.push(ask);
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.fresh.is_empty() && self.asked.is_empty() && self.confirmed.is_empty()
+    }
+
     pub(super) fn has_fresh(&self) -> bool {
         !self.fresh.is_empty()
     }

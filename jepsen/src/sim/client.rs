@@ -468,7 +468,7 @@ impl LockClient {
 
     /// Sends a copy of a call that must not be done twice, now and then.
     fn copy_sometimes(&mut self, body: &command::Body, about: About, ground: &mut Ground) {
-        if ground.troubled() && ground.rng.chance(50_000) {
+        if is_copied(ground) {
             self.link.send_copy(body.clone(), about, ground);
         }
     }
@@ -548,6 +548,8 @@ impl LockClient {
             return;
         };
         acquiring.attempts += 1;
+        // Nobody can tell which of two copies is the first to wait.
+        let is_copied = is_copied(ground);
         let (name, owner) = (lock_name(acquiring.lock), self.owner.clone());
         let (session_id, request) = (session.id, acquiring.acquire.request());
         let attachment = session.requests.attachment();
@@ -567,7 +569,7 @@ impl LockClient {
                     lock: acquiring.lock,
                     session: session_id,
                     request,
-                    first: acquiring.attempts == 1,
+                    first: acquiring.attempts == 1 && !is_copied,
                 },
                 // A call that waits may break at any time; one that does not
                 // should be answered soon.
@@ -589,26 +591,11 @@ impl LockClient {
             ),
         };
         let body = conclave_primitives::command(command);
-        let copy = match about {
-            About::Acquire {
-                lock,
-                session,
-                request,
-                ..
-            } => About::Acquire {
-                lock,
-                session,
-                request,
-                first: false,
-            },
-            other => other,
-        };
-        self.pending =
-            Some(
-                self.link
-                    .call(CallBody::Command(body.clone()), about, patience_us, ground),
-            );
-        self.copy_sometimes(&body, copy, ground);
+        if is_copied {
+            self.link.send_copy(body.clone(), about, ground);
+        }
+        let call = CallBody::Command(body);
+        self.pending = Some(self.link.call(call, about, patience_us, ground));
     }
 
     fn cancel_ended(&mut self, outcome: CallOutcome, ground: &mut Ground) {
@@ -920,6 +907,11 @@ impl Acquiring {
     fn is_withdrawn(&self) -> bool {
         self.acquire.message() == Message::Cancel
     }
+}
+
+/// Whether a call is sent twice.
+fn is_copied(ground: &mut Ground) -> bool {
+    ground.troubled() && ground.rng.chance(50_000)
 }
 
 /// A secret of 16 bytes.

@@ -34,6 +34,9 @@ const LAYOUT: Layout = Layout {
     step_bytes: 2 << 10,
 };
 
+/// Versions and sessions that one turn copies for a checkpoint: so few that its
+/// picture takes many turns.
+const DRAWN_PER_TURN_MAX: u64 = 64;
 /// How often a start finds its newest checkpoint damaged, in a million.
 const DAMAGES: u64 = 50_000;
 
@@ -504,10 +507,20 @@ impl Node {
         let written_bytes = running.log.written_bytes();
         let applied = running.replica.state().applied();
         if running.schedule.is_due(applied, written_bytes) {
+            if let Err(error) =
+                checkpoint::keep_two(&mut self.checkpoints, running.schedule.newest())
+            {
+                return ground.checks.node_failed(self.index, &error);
+            }
             running.schedule.begin(written_bytes);
-            running.checkpoint = Some(applied);
-            let image = running.replica.state().image();
-            self.checkpoints.begin(applied, image.into_records());
+            running.replica.begin_image();
+        }
+        let drawn = 1 + ground.rng.below(DRAWN_PER_TURN_MAX);
+        let drawn = usize::try_from(drawn).expect("it is small");
+        if let Some(image) = running.replica.draw_image(drawn) {
+            let at = image.applied();
+            running.checkpoint = Some(at);
+            self.checkpoints.begin(at, image.into_records());
             let (node, boot) = (self.index, self.boot);
             let at_us = ground.now_us + ground.rng.skewed(200_000);
             ground.schedule(at_us, Event::CheckpointWritten { node, boot });
@@ -530,12 +543,8 @@ impl Node {
         {
             self.checkpoints.sync(at);
             running.schedule.complete(at);
-            let kept = running.schedule.kept();
-            let old = self.checkpoints.list().into_iter().flatten();
-            for old in old.filter(|old| !kept.contains(old)) {
-                if let Err(error) = self.checkpoints.remove(old) {
-                    ground.checks.node_failed(self.index, &error);
-                }
+            if let Err(error) = checkpoint::keep_two(&mut self.checkpoints, at) {
+                ground.checks.node_failed(self.index, &error);
             }
         }
     }

@@ -112,7 +112,9 @@ impl Driver {
     /// Goes on from a checkpoint of the state.
     fn restart(&mut self) {
         let mut reader = Reader::default();
-        for record in self.state.image().into_records() {
+        self.state.begin_image();
+        let image = self.state.draw_image(usize::MAX);
+        for record in image.expect("it is whole").into_records() {
             reader.take(record).expect("it was just written");
         }
         let image = reader.finish().expect("it is whole");

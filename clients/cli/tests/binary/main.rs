@@ -6,6 +6,7 @@
 )]
 #![expect(unreachable_pub, reason = "shared between tests, not an interface")]
 
+mod check_data;
 mod cluster;
 mod commands;
 mod dev_command;

@@ -215,6 +215,15 @@ impl Cluster {
         Self::start_in(directory, size, Box::new(|_, _| ()))
     }
 
+    /// The same with more flags.
+    pub fn start_with(name: &str, size: usize, flags: &'static [&'static str]) -> Self {
+        let directory = Directory::new(name);
+        let environment = move |_, command: &mut Command| {
+            command.args(flags);
+        };
+        Self::start_in(directory, size, Box::new(environment))
+    }
+
     /// The same in a given directory, with a changed environment.
     pub fn start_in(directory: Directory, size: usize, environment: Environment) -> Self {
         let ports = free_ports(2 * size)

@@ -1,0 +1,117 @@
+//! All versions of all keys as they were at one revision, copied little by little.
+//!
+//! The walk goes over keys in order; of one key, over the versions that have ended
+//! in the order of their ends, then the live one. A version that was live when the
+//! walk began and ended since has moved, but only to just before its key's live
+//! version: still ahead of the walk, if it was. So each version of the picture is
+//! met once, where it is by then, whatever is written meanwhile. Only what a
+//! compaction drops ahead of the walk would be missed, and is taken when it goes.
+
+use std::{collections::BTreeMap, ops::Bound};
+
+use bytes::Bytes;
+
+use super::{History, Record};
+use crate::ids::Revision;
+
+/// All versions of all keys at one moment.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Picture {
+    pub(crate) revision: Revision,
+    pub(crate) compacted: Revision,
+    pub(crate) digest: u64,
+    /// In order of key, but for those that a compaction dropped meanwhile.
+    pub(crate) live: Vec<Record>,
+    /// Each with the revision that ended it; the same order.
+    pub(crate) past: Vec<(Revision, Record)>,
+}
+
+/// The end of a version that has none.
+const LIVES: Revision = Revision::MAX;
+
+/// A picture, as far as it is drawn.
+#[derive(Clone, Debug)]
+pub(super) struct Drawing {
+    picture: Picture,
+    /// The version the walk came to: its key and its end. No key is empty.
+    at: (Bytes, Revision),
+}
+
+impl Drawing {
+    /// Begins one. The vectors never grow: that would copy them in one go.
+    pub(super) fn new(revision: Revision, digest: u64, live: usize, past: &History) -> Self {
+        let picture = Picture {
+            revision,
+            compacted: past.compacted(),
+            digest,
+            live: Vec::with_capacity(live),
+            past: Vec::with_capacity(past.len()),
+        };
+        Self {
+            picture,
+            at: (Bytes::new(), 0),
+        }
+    }
+
+    /// Walks on over `max` versions. Whether it has come to the end.
+    pub(super) fn walk(
+        &mut self,
+        live: &BTreeMap<Bytes, Record>,
+        past: &History,
+        max: usize,
+    ) -> bool {
+        let at = self.at.clone();
+        let from = match &at {
+            (key, LIVES) => Bound::Excluded(&key[..]),
+            (key, _) => Bound::Included(&key[..]),
+        };
+        let mut live = live.range::<[u8], _>((from, Bound::Unbounded)).peekable();
+        let mut past = past.after(&at).peekable();
+        let mut walked = None;
+        for _ in 0..max {
+            let is_past = match (past.peek(), live.peek()) {
+                (Some(((past, _), _)), Some((live, _))) => past <= *live,
+                (Some(_), None) => true,
+                (None, Some(_)) => false,
+                (None, None) => return true,
+            };
+            let (ended, record) = match is_past {
+                true => past.next().map(|((_, ended), record)| (*ended, record)),
+                false => live.next().map(|(_, record)| (LIVES, record)),
+            }
+            .expect("it was there to be seen");
+            self.picture.take(ended, record);
+            walked = Some((&record.key, ended));
+        }
+        if let Some((key, ended)) = walked {
+            self.at = (key.clone(), ended);
+        }
+        false
+    }
+
+    /// A version that has ended goes for good.
+    pub(super) fn rescue(&mut self, ended: Revision, record: &Record) {
+        let (key, end) = &self.at;
+        if (key, *end) < (&record.key, ended) {
+            self.picture.take(ended, record);
+        }
+    }
+
+    pub(super) fn into_picture(self) -> Picture {
+        self.picture
+    }
+}
+
+impl Picture {
+    /// Takes a version in, if it was there then.
+    fn take(&mut self, ended: Revision, record: &Record) {
+        if record.mod_revision > self.revision {
+            return;
+        }
+        if ended > self.revision {
+            self.live.push(record.clone());
+        } else {
+            self.past.push((ended, record.clone()));
+        }
+    }
+}
