@@ -548,11 +548,13 @@ impl LockClient {
             return;
         };
         acquiring.attempts += 1;
-        // Nobody can tell which of two copies is the first to wait.
+        let attachment = session.requests.attachment();
+        // Nobody can tell which of two copies is the first to wait. And what an earlier
+        // attachment sent in vain may have had the same number.
         let is_copied = is_copied(ground);
+        let is_first = acquiring.attempts == 1 && !is_copied && attachment == 1;
         let (name, owner) = (lock_name(acquiring.lock), self.owner.clone());
         let (session_id, request) = (session.id, acquiring.acquire.request());
-        let attachment = session.requests.attachment();
         let (command, about, patience_us) = match acquiring.acquire.message() {
             Message::Acquire => (
                 primitive_command::Command::LockAcquire(LockAcquire {
@@ -569,7 +571,7 @@ impl LockClient {
                     lock: acquiring.lock,
                     session: session_id,
                     request,
-                    first: acquiring.attempts == 1 && !is_copied,
+                    first: is_first,
                 },
                 // A call that waits may break at any time; one that does not
                 // should be answered soon.
