@@ -152,8 +152,8 @@ impl Events {
                 let tokens = attached.grants.iter().map(|grant| grant.token);
                 core.attached(event.revision, tokens.collect::<BTreeSet<u64>>());
             }
-            // It goes on for us.
-            Event::Ended(ended) if ended.attachment == core.attachment() => {}
+            // Told to an attachment before ours.
+            Event::Ended(ended) if (1..=core.attachment()).contains(&ended.attachment) => {}
             Event::Ended(ended) => core.ended(loss_reason(ended.reason(), String::new())),
             Event::GrantLost(lost) => deliver_loss(&core, lost),
         }
