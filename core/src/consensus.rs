@@ -40,7 +40,7 @@ const HEARTBEAT_TICKS: usize = 2;
 
 /// Bytes of committed entries applied in one turn, so that a long replay does
 /// not keep a node from answering heartbeats.
-const APPLY_BYTES_PER_TURN_MAX: u64 = 8 << 20;
+const APPLY_BYTES_PER_TURN_MAX: u64 = 512 << 10;
 
 /// How consensus is configured.
 #[derive(Clone, Debug)]

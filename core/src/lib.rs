@@ -27,7 +27,6 @@ pub mod log;
 pub mod machine;
 pub mod node;
 mod picture;
-#[cfg(conclave_plant)]
 pub mod plant;
 pub mod replica;
 pub mod requests;

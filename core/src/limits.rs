@@ -50,8 +50,14 @@ pub const ENTRY_BYTES_MAX: usize = 1 << 20;
 pub const COMMAND_BYTES_MAX: usize = 3 << 19;
 /// Timers fired by one entry, so that no entry takes long to apply.
 pub const TIMERS_PER_ENTRY_MAX: usize = 1_024;
-/// Sessions ended by one expiry command.
-pub const EXPIRIES_PER_COMMAND_MAX: usize = 256;
+/// Changes of keys after which a turn applies no further entry: some ten milliseconds
+/// of work.
+pub const CHANGES_PER_TURN_MAX: usize = 4_096;
+/// Keys bound to the sessions that one entry closes, unless one session has more.
+pub const ENTRY_CLOSED_KEYS_MAX: usize = 4_096;
+/// Sessions ended by one expiry command, with their keys: less than a millisecond of
+/// work, so that a turn has more time for others than for expiry, however many expire.
+pub const EXPIRY_WORK_PER_COMMAND_MAX: usize = 256;
 
 /// Revisions that automatic compaction keeps.
 pub const REVISIONS_KEPT: u64 = 1_000_000;
@@ -83,6 +89,12 @@ pub const QUEUED_ENDINGS_MAX: usize = 65_536;
 /// Renewals waiting for the node: more than other requests, so that
 /// overload does not expire sessions.
 pub const QUEUED_RENEWALS_MAX: usize = 262_144;
+/// Commands and reads that one turn takes in, and as many that give something back:
+/// some ten milliseconds of work. A member whose turns take long is late with its
+/// heartbeats.
+pub const REQUESTS_PER_TURN_MAX: usize = 2_048;
+/// Renewals that one turn takes in: as much work.
+pub const RENEWALS_PER_TURN_MAX: usize = 8_192;
 /// Messages of peers waiting for the node.
 pub const QUEUED_PEER_MESSAGES_MAX: usize = 65_536;
 /// Commands given to Raft and not yet applied.
@@ -110,6 +122,8 @@ pub const DRAWN_PER_TURN_MAX: usize = 2_048;
 /// about as much.
 pub const LOG_BYTES_MAX: u64 = 1 << 30;
 
+/// Sessions in one answer of a list.
+pub const LIST_SESSIONS_MAX: usize = 1_000;
 /// Locks in one answer of a list.
 pub const LIST_LOCKS_MAX: usize = 1_000;
 /// Waiters shown in one answer of a list, for all its locks: some milliseconds of

@@ -35,6 +35,19 @@ impl Liveness {
         liveness
     }
 
+    /// A mistake: with the deadlines that these sessions had before.
+    #[cfg(conclave_plant)]
+    pub(crate) fn as_in(mut self, old: &Self) -> Self {
+        for (id, life) in &mut self.sessions {
+            if let Some(old) = old.sessions.get(id) {
+                self.by_deadline.remove(&(life.deadline_us, *id));
+                life.deadline_us = old.deadline_us;
+                self.by_deadline.insert((life.deadline_us, *id));
+            }
+        }
+        self
+    }
+
     pub(crate) fn opened(&mut self, id: SessionId, ttl_ms: u64, now_us: u64) {
         let ttl_us = ttl_ms.saturating_mul(1_000);
         let deadline_us = now_us.saturating_add(ttl_us);
@@ -84,11 +97,18 @@ impl Liveness {
         self.sessions.get(&id).is_some_and(|life| life.expiring)
     }
 
-    /// Sessions whose time is over, at most `max`; each is named once.
-    pub(crate) fn expire(&mut self, now_us: u64, max: usize) -> Vec<SessionId> {
+    /// Sessions whose time is over, as many as `max` work allows, or one that takes
+    /// more; `work` says what the end of a session takes. Each is named once.
+    pub(crate) fn expire(
+        &mut self,
+        now_us: u64,
+        max: usize,
+        work: impl Fn(SessionId) -> usize,
+    ) -> Vec<SessionId> {
         let mut due = Vec::new();
+        let mut left = max;
         for (deadline_us, id) in &self.by_deadline {
-            if *deadline_us >= now_us || due.len() == max {
+            if *deadline_us >= now_us || left == 0 {
                 break;
             }
             let life = self
@@ -96,6 +116,7 @@ impl Liveness {
                 .get_mut(id)
                 .expect("both maps hold the same sessions");
             if life.renewals == 0 && !life.expiring {
+                left = left.saturating_sub(work(*id));
                 life.expiring = true;
                 due.push(*id);
             }
@@ -128,22 +149,36 @@ mod tests {
     #[test]
     fn a_session_expires_once_after_its_ttl() {
         let mut liveness = one(1);
-        assert_eq!(liveness.expire(1_000, 10), []);
-        assert_eq!(liveness.expire(1_001, 10), [A]);
-        assert_eq!(liveness.expire(2_000, 10), []);
+        assert_eq!(liveness.expire(1_000, 10, |_| 1), []);
+        assert_eq!(liveness.expire(1_001, 10, |_| 1), [A]);
+        assert_eq!(liveness.expire(2_000, 10, |_| 1), []);
         assert!(liveness.is_expiring(A));
         liveness.expiry_dropped(&[A]);
-        assert_eq!(liveness.expire(2_000, 10), [A]);
+        assert_eq!(liveness.expire(2_000, 10, |_| 1), [A]);
     }
 
     #[test]
     fn a_confirmed_renewal_counts_from_its_arrival() {
         let mut liveness = one(1);
         liveness.renewal_arrived(A);
-        assert_eq!(liveness.expire(5_000, 10), [], "its renewal waits");
+        assert_eq!(liveness.expire(5_000, 10, |_| 1), [], "its renewal waits");
         liveness.renewal_over(A, Some(900));
-        assert_eq!(liveness.expire(1_900, 10), []);
-        assert_eq!(liveness.expire(1_901, 10), [A]);
+        assert_eq!(liveness.expire(1_900, 10, |_| 1), []);
+        assert_eq!(liveness.expire(1_901, 10, |_| 1), [A]);
+    }
+
+    #[test]
+    fn as_many_expire_at_once_as_the_work_allows_and_at_least_one() {
+        let mut liveness = Liveness::default();
+        for id in 1..=5 {
+            liveness.opened(SessionId(id), 1, 0);
+        }
+        let work = |id: SessionId| if id.0 == 3 { 100 } else { 2 };
+        let mut next = || liveness.expire(2_000, 4, work);
+        assert_eq!(next(), [SessionId(1), SessionId(2)]);
+        assert_eq!(next(), [SessionId(3)]);
+        assert_eq!(next(), [SessionId(4), SessionId(5)]);
+        assert_eq!(next(), []);
     }
 
     #[test]
@@ -151,7 +186,7 @@ mod tests {
         let mut liveness = one(1);
         liveness.renewal_arrived(A);
         liveness.renewal_over(A, None);
-        assert_eq!(liveness.expire(1_001, 10), [A]);
+        assert_eq!(liveness.expire(1_001, 10, |_| 1), [A]);
     }
 
     #[test]
@@ -161,6 +196,6 @@ mod tests {
         liveness.renewal_arrived(A);
         liveness.renewal_over(A, Some(800));
         liveness.renewal_over(A, Some(100));
-        assert_eq!(liveness.expire(1_700, 10), []);
+        assert_eq!(liveness.expire(1_700, 10, |_| 1), []);
     }
 }

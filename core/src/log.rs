@@ -23,9 +23,10 @@
 //! |---|---|---|
 //! | 0 | 1 | 1 |
 //! | 1 | 4 | version of the format; what follows may differ in others |
-//! | 5 | 24 | identity: cluster, node, incarnation |
-//! | 29 | 24 | hard state: term, vote, commit |
-//! | 53 | n | facts |
+//! | 5 | 16 | layout: how long the segment gets, and in which steps |
+//! | 21 | 24 | identity: cluster, node, incarnation |
+//! | 45 | 24 | hard state: term, vote, commit |
+//! | 69 | n | facts |
 //! | then | 8 | first index of the log |
 //! | then | 8 | index behind the newest entry |
 //!
@@ -70,6 +71,11 @@
 //! it, and after the segment before it was synced. A crash in between leaves one
 //! segment without a header at the end of the row, which is removed.
 //!
+//! Then the segment before it is closed, before any batch follows the header: behind
+//! its last record goes an empty batch that attests the header. It is no part of the
+//! chain, which goes on in the header. So a newest segment that is gone, or begins
+//! with damage, is known to have been there.
+//!
 //! The oldest go ([`Log::cut`]) when all their entries are in checkpoints and a
 //! header behind them is attested, one after the other, so that a crash never
 //! leaves a gap. Then the entries begin with those of the oldest segment that is
@@ -77,7 +83,8 @@
 //! that a new segment costs a sync no more than an old one.
 //!
 //! Space is filled with zeros a step ahead, by the write that reaches it:
-//! overwriting is cheaper to sync than growing.
+//! overwriting is cheaper to sync than growing. So a segment is always as long as
+//! its header has it for what is attested in it, and one that is shorter was cut off.
 
 mod body;
 mod record;
@@ -202,8 +209,8 @@ pub struct Inspection {
     pub unattested_bytes: u64,
 }
 
-/// How a log takes up space. Recovery does not depend on it, so it may change
-/// from one start to the next.
+/// How a log takes up space. It may change from one start to the next; each segment
+/// keeps the one that it was begun with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// How long a segment gets, in bytes. A batch that is longer gets a segment
@@ -267,6 +274,7 @@ struct Older {
 #[derive(Debug)]
 struct Tail {
     name: String,
+    layout: Layout,
     /// Where the next record goes.
     end: Position,
     /// The checksum of the record before that.
@@ -363,6 +371,7 @@ impl<D: Disk> Log<D> {
             layout,
             tail: Tail {
                 name: segment_name(end.segment),
+                layout: found.layout,
                 end,
                 previous: found.tail.previous,
                 length: found.length,
@@ -485,12 +494,12 @@ impl<D: Disk> Log<D> {
     /// Writes the record that was begun in the buffer.
     fn write_record(&mut self) -> Result<(), LogError> {
         let bytes = record::sealed_bytes(&self.buffer);
-        let is_full = self.tail.end.offset + bytes > self.layout.segment_bytes;
+        let is_full = self.tail.end.offset + bytes > self.tail.layout.segment_bytes;
         if is_full && !self.tail.is_fresh {
             self.roll()?;
         }
         self.tail
-            .write(&mut self.disk, self.layout, &mut self.buffer, self.synced)?;
+            .write(&mut self.disk, &mut self.buffer, self.synced)?;
         self.written_bytes += bytes;
         Ok(())
     }
@@ -507,6 +516,12 @@ impl<D: Disk> Log<D> {
             attested: self.synced,
         };
         let tail = Tail::begin(&mut self.disk, self.layout, &link, &self.standing)?;
+        let closing = Link {
+            at: self.tail.end,
+            previous: self.tail.previous,
+            attested: tail.end,
+        };
+        close(&mut self.disk, &closing)?;
         self.older.push_back(Older {
             number: self.tail.end.segment,
             length: self.tail.length,
@@ -536,6 +551,7 @@ impl Tail {
     ) -> Result<Self, LogError> {
         let mut tail = Self {
             name: segment_name(link.at.segment),
+            layout,
             end: link.at,
             previous: link.previous,
             length: 0,
@@ -544,8 +560,8 @@ impl Tail {
         };
         let mut header = Vec::new();
         record::begin(&mut header);
-        body::put_header(&mut header, standing);
-        tail.write(disk, layout, &mut header, link.attested)?;
+        body::put_header(&mut header, standing, layout);
+        tail.write(disk, &mut header, link.attested)?;
         sync(disk, &tail.name)?;
         disk.sync_directory()
             .map_err(LogError::io("syncing", "."))?;
@@ -558,7 +574,6 @@ impl Tail {
     fn write<D: Disk>(
         &mut self,
         disk: &mut D,
-        layout: Layout,
         buffer: &mut Vec<u8>,
         attested: Position,
     ) -> Result<(), LogError> {
@@ -570,7 +585,7 @@ impl Tail {
         let checksum = record::seal(buffer, &link);
         let end = self.end.offset + buffer.len() as u64;
         if end > self.length {
-            self.length = layout.length(end);
+            self.length = self.layout.length(end);
             buffer.resize((self.length - self.end.offset) as usize, 0);
         }
         disk.write(&self.name, self.end.offset, buffer)
@@ -580,6 +595,18 @@ impl Tail {
         self.is_fresh = false;
         Ok(())
     }
+}
+
+/// Makes durable in a segment that the header of the next one is.
+fn close<D: Disk>(disk: &mut D, link: &Link) -> Result<(), LogError> {
+    let name = segment_name(link.at.segment);
+    let mut record = Vec::new();
+    record::begin(&mut record);
+    body::put_batch(&mut record, &Batch::default());
+    record::seal(&mut record, link);
+    disk.write(&name, link.at.offset, &record)
+        .map_err(LogError::io("writing", &name))?;
+    sync(disk, &name)
 }
 
 fn sync<D: Disk>(disk: &mut D, name: &str) -> Result<(), LogError> {

@@ -147,6 +147,7 @@ pub fn open<M: Machine, D: Disk>(
         responders: BTreeMap::new(),
         last_number: 0,
         last_append_us: now.boot_us,
+        is_more_left: false,
         unsaved: None,
         give_up_us: None,
     };
@@ -299,14 +300,44 @@ impl<M: Machine> Shared<M> {
         }
     }
 
-    /// Takes what there is. Second: whether the node is to stop.
-    fn take(&self) -> (Inbox<M>, bool) {
+    /// Takes what there is, as much of it as one turn bears. The oldest of what is
+    /// left stays the first.
+    fn take(&self) -> Taken<M> {
         let mut inbox = unpoisoned(self.inbox.lock());
         let stopping = inbox.stopping;
-        let taken = mem::take(&mut *inbox);
-        inbox.stopping = stopping;
-        (taken, stopping)
+        let taken = Inbox {
+            peers: mem::take(&mut inbox.peers),
+            renewals: first(&mut inbox.renewals, limits::RENEWALS_PER_TURN_MAX),
+            endings: first(&mut inbox.endings, limits::REQUESTS_PER_TURN_MAX),
+            work: first(&mut inbox.work, limits::REQUESTS_PER_TURN_MAX),
+            stopping,
+        };
+        Taken {
+            inbox: taken,
+            is_more_left: !inbox.is_empty(),
+        }
     }
+
+    /// Takes everything, and lets nothing in any more.
+    fn close(&self) -> Inbox<M> {
+        let mut inbox = unpoisoned(self.inbox.lock());
+        let rest = mem::take(&mut *inbox);
+        inbox.stopping = true;
+        rest
+    }
+}
+
+/// What one turn took.
+struct Taken<M: Machine> {
+    inbox: Inbox<M>,
+    /// The next turn is to follow at once: nobody wakes for what lies there already.
+    is_more_left: bool,
+}
+
+/// Splits the first `max` off.
+fn first<T>(queue: &mut Vec<T>, max: usize) -> Vec<T> {
+    let rest = queue.split_off(max.min(queue.len()));
+    mem::replace(queue, rest)
 }
 
 /// One member of the cluster with its log. See the module. When it is dropped,
@@ -326,6 +357,8 @@ pub struct Node<M: Machine, D: Disk> {
     last_number: RequestNumber,
     election_us: u64,
     last_append_us: u64,
+    /// More has arrived than the last turn took.
+    is_more_left: bool,
     /// Between the halves of a turn.
     unsaved: Option<Batch>,
     /// Once it is to stop: when it does so at the latest.
@@ -352,7 +385,7 @@ impl<M: Machine, D: Disk> fmt::Debug for Node<M, D> {
 impl<M: Machine, D: Disk> Node<M, D> {
     /// How long until the next turn is due although nothing arrives.
     pub fn wait(&self) -> Duration {
-        if self.replica.state().is_drawing() {
+        if self.is_more_left || self.replica.state().is_drawing() {
             return Duration::ZERO;
         }
         let wait_us = self.replica.next_turn_us().saturating_sub(now().boot_us);
@@ -365,7 +398,12 @@ impl<M: Machine, D: Disk> Node<M, D> {
     /// [`Node::finish_turn`].
     pub fn begin_turn(&mut self) -> Result<bool, Fatal> {
         let now = now();
-        let (inbox, stopping) = self.shared.take();
+        let Taken {
+            inbox,
+            is_more_left,
+        } = self.shared.take();
+        self.is_more_left = is_more_left;
+        let stopping = inbox.stopping;
         let mut inputs = self.inputs(inbox);
         if stopping && self.give_up_us.is_none() {
             self.give_up_us = Some(now.boot_us.saturating_add(self.election_us));
@@ -503,8 +541,7 @@ impl<M: Machine, D: Disk> Node<M, D> {
 
 impl<M: Machine, D: Disk> Drop for Node<M, D> {
     fn drop(&mut self) {
-        unpoisoned(self.shared.inbox.lock()).stopping = true;
-        let (rest, _) = self.shared.take();
+        let rest = self.shared.close();
         let renewals = rest.renewals.into_iter().map(|(_, respond)| respond);
         let endings = rest.endings.into_iter().map(|(_, respond)| respond);
         let work = rest.work.into_iter().map(|(_, respond)| respond);

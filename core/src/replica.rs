@@ -31,7 +31,7 @@ mod renewals;
 mod versions;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     mem,
     sync::Arc,
 };
@@ -95,11 +95,16 @@ pub struct Replica<M: Machine> {
     admission: Option<Admission>,
     /// While this node leads.
     leadership: Option<Leadership>,
+    /// Of the leadership before.
+    #[cfg(conclave_plant)]
+    old_liveness: Option<crate::liveness::Liveness>,
     /// What it took from others while it leads, or when it led last.
     taken: Taken,
     /// The leader and term at the end of the last turn.
     served_under: Option<(NodeId, Term)>,
 
+    /// Committed, and not applied yet.
+    unapplied: VecDeque<LogEntry>,
     /// What arrived in this turn.
     arrived: Arrived,
     /// Commands of this node's clients on their way.
@@ -189,8 +194,11 @@ impl<M: Machine> Replica<M> {
             next_publish_us: now.boot_us,
             admission,
             leadership: None,
+            #[cfg(conclave_plant)]
+            old_liveness: None,
             taken: Taken::default(),
             served_under: None,
+            unapplied: VecDeque::new(),
             arrived: Arrived::default(),
             pending: BTreeMap::new(),
             waiting: BTreeMap::new(),
@@ -250,13 +258,17 @@ impl<M: Machine> Replica<M> {
     /// When the next turn is due although nothing arrives, by CLOCK_BOOTTIME in
     /// microseconds.
     pub fn next_turn_us(&self) -> u64 {
-        if self.consensus.has_ready() || (self.reads.has_fresh() && self.can_confirm()) {
+        let is_behind = !self.unapplied.is_empty();
+        if is_behind || self.consensus.has_ready() || (self.reads.has_fresh() && self.can_confirm())
+        {
             return self.now.boot_us;
         }
-        let tell_us = self
-            .leadership
-            .as_ref()
-            .and_then(|leadership| leadership.tell_commit_us);
+        let applied = self.state.applied();
+        let leadership = self.leadership.as_ref();
+        if leadership.is_some_and(|leadership| leadership.is_expiry_due(applied)) {
+            return self.now.boot_us;
+        }
+        let tell_us = leadership.and_then(|leadership| leadership.tell_commit_us);
         let timer_us = self.leadership.as_ref().and_then(|leadership| {
             let due_us = self.state.next_due()?.saturating_mul(1_000);
             let wait_us = due_us.saturating_sub(self.clock.micros());
@@ -304,8 +316,12 @@ impl<M: Machine> Replica<M> {
         self.output
             .messages
             .extend(advanced.messages.into_iter().map(raft_message));
-        for entry in advanced.committed {
-            self.apply(&entry)?;
+        self.unapplied.extend(advanced.committed);
+        let mut changes = 0;
+        while changes < limits::CHANGES_PER_TURN_MAX
+            && let Some(entry) = self.unapplied.pop_front()
+        {
+            changes += self.apply(&entry)?;
         }
         self.follow_role();
         self.plan_to_tell_commit();
@@ -480,6 +496,10 @@ impl<M: Machine> Replica<M> {
             return;
         }
         if let Some(leadership) = self.leadership.take() {
+            #[cfg(conclave_plant)]
+            {
+                self.old_liveness = leadership.liveness;
+            }
             let parked = leadership.parked.into_values().flatten();
             let given_up = leadership.early.into_iter().chain(parked);
             for renewal in given_up.chain(self.reads.take_renewals()) {
@@ -559,13 +579,17 @@ impl<M: Machine> Replica<M> {
                 },
                 None => AnswerBody::SessionEnded(self.state.system().end_reason(id)),
             },
-            Query::Sessions => AnswerBody::Sessions {
-                log_time_ms: self.state.system().log_time(),
-                sessions: sessions
-                    .iter()
-                    .map(|(id, session)| (id, session.clone(), keyspace.keys_bound(id)))
-                    .collect(),
-            },
+            Query::Sessions { after, limit } => {
+                let mut behind = sessions.behind(after);
+                let listed = behind.by_ref().take(limit);
+                let listed =
+                    listed.map(|(id, session)| (id, session.clone(), keyspace.keys_bound(id)));
+                AnswerBody::Sessions {
+                    log_time_ms: self.state.system().log_time(),
+                    sessions: listed.collect(),
+                    more: behind.next().is_some(),
+                }
+            }
             Query::Range {
                 range,
                 revision,
@@ -583,7 +607,8 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    fn apply(&mut self, entry: &LogEntry) -> Result<(), Fatal> {
+    /// Applies an entry; how many keys it changed.
+    fn apply(&mut self, entry: &LogEntry) -> Result<usize, Fatal> {
         if entry.kind == EntryKind::Membership {
             let what = "a change of membership".to_owned();
             return Err(Fatal::Unknown {
@@ -591,6 +616,8 @@ impl<M: Machine> Replica<M> {
                 what,
             });
         }
+        #[cfg(conclave_plant)]
+        crate::plant::note_node_term(self.consensus.term());
         let applied = self.state.apply(entry.index, entry.term, &entry.data)?;
         self.note_own_digest()?;
         if self.leadership.is_none() && !entry.data.is_empty() {
@@ -601,6 +628,7 @@ impl<M: Machine> Replica<M> {
             resolved,
             events,
             lives,
+            changes,
         } = applied;
         for (origin, outcome) in outcomes {
             if let Some(leadership) = &mut self.leadership
@@ -623,7 +651,7 @@ impl<M: Machine> Replica<M> {
         }
         self.output.events.extend(events);
         self.follow_lives(entry.term, &lives);
-        Ok(())
+        Ok(changes)
     }
 
     fn wait_at(&mut self, place: Place, number: RequestNumber) {

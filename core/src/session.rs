@@ -126,6 +126,13 @@ impl Sessions {
         self.live.iter().map(|(id, session)| (*id, session))
     }
 
+    /// Live sessions behind this one, in order of id.
+    pub fn behind(&self, id: Option<SessionId>) -> impl Iterator<Item = (SessionId, &Session)> {
+        let from = id.map_or(Bound::Unbounded, Bound::Excluded);
+        let behind = self.live.range((from, Bound::Unbounded));
+        behind.map(|(id, session)| (*id, session))
+    }
+
     /// How many are alive.
     pub fn len(&self) -> usize {
         self.live.len()

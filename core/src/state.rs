@@ -63,6 +63,8 @@ pub struct Applied<M: Machine> {
     pub events: Vec<Event<M::Event>>,
     /// Sessions that began or ended, in order.
     pub lives: Vec<Life>,
+    /// How many keys were written or deleted: what it took.
+    pub changes: usize,
 }
 
 /// The end of a wait.
@@ -97,6 +99,7 @@ impl<M: Machine> Default for Applied<M> {
             resolved: Vec::new(),
             events: Vec::new(),
             lives: Vec::new(),
+            changes: 0,
         }
     }
 }
@@ -459,6 +462,7 @@ impl<M: Machine> State<M> {
         if changes.is_empty() {
             return;
         }
+        applied.changes += changes.len();
         let Settled { resolved, events } = self.machine.settle(changes, cause);
         let revision = self.keyspace.revision();
         for (place, result) in &resolved {

@@ -398,3 +398,94 @@ fn entries_that_replace_others_of_a_segment_that_was_cut_are_kept() {
     assert_eq!(recovered.first, replaced);
     assert_eq!(recovered.entries.last().unwrap().index, index + 1);
 }
+
+#[test]
+fn a_newest_segment_that_is_gone_is_missed() {
+    let whole = SimDisk::new();
+    write(&mut create(&whole), 1..=10);
+    let newest = whole.list().unwrap().pop().unwrap();
+    assert!(newest > segment(2), "{newest}");
+    let mut missing = whole.fork();
+    missing.remove(&newest).unwrap();
+    let message = refusal(&missing);
+    assert!(message.contains(&newest), "{message}");
+    for change in [
+        (|bytes| bytes.fill(0)) as fn(&mut Vec<u8>),
+        |bytes| bytes.clear(),
+        |bytes| bytes[60] ^= 1,
+    ] {
+        let mut damaged = whole.fork();
+        damaged.damage(&newest, change);
+        let message = refusal(&damaged);
+        assert!(message.contains(&newest), "{message}");
+    }
+}
+
+/// But where a record crosses the end of a step: a crash leaves the same.
+#[test]
+fn a_segment_that_is_cut_inside_a_step_is_refused() {
+    const STEPS: Layout = Layout {
+        segment_bytes: 1 << 20,
+        step_bytes: 2_048,
+    };
+    let whole = SimDisk::new();
+    let mut log = Log::create_with(whole.clone(), STEPS, identity(), facts()).unwrap();
+    write(&mut log, 1..=40);
+    log.mark().unwrap();
+    let length = whole.read(&segment(1)).unwrap().len() as u64;
+    assert!(length > 3 * STEPS.step_bytes);
+    // The one that crosses it, and the one that attests that.
+    let records_bytes = 400;
+    for cut in 1..length {
+        let mut damaged = whole.fork();
+        damaged.damage(&segment(1), |bytes| bytes.truncate(cut as usize));
+        // With less than its first mark there is no log, which is for others to miss.
+        let opened = Log::open(damaged);
+        let refused = matches!(opened, Ok(None) | Err(LogError::Damaged { .. }));
+        assert!(
+            refused || cut % STEPS.step_bytes < records_bytes,
+            "cut at {cut}: {opened:?}"
+        );
+    }
+}
+
+#[test]
+fn what_closes_a_segment_is_written_again() {
+    let mut disk = SimDisk::new();
+    write(&mut create(&disk), 1..=10);
+    let files = disk.list().unwrap();
+    let [.., before, newest] = &files[..] else {
+        panic!("{files:?}")
+    };
+    let closed = disk.read(before).unwrap();
+    let at = closed.iter().rposition(|byte| *byte != 0).unwrap();
+    disk.damage(before, |bytes| bytes[at] ^= 1);
+    let (log, recovered) = open(&disk);
+    assert_eq!(recovered.entries.len(), 10);
+    drop(log);
+    assert_eq!(disk.read(before).unwrap(), closed);
+    disk.remove(newest).unwrap();
+    refusal(&disk);
+}
+
+#[test]
+fn a_log_of_one_header_is_half_a_creation_or_damaged() {
+    let mut disk = SimDisk::new();
+    drop(create(&disk));
+    let header = disk.read(&segment(1)).unwrap();
+    let body = u32::from_le_bytes(header[4..8].try_into().unwrap()) as usize;
+    let end = (48 + body).next_multiple_of(8) + 8;
+    disk.damage(&segment(1), |bytes| bytes[end..].fill(0));
+    assert!(Log::open(disk.clone()).unwrap().is_none());
+    create(&disk);
+
+    write(&mut open(&disk).0, 1..=10);
+    let (mut log, _) = open(&disk);
+    log.mark().unwrap();
+    while log.cut(10).unwrap() {}
+    let newest = disk.list().unwrap().pop().unwrap();
+    assert_eq!(disk.list().unwrap(), std::slice::from_ref(&newest));
+    disk.damage(&newest, |bytes| bytes[end..].fill(0));
+    let message = refusal(&disk);
+    assert!(message.contains(&newest), "{message}");
+}

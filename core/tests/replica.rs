@@ -1603,3 +1603,101 @@ fn who_is_behind_a_log_that_was_cut_harms_nobody() {
     assert!(cluster.nodes.values().all(|node| node.fatal.is_none()));
     assert_eq!(cluster.nodes[&away].replica.state().applied(), reached);
 }
+
+#[test]
+fn a_turn_takes_no_more_than_it_bears_and_the_next_follows_at_once() {
+    let mut member = Member::open(NodeId(1), 1, ELECTION_MS);
+    let handle = member.handle.clone();
+    while !(member.serves() && handle.status().role == Role::Leader) {
+        member.turn();
+        thread::yield_now();
+    }
+    let asked = 2 * limits::REQUESTS_PER_TURN_MAX + 1;
+    let (told, answers) = mpsc::channel();
+    for number in 0..asked {
+        let told = told.clone();
+        let respond: Responder<Register> =
+            Box::new(move |answer| told.send((number, answer.is_ok())).unwrap());
+        handle.read(Query::Barrier, respond).unwrap();
+    }
+    let mut turns = 0;
+    let mut told = Vec::new();
+    while told.len() < asked {
+        member.turn();
+        turns += 1;
+        told.extend(answers.try_iter());
+        assert!(told.len() <= turns * limits::REQUESTS_PER_TURN_MAX);
+        if turns < 3 {
+            assert!(member.node.wait().is_zero());
+        }
+    }
+    assert!(told.into_iter().eq((0..asked).map(|number| (number, true))));
+}
+
+#[test]
+fn a_turn_applies_no_more_than_it_bears_and_the_next_follows_at_once() {
+    let mut member = Member::open(NodeId(1), 1, ELECTION_MS);
+    let handle = member.handle.clone();
+    while !(member.serves() && handle.status().role == Role::Leader) {
+        member.turn();
+        thread::yield_now();
+    }
+    let (told, answers) = mpsc::channel();
+    let respond = || -> Responder<Register> {
+        let told = told.clone();
+        Box::new(move |answer| told.send(answer.unwrap().body).unwrap())
+    };
+    let mut sessions = Vec::new();
+    for _ in 0..3 {
+        let open = command::Body::OpenSession(OpenSession::default());
+        handle.command(open, respond()).unwrap();
+    }
+    while sessions.len() < 3 {
+        member.turn();
+        for body in answers.try_iter() {
+            match body {
+                AnswerBody::SessionOpened { session, .. } => sessions.push(session),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    // Two of them take more than a turn.
+    let keys = limits::CHANGES_PER_TURN_MAX * 3 / 4;
+    for session in &sessions {
+        let put = |number: usize| Operation {
+            operation: Some(operation::Operation::Put(Put {
+                key: format!("{session}/{number}").into(),
+                value: Bytes::new(),
+                lease: session.0,
+            })),
+        };
+        let txn = Txn {
+            success: (0..keys).map(put).collect(),
+            ..Txn::default()
+        };
+        handle.command(command::Body::Txn(txn), respond()).unwrap();
+    }
+    let mut bound = 0;
+    while bound < 3 {
+        member.turn();
+        bound += answers.try_iter().count();
+    }
+    for session in &sessions {
+        let session_id = session.0;
+        let close = command::Body::CloseSession(CloseSession {
+            session_id,
+            attachment: 0,
+        });
+        handle.ending(close, respond()).unwrap();
+    }
+    let mut closed = Vec::new();
+    while closed.iter().sum::<usize>() < 3 {
+        member.turn();
+        closed.push(answers.try_iter().count());
+        if closed.ends_with(&[2]) {
+            assert!(member.node.wait().is_zero());
+        }
+    }
+    closed.retain(|answers| *answers > 0);
+    assert_eq!(closed, [2, 1]);
+}

@@ -8,22 +8,9 @@ use std::{
     time::Instant,
 };
 
-use crate::runner::{say, warn};
+use conclave_core::plant::NAMES;
 
-/// Every planted bug.
-const PLANTS: &[&str] = &[
-    "ack-before-fsync",
-    "reuse-read-context",
-    "renew-without-confirmation",
-    "clock-over-stall",
-    "grant-second",
-    "accept-stale-release",
-    "forget-lock-at-recovery",
-    "compact-locally",
-    "skip-lock-delay",
-    "retry-runs-twice",
-    "requests-left-out-of-checkpoint",
-];
+use crate::runner::{say, warn};
 
 /// How to look for them.
 #[derive(Clone, Debug, clap::Args)]
@@ -50,14 +37,14 @@ pub(crate) fn plant(name: &str) -> Result<(), String> {
     }
     Err(format!(
         "there is no planted bug `{name}`; there are {}",
-        PLANTS.join(", ")
+        NAMES.join(", ")
     ))
 }
 
 /// Says that this build has none.
 #[cfg(not(conclave_plant))]
 pub(crate) fn plant(name: &str) -> Result<(), String> {
-    let known = if PLANTS.contains(&name) {
+    let known = if NAMES.contains(&name) {
         ""
     } else {
         " (and none has that name)"
@@ -71,17 +58,17 @@ pub(crate) fn plant(name: &str) -> Result<(), String> {
 /// The command `plants`.
 pub(crate) fn run(options: &Options) -> ExitCode {
     if let Some(only) = &options.only
-        && !PLANTS.contains(&only.as_str())
+        && !NAMES.contains(&only.as_str())
     {
         say(&format!(
             "there is no planted bug `{only}`; there are {}\n",
-            PLANTS.join(", ")
+            NAMES.join(", ")
         ));
         return ExitCode::from(2);
     }
     let mut missed = Vec::new();
     let mut found = 0;
-    for name in PLANTS
+    for name in NAMES
         .iter()
         .filter(|name| options.only.as_deref().is_none_or(|only| only == **name))
     {

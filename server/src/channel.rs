@@ -27,6 +27,9 @@ const RUNNING_MAX: usize = limits::PENDING_COMMANDS_MAX;
 /// With so many, no more are read until answers have left. Not all of them wait for
 /// locks, so that does not take long, unless the client does not read.
 const TAKEN_MAX: usize = 2 * RUNNING_MAX;
+/// Frames taken in before others on this thread have their turn: a client sends some
+/// hundred calls in one.
+const FRAMES_MAX: usize = 4;
 /// Answers of one frame. The largest has some 2 KiB.
 const REPLIES_MAX: usize = 512;
 
@@ -92,15 +95,22 @@ impl Replies {
         if self.frames.is_some() && self.closed.as_mut().poll(cx).is_ready() {
             self.frames = None;
         }
-        while self.running.len() < TAKEN_MAX
-            && let Some(frames) = &mut self.frames
-            && let Poll::Ready(next) = frames.poll_next_unpin(cx)
-        {
+        for _ in 0..FRAMES_MAX {
+            if self.running.len() >= TAKEN_MAX {
+                return Ok(());
+            }
+            let Some(frames) = &mut self.frames else {
+                return Ok(());
+            };
+            let Poll::Ready(next) = frames.poll_next_unpin(cx) else {
+                return Ok(());
+            };
             match next.transpose()? {
                 Some(frame) => frame.calls.into_iter().for_each(|call| self.begin(call)),
                 None => self.frames = None,
             }
         }
+        cx.waker().wake_by_ref();
         Ok(())
     }
 

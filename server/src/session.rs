@@ -4,7 +4,7 @@ use std::{pin::Pin, sync::Arc};
 
 use async_trait::async_trait;
 use conclave_core::{
-    ids::Attachment,
+    ids::{Attachment, SessionId},
     limits,
     replica::{AnswerBody, Query},
 };
@@ -70,9 +70,10 @@ impl Session for SessionService {
 
     async fn list(
         &self,
-        _request: Request<v1::ListSessionsRequest>,
+        request: Request<v1::ListSessionsRequest>,
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
-        self.0.serve(Method::SessionList, list(&self.0)).await
+        let work = list(&self.0, request.into_inner());
+        self.0.serve(Method::SessionList, work).await
     }
 
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::SessionEvent, Status>> + Send>>;
@@ -196,11 +197,20 @@ pub(crate) async fn close(
     Ok(v1::CloseSessionResponse { header })
 }
 
-async fn list(gateway: &Gateway) -> Result<v1::ListSessionsResponse, Refusal> {
-    let answer = gateway.read(Query::Sessions).await?;
+async fn list(
+    gateway: &Gateway,
+    request: v1::ListSessionsRequest,
+) -> Result<v1::ListSessionsResponse, Refusal> {
+    let limit = match request.limit as usize {
+        0 => limits::LIST_SESSIONS_MAX,
+        limit => limit.min(limits::LIST_SESSIONS_MAX),
+    };
+    let after = (request.after != 0).then_some(SessionId(request.after));
+    let answer = gateway.read(Query::Sessions { after, limit }).await?;
     let AnswerBody::Sessions {
         log_time_ms,
         sessions,
+        more,
     } = answer.body
     else {
         return Err(ANOTHER_KIND);
@@ -210,5 +220,9 @@ async fn list(gateway: &Gateway) -> Result<v1::ListSessionsResponse, Refusal> {
         .map(|(id, session, keys)| convert::session_info(id, session, keys, log_time_ms))
         .collect();
     let header = gateway.header(answer.revision, answer.term);
-    Ok(v1::ListSessionsResponse { header, sessions })
+    Ok(v1::ListSessionsResponse {
+        header,
+        sessions,
+        more,
+    })
 }

@@ -310,3 +310,64 @@ async fn a_client_that_sends_more_than_it_reads_is_read_no_faster_in_the_end() {
     }
     node.stop().unwrap();
 }
+
+/// Calls of one frame, and frames of one round: more than the 65,536 that may wait.
+const CALLS: u64 = 20_000;
+const FRAMES: u64 = 8;
+
+/// Asks for a lock that another session holds in every call of a round; how many
+/// were refused for being too many.
+async fn flood(stream: &mut Stream, session: i64) -> usize {
+    let try_now = || Some(Request::AcquireLock(acquire("l", session, Some(0))));
+    let frames = stream.frames.clone().unwrap();
+    let send = async move {
+        for frame in 0..FRAMES {
+            let tags = frame * CALLS..(frame + 1) * CALLS;
+            let calls = tags.map(|tag| v1::Call {
+                tag,
+                request: try_now(),
+            });
+            let calls = calls.collect();
+            frames.send(v1::ClientFrame { calls }).await.unwrap();
+        }
+    };
+    let hear = async {
+        let mut answered = BTreeSet::new();
+        let mut overloaded = 0;
+        for _ in 0..FRAMES * CALLS {
+            let (tag, outcome) = stream.next().await.unwrap();
+            assert!(answered.insert(tag), "{tag} was answered twice");
+            match refused(outcome) {
+                (Code::ResourceExhausted, reason) if reason == "OVERLOADED" => overloaded += 1,
+                (_, reason) => assert_eq!(reason, "LOCK_HELD"),
+            }
+        }
+        overloaded
+    };
+    tokio::join!(send, hear).1
+}
+
+#[tokio::test]
+async fn more_calls_than_may_wait_are_told_to_come_again() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let mut stream = Stream::open(&client).await;
+    let (one, two) = (stream.open_session().await, stream.open_session().await);
+    let token = granted(stream.call(1, lock(one).unwrap()).await);
+    // A machine with many processors may keep up for a while.
+    let mut overloaded = 0;
+    for _ in 0..20 {
+        overloaded += flood(&mut stream, two).await;
+        if overloaded > 0 {
+            break;
+        }
+    }
+    assert!(overloaded > 0, "every call was taken");
+    let again = Request::AcquireLock(acquire("l", two, Some(0)));
+    assert_eq!(refused(stream.call(2, again).await).1, "LOCK_HELD");
+    let given_up = Request::ReleaseLock(release(one, token));
+    let released = stream.call(3, given_up).await;
+    assert!(matches!(released, Outcome::ReleaseLock(_)));
+    node.stop().unwrap();
+}

@@ -494,7 +494,7 @@ async fn a_session_that_is_not_renewed_expires_and_one_that_is_does_not() {
     assert!(!renewing.is_finished());
     let listed = client
         .sessions()
-        .list(v1::ListSessionsRequest {})
+        .list(v1::ListSessionsRequest::default())
         .await
         .unwrap()
         .into_inner();
@@ -505,6 +505,29 @@ async fn a_session_that_is_not_renewed_expires_and_one_that_is_does_not() {
         .collect();
     assert_eq!(ids, [kept]);
     renewing.abort();
+}
+
+#[tokio::test]
+async fn sessions_are_listed_in_pages() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let mut opened = Vec::new();
+    for _ in 0..5 {
+        opened.push(client.open("").await);
+    }
+    opened.sort_unstable();
+    let mut listed = Vec::new();
+    for (number, more) in [(2, true), (2, true), (1, false)] {
+        let request = v1::ListSessionsRequest {
+            limit: 2,
+            after: listed.last().copied().unwrap_or(0),
+        };
+        let page = client.sessions().list(request).await.unwrap().into_inner();
+        assert_eq!((page.sessions.len(), page.more), (number, more));
+        listed.extend(page.sessions.iter().map(|session| session.session_id));
+    }
+    assert_eq!(listed, opened);
 }
 
 #[tokio::test]

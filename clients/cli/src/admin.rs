@@ -1,4 +1,4 @@
-//! Commands that look at a cluster, and the one that interferes.
+//! Commands that look at a cluster, and those that interfere.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use conclave_client::{Client, Contender, Error, LockInfo, ServerStatus, SessionI
 use serde_json::{Value, json};
 
 use crate::{
-    cli::{DEFAULT_ENDPOINT, Global, LocksArgs, UnlockArgs},
+    cli::{CompactArgs, DEFAULT_ENDPOINT, Global, LocksArgs, UnlockArgs},
     duration,
     failure::{Failure, GENERAL, UNREACHED},
     output::{self, Format, hex, session_hex},
@@ -68,6 +68,40 @@ fn delayed(name: &str, left_ms: u64) -> Failure {
     let text =
         format!("nobody holds `{name}`: its lock-delay ends in {left}; --skip-delay ends it now");
     Failure::new(GENERAL, text)
+}
+
+/// `conclave compact`. Without a revision, up to the highest that any server knows.
+pub(crate) async fn compact(args: CompactArgs, global: Global) -> Result<u8, Failure> {
+    let client = connect(&global)?;
+    let revision = match args.revision {
+        Some(revision) => revision,
+        None => newest_revision(&client.status().await)?,
+    };
+    client.compact(revision).await?;
+    match global.output {
+        Format::Json => output::json(&json!({ "compacted_revision": revision }))?,
+        Format::Table => output::text(&format!("history begins with revision {revision} now\n"))?,
+    }
+    Ok(0)
+}
+
+fn newest_revision(servers: &[ServerStatus]) -> Result<u64, Failure> {
+    let answered = servers
+        .iter()
+        .filter_map(|server| server.status.as_ref().ok());
+    let revisions = answered.filter_map(|status| status.header.map(|header| header.revision));
+    let no_answer = || Failure::new(UNREACHED, "no server answered");
+    revisions.max().ok_or_else(no_answer)
+}
+
+/// `conclave disarm`.
+pub(crate) async fn disarm(global: Global) -> Result<u8, Failure> {
+    connect(&global)?.disarm().await?;
+    match global.output {
+        Format::Json => output::json(&json!({ "disarmed": true }))?,
+        Format::Table => output::text("all alarms are cleared\n")?,
+    }
+    Ok(0)
 }
 
 /// `conclave locks`.

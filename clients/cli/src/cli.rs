@@ -73,6 +73,12 @@ pub(crate) enum Command {
     /// Ask each server how it is.
     #[command(after_help = STATUS_HELP)]
     Status,
+    /// Give up history, to make room.
+    #[command(after_help = COMPACT_HELP)]
+    Compact(CompactArgs),
+    /// Clear all alarms.
+    #[command(after_help = DISARM_HELP)]
+    Disarm,
     /// Look at the data directory of a server that does not run.
     #[command(after_help = CHECK_DATA_HELP)]
     CheckData(CheckDataArgs),
@@ -149,6 +155,24 @@ shows on /readyz of each server.
 Examples:
   conclave status --endpoints 10.0.0.1:2379,10.0.0.2:2379,10.0.0.3:2379
   conclave status -o json | jq '.servers[] | select(.role == \"leader\") | .endpoint'";
+
+const COMPACT_HELP: &str = "\
+Reads of revisions below this one are refused from then on; what is there now
+stays. Without a revision, all history is given up. The leader compacts by
+itself, too: see --auto-compaction-mode of the server.
+
+Examples:
+  conclave compact
+  conclave compact 100000";
+
+const DISARM_HELP: &str = "\
+The alarm NOSPACE is raised when the state has reached its quota, and refuses what
+would let it grow. Make room first (compact, close sessions) or raise the quota:
+while its cause lasts, the alarm is raised again at once. `conclave status` shows
+alarms.
+
+Example:
+  conclave compact && conclave disarm";
 
 const CHECK_DATA_HELP: &str = "\
 Says what the directory holds, whether it verifies, and whether a server would
@@ -240,6 +264,12 @@ pub(crate) struct LocksArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct CompactArgs {
+    /// Becomes the lowest revision that can be read; default: the present one.
+    pub(crate) revision: Option<u64>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct CheckDataArgs {
     /// What the server was given as --data-dir.
     #[arg(value_name = "DIR")]
@@ -256,26 +286,58 @@ pub(crate) struct BenchArgs {
 pub(crate) enum BenchCommand {
     /// Acquire and release locks.
     #[command(
-        after_help = "One operation is an acquire and a release, both acknowledged. Checked meanwhile:\ntokens grow, and nobody else holds. Exit 0 only if ops > 0 and violations = 0.\n\nExample:\n  conclave bench lock --clients 64 --seconds 10 --hot -o json"
+        after_help = "One operation is an acquire and a release, both acknowledged. Checked meanwhile:\ntokens grow, and nobody else holds. Exit 0 only if ops > 0 and violations = 0.\n\nExamples:\n  conclave bench lock --clients 64 --seconds 10 --hot -o json\n  conclave bench lock --clients 100000 --owners 100 --hot     (a hundred thousand wait)\n  conclave bench lock --held 1000000                (while others hold a million)"
     )]
-    Lock(BenchLoad),
+    Lock(BenchLock),
+    /// Keep sessions alive, and perhaps vanish.
+    #[command(
+        after_help = "Counts the sessions that were lost. Exit 0 only if none was and, with --vanish, all\nhad ended in the cluster within their TTL and 5 s.\n\nExample:\n  conclave bench sessions --sessions 100000 --connections 16 --seconds 300 --vanish"
+    )]
+    Sessions(BenchSessions),
 }
 
 #[derive(Clone, Debug, Args)]
-pub(crate) struct BenchLoad {
-    /// Clients, each with its own session and one request in flight.
+pub(crate) struct BenchLock {
+    /// Clients, each with one request in flight, and its own session unless there are
+    /// owners.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub(crate) clients: u32,
+    /// Clients that share a session, each as an owner of its own.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    pub(crate) owners: u32,
     /// For how long.
     #[arg(long, default_value = "10", value_parser = duration::parse)]
     pub(crate) seconds: Duration,
-    /// All on one lock, so that each operation is a hand-off.
+    /// All on one lock, so that each operation is a hand-off. The time begins when
+    /// all wait.
     #[arg(long)]
     pub(crate) hot: bool,
+    /// Locks that others hold meanwhile.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=10_000_000))]
+    pub(crate) held: u32,
     /// Connections that the clients share; by default 4, or fewer for fewer
     /// clients.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub(crate) connections: Option<u32>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchSessions {
+    /// How many sessions.
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) sessions: u32,
+    /// Their TTL.
+    #[arg(long, default_value = "10s", value_parser = duration::parse)]
+    pub(crate) ttl: Duration,
+    /// For how long they are kept.
+    #[arg(long, default_value = "10", value_parser = duration::parse)]
+    pub(crate) seconds: Duration,
+    /// Connections that they share.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) connections: u32,
+    /// Leave without a word then, and watch them expire.
+    #[arg(long)]
+    pub(crate) vanish: bool,
 }
 
 #[cfg(test)]
@@ -300,12 +362,17 @@ mod tests {
             "sessions -o table",
             "status",
             "check-data /var/lib/conclave -o json",
+            "compact",
+            "compact 17 -o json",
+            "disarm",
             "unlock deploy --force --reason maintenance",
             "unlock deploy --force --reason maintenance --skip-delay",
             "lock deploy --lock-delay 5s -- true",
             "dev",
             "dev --nodes 5 --port 4000 --data-dir /tmp/x -- make test",
             "bench lock --clients 64 --seconds 10 --hot --connections 4 -o json",
+            "bench lock --clients 100000 --owners 100 --hot --held 1000000",
+            "bench sessions --sessions 100000 --ttl 10s --connections 16 --seconds 300 --vanish",
             "completions zsh",
         ] {
             let args = std::iter::once("conclave").chain(line.split(' '));
@@ -329,6 +396,7 @@ mod tests {
             "dev --nodes 0",
             "dev --port 70000",
             "check-data",
+            "compact all",
             "bench",
             "bench lock --clients 0",
             "locks -o yaml",

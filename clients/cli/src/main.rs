@@ -58,6 +58,8 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Locks(args) => run(admin::locks(args, global)),
         Command::Sessions => run(admin::sessions(global)),
         Command::Status => run(admin::status(global)),
+        Command::Compact(args) => run(admin::compact(args, global)),
+        Command::Disarm => run(admin::disarm(global)),
         Command::CheckData(args) => check_data::run(&args, &global),
         Command::Bench(args) => run(bench::run(args, global)),
         Command::Completions { shell } => {

@@ -212,15 +212,55 @@ impl Client {
         Ok(answer.held)
     }
 
-    /// All live sessions. Linearizable.
+    /// All live sessions, in order of id. Linearizable for up to 1,000; more come in
+    /// several reads.
     pub async fn sessions(&self) -> Result<Vec<SessionInfo>, Error> {
+        let mut sessions: Vec<SessionInfo> = Vec::new();
+        loop {
+            let request = v1::ListSessionsRequest {
+                limit: 0,
+                after: sessions.last().map_or(0, |session| session.session_id),
+            };
+            let call = |channel| async move {
+                let mut client =
+                    SessionClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+                client.list(request).await
+            };
+            let page = self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await?;
+            let is_empty = page.sessions.is_empty();
+            sessions.extend(page.sessions);
+            if !page.more || is_empty {
+                return Ok(sessions);
+            }
+        }
+    }
+
+    /// Gives up the history below a revision: reads of it are refused from then on.
+    /// What is there now stays. Does nothing if that is given up already.
+    ///
+    /// # Errors
+    /// [`Error::Server`] with the reason `REVISION_FUTURE` for one that was not
+    /// reached yet.
+    pub async fn compact(&self, revision: u64) -> Result<(), Error> {
         let call = |channel| async move {
-            let mut client =
-                SessionClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
-            client.list(v1::ListSessionsRequest {}).await
+            let request = v1::CompactRequest { revision };
+            ClusterClient::new(channel).compact(request).await
         };
-        let answer = self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await?;
-        Ok(answer.sessions)
+        let compacted = self.transport.repeat(PATIENCE, ATTEMPT_TIMEOUT, call).await;
+        match compacted {
+            Err(Error::Server { reason, .. }) if reason == "REVISION_COMPACTED" => Ok(()),
+            compacted => compacted.map(drop),
+        }
+    }
+
+    /// Clears all alarms. One whose cause lasts is raised again at once.
+    pub async fn disarm(&self) -> Result<(), Error> {
+        let call = |channel| async move {
+            let request = v1::DisarmRequest {};
+            ClusterClient::new(channel).disarm(request).await
+        };
+        let disarmed = self.transport.repeat(PATIENCE, ATTEMPT_TIMEOUT, call).await;
+        disarmed.map(drop)
     }
 
     /// What each known server says about itself. Each is asked once, all at

@@ -23,8 +23,9 @@ use crate::{
     transport::{ATTEMPT_TIMEOUT, Backoff, Failed},
 };
 
-/// How often a waiting call checks that its server is still the one to ask.
-const LOOK_AROUND: Duration = Duration::from_secs(1);
+/// How long a waiting call stays with a server that the rest of the client has left:
+/// it may come back to it.
+const STAYS_WITHIN: Duration = Duration::from_secs(1);
 
 /// A request for a lock; await it. Made by [`Session::lock`].
 ///
@@ -382,7 +383,12 @@ impl Pending {
         let (index, calls) = transport.calls();
         let mut call = pin!(calls.call(request));
         loop {
-            match timeout(LOOK_AROUND, &mut call).await {
+            tokio::select! {
+                biased;
+                result = &mut call => return transport.settle(index, result),
+                () = transport.left(index) => {}
+            }
+            match timeout(STAYS_WITHIN, &mut call).await {
                 Ok(result) => return transport.settle(index, result),
                 Err(_) if transport.is_current(index) => {}
                 Err(_) => {

@@ -3,6 +3,7 @@
 //! by tonic; which of them to use is decided by [`Routes`].
 
 use std::{
+    mem,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -10,6 +11,7 @@ use std::{
 use conclave_proto::v1::{self, ResponseHeader, cluster_client::ClusterClient};
 use tokio::{
     runtime::Handle,
+    sync::watch,
     time::{Instant, sleep, timeout},
 };
 use tonic::{
@@ -49,6 +51,8 @@ const EARLY_PAUSES: u32 = 60;
 #[derive(Debug)]
 pub(crate) struct Transport {
     servers: Mutex<Servers>,
+    /// The server to use now, for those who wait until it is another.
+    current: watch::Sender<usize>,
     runtime: Handle,
 }
 
@@ -104,6 +108,8 @@ answers!(
     ForceReleaseResponse,
     ListLocksResponse,
     CheckResponse,
+    CompactResponse,
+    DisarmResponse,
     StatusResponse
 );
 
@@ -132,6 +138,7 @@ impl Transport {
         let runtime = Handle::current();
         servers.connect_new(&runtime);
         Ok(Transport {
+            current: watch::Sender::new(servers.routes.current()),
             servers: Mutex::new(servers),
             runtime,
         })
@@ -159,6 +166,13 @@ impl Transport {
     /// Whether this is still the server to use.
     pub(crate) fn is_current(&self, index: usize) -> bool {
         self.servers().routes.current() == index
+    }
+
+    /// Resolves when this is not the server to use.
+    pub(crate) async fn left(&self, index: usize) {
+        let mut current = self.current.subscribe();
+        let left = current.wait_for(|current| *current != index).await;
+        left.expect("its sender is in `self`");
     }
 
     /// Every known server with its address.
@@ -282,19 +296,17 @@ impl Transport {
     }
 
     fn note_header(self: &Arc<Self>, index: usize, header: &ResponseHeader) {
-        let mut servers = self.servers();
-        servers.routes.answered(index, header.member_id);
-        let leads = header.leader_id == header.member_id;
-        if leads || header.leader_id == 0 || servers.routes.current() != index {
-            return;
-        }
-        if servers
-            .routes
-            .prefer_member(header.leader_id, clock::now())
-            .is_none()
-        {
-            servers.search(self);
-        }
+        self.change(|servers| {
+            servers.routes.answered(index, header.member_id);
+            let leads = header.leader_id == header.member_id;
+            if leads || header.leader_id == 0 || servers.routes.current() != index {
+                return;
+            }
+            let leader = header.leader_id;
+            if servers.routes.prefer_member(leader, clock::now()).is_none() {
+                servers.search(self);
+            }
+        });
     }
 
     /// Whether the leader was among the members and is preferred now.
@@ -302,23 +314,23 @@ impl Transport {
         let Some(header) = status.header.as_ref() else {
             return false;
         };
-        let mut servers = self.servers();
-        servers.routes.answered(index, header.member_id);
-        for member in &status.members {
-            if member.id != header.member_id {
-                servers.routes.learn(member.id, &member.client_urls);
+        self.change(|servers| {
+            servers.routes.answered(index, header.member_id);
+            for member in &status.members {
+                if member.id != header.member_id {
+                    servers.routes.learn(member.id, &member.client_urls);
+                }
             }
-        }
-        servers.connect_new(&self.runtime);
-        servers.routes.prefer_member(header.leader_id, clock::now()) == Some(true)
+            servers.connect_new(&self.runtime);
+            servers.routes.prefer_member(header.leader_id, clock::now()) == Some(true)
+        })
     }
 
     /// Draws the conclusions from a failure of the server at `index`. Whether
     /// the next call goes to another.
     pub(crate) fn note_failure(&self, index: usize, failure: &Failure) -> bool {
         let now = clock::now();
-        let mut servers = self.servers();
-        match failure {
+        self.change(|servers| match failure {
             Failure::Refused(_) | Failure::Overloaded { .. } => false,
             Failure::NotApplied {
                 leader: Some(leader),
@@ -338,7 +350,19 @@ impl Transport {
             Failure::NotApplied { .. } | Failure::Unknown { .. } => {
                 servers.routes.failed(index, now)
             }
-        }
+        })
+    }
+
+    /// Changes what is known, and tells who waits for another server.
+    fn change<T>(&self, change: impl FnOnce(&mut Servers) -> T) -> T {
+        let mut servers = self.servers();
+        let result = change(&mut servers);
+        let newest = servers.routes.current();
+        self.current.send_if_modified(|current| {
+            let before = mem::replace(current, newest);
+            before != newest
+        });
+        result
     }
 
     fn servers(&self) -> MutexGuard<'_, Servers> {

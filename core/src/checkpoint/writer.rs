@@ -113,6 +113,7 @@ fn write(
     store.write(at, &mut rows)?;
     drop(rows);
     if is_given_up.load(Ordering::Relaxed) {
+        store.remove(at)?;
         return Err(WriteError::Ended);
     }
     read(store, at).map_err(WriteError::NotReadBack)?;

@@ -2,7 +2,7 @@
 
 use bytes::{Buf, BufMut, Bytes, TryGetError};
 
-use super::{Batch, EntryKind, Facts, HardState, Identity, LogEntry};
+use super::{Batch, EntryKind, Facts, HardState, Identity, Layout, LogEntry};
 use crate::ids::{Index, NodeId};
 
 /// The version of the format that this code writes, and the only one it reads.
@@ -84,9 +84,11 @@ impl From<TryGetError> for Malformed {
     }
 }
 
-pub(super) fn put_header(buffer: &mut Vec<u8>, standing: &Standing) {
+pub(super) fn put_header(buffer: &mut Vec<u8>, standing: &Standing, layout: Layout) {
     buffer.put_u8(HEADER);
     buffer.put_u32_le(FORMAT_VERSION);
+    buffer.put_u64_le(layout.segment_bytes);
+    buffer.put_u64_le(layout.step_bytes);
     buffer.put_u64_le(standing.identity.cluster);
     buffer.put_u64_le(standing.identity.node.0);
     buffer.put_u64_le(standing.identity.incarnation);
@@ -96,7 +98,7 @@ pub(super) fn put_header(buffer: &mut Vec<u8>, standing: &Standing) {
     buffer.put_u64_le(standing.next);
 }
 
-pub(super) fn header(mut body: Bytes) -> Result<Standing, Malformed> {
+pub(super) fn header(mut body: Bytes) -> Result<(Standing, Layout), Malformed> {
     if body.try_get_u8()? != HEADER {
         return Err(Malformed::Content("no header where one should be"));
     }
@@ -104,6 +106,10 @@ pub(super) fn header(mut body: Bytes) -> Result<Standing, Malformed> {
     if version != FORMAT_VERSION {
         return Err(Malformed::Version(version));
     }
+    let layout = Layout {
+        segment_bytes: body.try_get_u64_le()?,
+        step_bytes: body.try_get_u64_le()?.max(1),
+    };
     let standing = Standing {
         identity: Identity {
             cluster: body.try_get_u64_le()?,
@@ -120,7 +126,7 @@ pub(super) fn header(mut body: Bytes) -> Result<Standing, Malformed> {
         return Err(Malformed::Content("a header that contradicts itself"));
     }
     finish(&body)?;
-    Ok(standing)
+    Ok((standing, layout))
 }
 
 pub(super) fn put_batch(buffer: &mut Vec<u8>, batch: &Batch) {
@@ -307,8 +313,8 @@ mod tests {
             let bytes = encoded(|buffer| put_batch(buffer, &original));
             assert_eq!(batch(bytes), Ok(original));
         }
-        let bytes = encoded(|buffer| put_header(buffer, &standing()));
-        assert_eq!(header(bytes), Ok(standing()));
+        let bytes = encoded(|buffer| put_header(buffer, &standing(), Layout::default()));
+        assert_eq!(header(bytes), Ok((standing(), Layout::default())));
     }
 
     #[test]
@@ -321,7 +327,7 @@ mod tests {
 
     #[test]
     fn nothing_that_is_cut_or_longer_is_taken_for_a_header() {
-        let bytes = encoded(|buffer| put_header(buffer, &standing()));
+        let bytes = encoded(|buffer| put_header(buffer, &standing(), Layout::default()));
         for length in 0..bytes.len() {
             header(bytes.slice(..length)).unwrap_err();
         }
@@ -346,7 +352,8 @@ mod tests {
 
     #[test]
     fn another_version_is_named() {
-        let mut bytes = encoded(|buffer| put_header(buffer, &standing())).to_vec();
+        let mut bytes =
+            encoded(|buffer| put_header(buffer, &standing(), Layout::default())).to_vec();
         bytes[1] = 9;
         assert_eq!(header(bytes.into()), Err(Malformed::Version(9)));
     }

@@ -10,8 +10,9 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 
 use super::{
-    Inspection, LogEntry, LogError, Older, Recovered,
+    Inspection, Layout, LogEntry, LogError, Older, Recovered,
     body::{self, FORMAT_VERSION, Malformed, Standing},
+    close,
     record::{self, Link, Position, Record},
     segment_name,
 };
@@ -40,6 +41,10 @@ pub(super) struct Found {
     /// The index of the first entry, or of the next one if there are none.
     first: Index,
     newest: Segment,
+    /// How the newest segment takes up space.
+    pub(super) layout: Layout,
+    /// What closes the segment before the newest, and whether that was there.
+    closing: Option<(Link, bool)>,
     /// A segment behind the newest whose header was never completed.
     torn: Option<Segment>,
 }
@@ -73,9 +78,22 @@ pub(super) fn read(disk: &impl Disk) -> Result<Contents, LogError> {
         torn.check_never_completed(&row)?;
     }
     let Some(mut found) = found else {
-        return Ok(Contents::HalfCreated);
+        return match torn {
+            Some(torn) if newest > FIRST_SEGMENT => Err(torn.damaged(0, "its header is damaged")),
+            _ => Ok(Contents::HalfCreated),
+        };
     };
     found.check_attested(torn.as_ref())?;
+    if found.older.is_empty() && found.is_fresh() {
+        // A log is durable no sooner than the mark behind its first header, and is
+        // never cut back to a header that nothing attests.
+        return match found.newest.number {
+            FIRST_SEGMENT => Ok(Contents::HalfCreated),
+            _ => Err(found
+                .newest
+                .damaged(found.tail.at.offset, "its records are gone")),
+        };
+    }
     found.torn = torn;
     Ok(Contents::Log(Box::new(found)))
 }
@@ -110,11 +128,13 @@ fn row(disk: &impl Disk) -> Result<Vec<u64>, LogError> {
 impl Found {
     /// Goes on into the next segment, whose header is given, and through it.
     fn enter(before: Option<Self>, segment: Segment, header: &Record) -> Result<Self, LogError> {
-        let standing = body::header(segment.body(header)).map_err(|e| segment.malformed(0, e))?;
+        let (standing, layout) =
+            body::header(segment.body(header)).map_err(|e| segment.malformed(0, e))?;
         let mut found = match before {
             Some(before) => before.continued(segment, header, &standing)?,
             None => Self::first(segment, header, standing)?,
         };
+        found.layout = layout;
         found.follow(header);
         while let Some(record) = found.next_record() {
             found.replay(&record)?;
@@ -137,6 +157,8 @@ impl Found {
             length: segment.bytes.len() as u64,
             older: VecDeque::new(),
             newest: segment,
+            layout: Layout::default(),
+            closing: None,
             torn: None,
         })
     }
@@ -159,6 +181,12 @@ impl Found {
             length: self.length,
             behind: self.behind,
         });
+        let closing = Link {
+            attested: segment.at(header.end),
+            ..self.tail
+        };
+        let found = self.newest.record(closing.at.offset);
+        self.closing = Some((closing, found.is_some_and(|record| record.link == closing)));
         self.behind = standing.next;
         self.length = segment.bytes.len() as u64;
         self.tail.at = segment.at(0);
@@ -166,10 +194,15 @@ impl Found {
         Ok(self)
     }
 
-    /// The record at the end, if it follows what was read.
+    /// The record at the end, if it follows what was read, and does not close the
+    /// segment.
     fn next_record(&self) -> Option<Record> {
         let record = self.newest.record(self.tail.at.offset)?;
-        (record.link.previous == self.tail.previous).then_some(record)
+        let Link {
+            previous, attested, ..
+        } = record.link;
+        let follows = previous == self.tail.previous && attested.segment <= self.newest.number;
+        follows.then_some(record)
     }
 
     fn follow(&mut self, record: &Record) {
@@ -205,18 +238,37 @@ impl Found {
         Ok(())
     }
 
-    /// Refuses if any record behind the end says that more was durable.
+    /// Refuses if any record behind the end says that more was durable, or the file
+    /// is shorter than it was then.
     fn check_attested(&self, torn: Option<&Segment>) -> Result<(), LogError> {
         let end = self.tail.at;
         let behind = record::scan(&self.newest.bytes, end);
         let in_torn = torn.into_iter().flat_map(Segment::records);
         for Record { link, .. } in behind.chain(in_torn) {
+            if link.attested.segment > end.segment {
+                return Err(LogError::Damaged {
+                    file: segment_name(link.attested.segment),
+                    offset: 0,
+                    reason: match torn {
+                        Some(_) => "its header is damaged",
+                        None => "the file is missing, and was there",
+                    },
+                });
+            }
             // One that lies at the very end and attests all before it, but does
             // not follow it, was written behind something else.
             if link.attested > end || (link.attested == end && link.at == end) {
                 let reason = "a later record says that what was here is durable";
                 return Err(self.newest.damaged(end.offset, reason));
             }
+        }
+        let attested = match self.closing {
+            Some((closing, true)) => self.tail.attested.max(closing.attested),
+            _ => self.tail.attested,
+        };
+        if attested.segment == end.segment && self.length < self.layout.length(attested.offset) {
+            let reason = "it is shorter than it was when it was synced";
+            return Err(self.newest.damaged(self.length, reason));
         }
         Ok(())
     }
@@ -240,12 +292,20 @@ impl Found {
             0
         };
         let mut bytes = self.newest.bytes.slice(from as usize..).to_vec();
-        bytes[(end.offset - from) as usize..].fill(0);
+        bytes.truncate((end.offset - from) as usize);
+        // It may end anywhere if the disk was full.
+        self.length = self.layout.length(self.length);
+        bytes.resize((self.length - from) as usize, 0);
         let name = &self.newest.name;
         disk.write(name, from, &bytes)
             .map_err(LogError::io("writing", name))?;
         disk.sync(name).map_err(LogError::io("syncing", name))?;
-        disk.sync_directory().map_err(LogError::io("syncing", "."))
+        disk.sync_directory()
+            .map_err(LogError::io("syncing", "."))?;
+        match &self.closing {
+            Some((closing, _)) => close(disk, closing),
+            None => Ok(()),
+        }
     }
 
     /// Whether the newest segment holds nothing but its header.
@@ -457,7 +517,7 @@ mod tests {
         log(&disk);
         let mut header = Vec::new();
         record::begin(&mut header);
-        body::put_header(&mut header, &found(&disk).standing);
+        body::put_header(&mut header, &found(&disk).standing, Layout::default());
         header[49] = 2;
         let at = Position {
             segment: 1,

@@ -98,8 +98,13 @@ pub enum Query<M: Machine> {
     Barrier,
     /// A session, or why there is none.
     Session(SessionId),
-    /// All live sessions.
-    Sessions,
+    /// Live sessions, in order of id.
+    Sessions {
+        /// Only those behind this one; `None` from the first on.
+        after: Option<SessionId>,
+        /// At most so many.
+        limit: usize,
+    },
     /// Keys, now or at an earlier revision.
     Range {
         /// Which keys.
@@ -169,6 +174,8 @@ pub enum AnswerBody<M: Machine> {
         log_time_ms: u64,
         /// In order of id.
         sessions: Vec<(SessionId, Session, usize)>,
+        /// Whether there are more behind the last one.
+        more: bool,
     },
     /// To `Query::Range`.
     Range(Result<Vec<Record>, RevisionError>),

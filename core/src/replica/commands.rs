@@ -11,7 +11,7 @@ use prost::Message as _;
 use super::{Arrived, Failure, Pending, Replica, reads::Renewer, to};
 use crate::{
     APPLY_VERSION,
-    ids::{Attachment, NodeId, RequestNumber},
+    ids::{Attachment, NodeId, RequestNumber, SessionId},
     limits,
     machine::Machine,
 };
@@ -56,7 +56,14 @@ impl<M: Machine> Replica<M> {
         for (from, of) in arrived.renewals {
             self.take_renewal(from, of);
         }
-        for commands in packed(commands) {
+        let keyspace = self.state.keyspace();
+        let closed = |command: &Command| match &command.body {
+            Some(command::Body::CloseSession(close)) => {
+                keyspace.keys_bound(SessionId(close.session_id))
+            }
+            _ => 0,
+        };
+        for commands in packed(commands, closed) {
             self.propose(commands);
         }
         self.expire();
@@ -122,7 +129,15 @@ impl<M: Machine> Replica<M> {
         let Some(liveness) = &mut leadership.liveness else {
             return;
         };
-        let due = liveness.expire(now_us, limits::EXPIRIES_PER_COMMAND_MAX);
+        // One at a time, so that expiry does not crowd out others where it is applied.
+        if leadership.expiry_entry > self.state.applied() {
+            return;
+        }
+        let keyspace = self.state.keyspace();
+        let work = |session: SessionId| 1 + keyspace.keys_bound(session);
+        let due = liveness.expire(now_us, limits::EXPIRY_WORK_PER_COMMAND_MAX, work);
+        leadership.expires_more =
+            due.iter().copied().map(work).sum::<usize>() >= limits::EXPIRY_WORK_PER_COMMAND_MAX;
         if due.is_empty() {
             return;
         }
@@ -132,11 +147,18 @@ impl<M: Machine> Replica<M> {
             session_ids,
         };
         let body = Some(command::Body::ExpireSessions(expire));
-        if !self.propose(vec![Command { origin: None, body }])
-            && let Some(leadership) = &mut self.leadership
-            && let Some(liveness) = &mut leadership.liveness
-        {
-            liveness.expiry_dropped(&due);
+        let is_proposed = self.propose(vec![Command { origin: None, body }]);
+        let entry = self.consensus.last_index();
+        let Some(leadership) = &mut self.leadership else {
+            return;
+        };
+        match &mut leadership.liveness {
+            _ if is_proposed => leadership.expiry_entry = entry,
+            Some(liveness) => {
+                liveness.expiry_dropped(&due);
+                leadership.expires_more = false;
+            }
+            None => {}
         }
     }
 
@@ -203,7 +225,7 @@ impl<M: Machine> Replica<M> {
                 });
             }
         }
-        for commands in packed(commands) {
+        for commands in packed(commands, |_| 0) {
             self.send_forward(leader, commands);
         }
         self.publish_self();
@@ -294,21 +316,25 @@ impl<M: Machine> Replica<M> {
     }
 }
 
-/// Commands in order, in as few lots as the limits of an entry allow.
-fn packed(commands: Vec<Command>) -> Vec<Vec<Command>> {
+/// Commands in order, in as few lots as the limits of an entry allow. `closed` says how
+/// many keys go with a session that one closes.
+fn packed(commands: Vec<Command>, closed: impl Fn(&Command) -> usize) -> Vec<Vec<Command>> {
     let mut lots: Vec<Vec<Command>> = Vec::new();
-    let mut bytes = 0;
+    let (mut bytes, mut keys) = (0, 0);
     for command in commands {
-        let size = command.encoded_len();
+        let (size, going) = (command.encoded_len(), closed(&command));
         bytes += size;
+        keys += going;
         match lots.last_mut() {
             Some(lot)
-                if lot.len() < limits::ENTRY_COMMANDS_MAX && bytes <= limits::ENTRY_BYTES_MAX =>
+                if lot.len() < limits::ENTRY_COMMANDS_MAX
+                    && bytes <= limits::ENTRY_BYTES_MAX
+                    && keys <= limits::ENTRY_CLOSED_KEYS_MAX =>
             {
                 lot.push(command);
             }
             _ => {
-                bytes = size;
+                (bytes, keys) = (size, going);
                 lots.push(vec![command]);
             }
         }
@@ -337,5 +363,32 @@ fn may_be_forwarded<M: Machine>(from: NodeId, boot: u64, command: &Command) -> b
         Some(command::Body::ExpireSessions(_) | command::Body::RaiseApplyVersion(_)) | None => {
             false
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_closes_sessions_with_so_many_keys_or_one_with_more() {
+        let keys = [4_000, 96, 0, 1, 5_000, 0];
+        let command = |number| Command {
+            origin: Some(Origin {
+                number,
+                ..Origin::default()
+            }),
+            body: None,
+        };
+        let closed = |command: &Command| {
+            let number = command.origin.as_ref().map_or(0, |origin| origin.number);
+            keys[usize::try_from(number).unwrap_or_default()]
+        };
+        let lots = packed((0..6).map(command).collect(), closed);
+        let lots: Vec<Vec<usize>> = lots
+            .iter()
+            .map(|lot| lot.iter().map(closed).collect())
+            .collect();
+        assert_eq!(lots, [vec![4_000, 96, 0], vec![1], vec![5_000], vec![0]]);
     }
 }

@@ -20,6 +20,10 @@ pub(super) struct Leadership {
     pub(super) early: Vec<RenewalAsk>,
     /// Renewals whose session's expiry is under way; its outcome answers them.
     pub(super) parked: BTreeMap<SessionId, Vec<RenewalAsk>>,
+    /// The entry that ends sessions, if one is on its way.
+    pub(super) expiry_entry: Index,
+    /// It did not bear all that were due: the next follows at once.
+    pub(super) expires_more: bool,
     /// The entry that fires the timers which are due, if one is on its way.
     pub(super) timers_entry: Index,
     /// The entry that raises the alarm NOSPACE, if one is on its way.
@@ -38,12 +42,19 @@ impl Leadership {
             liveness: None,
             early: Vec::new(),
             parked: BTreeMap::new(),
+            expiry_entry: 0,
+            expires_more: false,
             timers_entry: 0,
             alarm_entry: 0,
             version_entry: 0,
             tell_commit_us: None,
             compactor: Compactor::default(),
         }
+    }
+
+    /// Whether the next expiry need not wait for its time.
+    pub(super) fn is_expiry_due(&self, applied: Index) -> bool {
+        self.expires_more && self.expiry_entry <= applied
     }
 
     /// A session ended: who waited to renew it hears so.

@@ -218,6 +218,11 @@ impl<M: Machine> Replica<M> {
     fn begin_liveness(&mut self) {
         self.clock.raise(self.state.system().log_time());
         let liveness = Liveness::new(self.state.sessions(), self.clock.micros());
+        #[cfg(conclave_plant)]
+        let liveness = match self.old_liveness.take() {
+            Some(old) if crate::plant::is("new-leader-keeps-old-deadlines") => liveness.as_in(&old),
+            _ => liveness,
+        };
         let leadership = self.leadership.as_mut().expect("called by a leader");
         leadership.liveness = Some(liveness);
         for renewal in mem::take(&mut leadership.early) {

@@ -157,6 +157,8 @@ impl<M: Machine> State<M> {
         term: Term,
         applied: &mut Applied<M>,
     ) -> AnswerBody<M> {
+        #[cfg(conclave_plant)]
+        let term = crate::plant::expiry_term(term);
         if expire.term == term {
             for id in expire.session_ids.iter().copied().map(SessionId) {
                 if self.sessions.get(id).is_some() {

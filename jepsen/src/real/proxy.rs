@@ -143,15 +143,8 @@ impl Network {
         node: usize,
         port: u16,
     ) -> io::Result<u16> {
-        let (listener, outside) = listen().await?;
-        let network = Arc::clone(self);
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let link = Arc::clone(&network.clients[node]);
-                tokio::spawn(carry(stream, port, link));
-            }
-        });
-        Ok(outside)
+        let link = Arc::clone(&self.clients[node]);
+        stand_before(port, move |_, _| Some(Arc::clone(&link))).await
     }
 
     /// Stands in front of a server's port for other servers.
@@ -160,18 +153,12 @@ impl Network {
         node: usize,
         port: u16,
     ) -> io::Result<u16> {
-        let (listener, outside) = listen().await?;
         let network = Arc::clone(self);
-        tokio::spawn(async move {
-            while let Ok((stream, dialler)) = listener.accept().await {
-                // Nobody: it has ended meanwhile.
-                if let Some(from) = network.who_dials(dialler.port(), outside) {
-                    let link = Arc::clone(&network.peers[from][node]);
-                    tokio::spawn(carry(stream, port, link));
-                }
-            }
-        });
-        Ok(outside)
+        stand_before(port, move |dialler, outside| {
+            let from = network.who_dials(dialler, outside)?;
+            Some(Arc::clone(&network.peers[from][node]))
+        })
+        .await
     }
 
     fn who_dials(&self, local: u16, remote: u16) -> Option<usize> {
@@ -185,6 +172,24 @@ impl Network {
             .iter()
             .position(|process| process.is_some_and(|process| has_open(process, &socket)))
     }
+}
+
+/// Stands in front of a port, at the one that it gives back. Each connection takes
+/// the link that is given for the dialler's port and this one; without one, the
+/// dialler has ended meanwhile.
+async fn stand_before(
+    port: u16,
+    link: impl Fn(u16, u16) -> Option<Arc<Link>> + Send + 'static,
+) -> io::Result<u16> {
+    let (listener, outside) = listen().await?;
+    tokio::spawn(async move {
+        while let Ok((stream, dialler)) = listener.accept().await {
+            if let Some(link) = link(dialler.port(), outside) {
+                tokio::spawn(carry(stream, port, link));
+            }
+        }
+    });
+    Ok(outside)
 }
 
 /// A listener at a free port of this machine.

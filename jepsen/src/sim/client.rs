@@ -394,6 +394,7 @@ impl LockClient {
         let Some(pending) = self.pending.take() else {
             return;
         };
+        let has_space = !is_no_space(&reply);
         let (outcome, hint) = outcome(reply);
         if let Outcome::Refused(Refusal::Rejected(Rejection::SessionEnded(reason))) = &outcome
             && let Some(session) = &mut self.session
@@ -420,6 +421,8 @@ impl LockClient {
             Step::Acquire(acquiring) if acquiring.is_withdrawn() => {
                 self.cancel_ended(outcome, ground);
             }
+            // That is the answer to this number, also later.
+            Step::Acquire(_) if !has_space => self.request_over(ground),
             Step::Acquire(_) => self.acquire_ended(outcome, ground),
             Step::Release { .. } => self.release_ended(outcome, ground),
             Step::Close => self.closed(&outcome, ground),
@@ -909,6 +912,10 @@ impl Acquiring {
     fn is_withdrawn(&self) -> bool {
         self.acquire.message() == Message::Cancel
     }
+}
+
+fn is_no_space(reply: &Reply) -> bool {
+    matches!(reply, Reply::Answer(answer) if matches!(answer.body, AnswerBody::NoSpace))
 }
 
 /// Whether a call is sent twice.

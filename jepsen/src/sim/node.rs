@@ -8,9 +8,8 @@ use conclave_core::{
     checkpoint::{self, CheckpointStore as _, Schedule, SimCheckpoints},
     disk::SimDisk,
     ids::{Index, NodeId},
-    limits,
-    log::{Facts, Identity, Layout, Log},
-    replica::{Config, EventBody, Finished, Input, Now, Replica, Role},
+    log::{Facts, Identity, Layout, Log, LogError},
+    replica::{AnswerBody, Config, EventBody, Finished, Input, Now, Replica, Role},
     session::EndReason,
 };
 use conclave_primitives::Primitives;
@@ -37,6 +36,8 @@ const LAYOUT: Layout = Layout {
 /// Versions and sessions that one turn copies for a checkpoint: so few that its
 /// picture takes many turns.
 const DRAWN_PER_TURN_MAX: u64 = 64;
+/// How often a start is shown a damaged log, in a million.
+const LOG_DAMAGES: u64 = 200_000;
 /// How often a start finds its newest checkpoint damaged, in a million.
 const DAMAGES: u64 = 50_000;
 
@@ -53,6 +54,7 @@ pub(crate) struct Node {
     /// Counts pauses; `paused` while one lasts.
     pauses: u64,
     paused: bool,
+    paused_us: u64,
     /// Syncs take so many times their usual time.
     slowness: u64,
     fails_next_sync: bool,
@@ -123,6 +125,7 @@ impl Node {
             boot: 0,
             pauses: 0,
             paused: false,
+            paused_us: 0,
             slowness: 1,
             fails_next_sync: false,
             alarm: Alarm::new(Owner::Node(index)),
@@ -172,6 +175,7 @@ impl Node {
         }
         ground.stall_free[self.index].restart(self.clock, ground.now_us);
         self.damage_checkpoint(ground);
+        self.damage_log(ground);
         let (log, recovered) = match Log::open_with(self.disk.clone(), LAYOUT) {
             Ok(Some(opened)) => opened,
             Ok(None) => return ground.checks.node_failed(self.index, &"its log is gone"),
@@ -199,7 +203,7 @@ impl Node {
             name: format!("n{}", self.index),
             client_urls: vec![format!("http://n{}:2379", self.index)],
             retention: Some(RETENTION),
-            quota_bytes: limits::QUOTA_BYTES_DEFAULT,
+            quota_bytes: ground.settings.quota_bytes,
         };
         let replica = Replica::new(config, recovered, state, self.clocks(ground));
         self.running = Some(Running {
@@ -233,6 +237,42 @@ impl Node {
                 let lost = ground.rng.index(records.len());
                 records.remove(lost);
             });
+        }
+    }
+
+    /// Shows a start what damage at rest would make of the log: it is refused, or
+    /// nothing that was attested is gone. Then the directory is restored as it was.
+    fn damage_log(&mut self, ground: &mut Ground) {
+        let Ok(Some(whole)) = Log::inspect(&self.disk) else {
+            return;
+        };
+        if !ground.rng.chance(LOG_DAMAGES) {
+            return;
+        }
+        let mut damaged = self.disk.fork();
+        let place = ground.rng.index(whole.segments.len());
+        let (name, length) = &whole.segments[place];
+        let is_newest = place + 1 == whole.segments.len();
+        let at = ground.rng.below(*length);
+        let is_attested = if is_newest && ground.rng.chance(100_000) {
+            damaged.damage(name, |bytes| bytes.fill(0));
+            whole.unattested_bytes < whole.end
+        } else {
+            damaged.damage(name, |bytes| bytes[at as usize] ^= 1 << (at % 8));
+            !is_newest || at < whole.end - whole.unattested_bytes
+        };
+        match Log::open_with(damaged, LAYOUT) {
+            Err(LogError::Damaged { .. } | LogError::Corrupt { .. }) => {
+                ground.tally.fault(Fault::LogDamaged);
+            }
+            Ok(Some((_, found))) if found == whole.recovered || !is_attested => {}
+            // Of a log that is all in its first segment nothing else is left that
+            // could tell; the server knows by the directory of checkpoints.
+            Ok(None) if whole.segments.len() == 1 => {}
+            found => {
+                let what = format!("{name} was damaged at {at}, and a start found {found:?}");
+                ground.checks.node_failed(self.index, &what);
+            }
         }
     }
 
@@ -280,6 +320,7 @@ impl Node {
     pub(crate) fn pause(&mut self, until_us: u64, ground: &mut Ground) {
         self.pauses += 1;
         self.paused = true;
+        self.paused_us = ground.now_us;
         ground.tell(format_args!("node {} pauses until {until_us}", self.index));
         ground.schedule(
             until_us,
@@ -296,6 +337,16 @@ impl Node {
         }
         self.paused = false;
         ground.tell(format_args!("node {} goes on", self.index));
+        let is_long = ground.now_us - self.paused_us > 2 * ELECTION_MS * 1_000;
+        let inbox = self.running.iter().flat_map(|running| &running.inbox);
+        if is_long
+            && inbox
+                .into_iter()
+                .any(|input| matches!(input, Input::Peer { .. }))
+        {
+            // By now another leads; what its peers said before comes all at once.
+            ground.tally.fault(Fault::PacketsAfterPause);
+        }
         match self.running.as_ref().map(|running| running.sync) {
             Some(Sync::Unnoticed) => self.synced(self.boot, ground),
             Some(_) => self.alarm.set(ground.now_us, ground),
@@ -580,6 +631,9 @@ impl Running {
             ground.checks.dropped(node, number, caller.about);
             let reply = match result {
                 Ok(answer) => {
+                    if matches!(answer.body, AnswerBody::NoSpace) {
+                        ground.did(Operation::NoSpace);
+                    }
                     let (now_us, state) = (ground.now_us, self.replica.state());
                     let about = caller.about;
                     let checks = &mut ground.checks;
@@ -612,6 +666,7 @@ impl Running {
                 .applied(node, ground.settings.locks, &self.replica);
             if ground.rng.chance(REBUILDS) {
                 ground.checks.rebuilt(&self.replica);
+                ground.did(Operation::IndexRebuilt);
             }
         }
     }

@@ -4,78 +4,57 @@
 use conclave_client::requests::Outcome;
 use conclave_core::replica::{Answer, AnswerBody, Query};
 use conclave_primitives::{Answer as LockAnswer, Query as LockQuery, Rejection};
-use conclave_proto::internal::{Compact, LockForceRelease, command, primitive_command};
+use conclave_proto::internal::{Compact, LockForceRelease, NoSpace, command, primitive_command};
 
 use super::{
-    alarm::{Alarm, Owner},
     checks::lock_name,
-    ground::{About, CallBody, Ground, Reply},
-    link::{Link, Pending, Refusal, outcome},
+    ground::{CallBody, Ground, Reply},
+    link::{Due, Pace, Refusal, outcome},
     tally::Operation,
 };
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Operator {
-    link: Link,
-    alarm: Alarm,
-    pending: Option<Pending>,
-    next_us: u64,
+    pace: Pace,
     /// The newest revision it was told of.
     revision: u64,
+    /// What it does next about the alarm.
+    made_room: bool,
 }
 
 impl Operator {
     pub(crate) fn new(actor: usize, ground: &mut Ground) -> Self {
-        let mut operator = Self {
-            link: Link::new(actor, ground),
-            alarm: Alarm::new(Owner::Actor(actor)),
-            pending: None,
-            next_us: 1_000_000,
-            revision: 0,
+        let settings = &ground.settings;
+        let until_us = match settings.is_scarce() {
+            // Without room, what others have begun never ends.
+            true => settings.end_us.saturating_sub(2_000_000),
+            false => settings.drain_us,
         };
-        operator.alarm.set(operator.next_us, ground);
-        operator
+        Self {
+            pace: Pace::new(actor, 1_000_000, until_us, ground),
+            revision: 0,
+            made_room: false,
+        }
     }
 
     pub(crate) fn wake(&mut self, ground: &mut Ground) {
-        if !self.alarm.rings(ground) {
-            return;
+        match self.pace.wake(ground) {
+            Some(Due::GiveUp(_)) => self.ended(Reply::Broken, ground),
+            Some(Due::Begin) => self.begin(ground),
+            None => {}
         }
-        match self.pending {
-            Some(pending) if pending.until_us <= ground.now_us => {
-                self.link.abandon(pending, ground);
-                self.ended(Reply::Broken, ground);
-            }
-            None if self.next_us <= ground.now_us && !ground.draining => self.begin(ground),
-            _ => {}
-        }
-        self.rearm(ground);
     }
 
     pub(crate) fn hear(&mut self, id: u64, reply: Reply, ground: &mut Ground) {
-        if self.pending.is_some_and(|pending| pending.id == id) {
+        if self.pace.ended(id).is_some() {
             self.ended(reply, ground);
-            self.rearm(ground);
         }
     }
 
-    fn rearm(&mut self, ground: &mut Ground) {
-        let at_us = match self.pending {
-            Some(pending) => pending.until_us,
-            None if ground.draining => return,
-            None => self.next_us,
-        };
-        self.alarm.set(at_us, ground);
-    }
-
     fn begin(&mut self, ground: &mut Ground) {
-        ground
-            .checks
-            .liveness
-            .begins(self.link.actor, ground.now_us);
         let name = lock_name(ground.rng.index(ground.settings.locks));
-        let body = if ground.rng.chance(300_000) {
+        let body = if !self.made_room && !ground.draining && ground.rng.chance(300_000) {
             let reason = "taken by the operator".to_owned();
             let force = LockForceRelease {
                 name,
@@ -85,6 +64,16 @@ impl Operator {
             };
             let force = primitive_command::Command::LockForceRelease(force);
             CallBody::Command(conclave_primitives::command(force))
+        } else if ground.settings.is_scarce()
+            && (self.made_room || ground.draining || ground.rng.chance(600_000))
+        {
+            // First room is made, then the alarm is cleared.
+            let revision = self.revision;
+            self.made_room = !self.made_room;
+            CallBody::Command(match self.made_room {
+                true => command::Body::Compact(Compact { revision }),
+                false => command::Body::NoSpace(NoSpace { raised: false }),
+            })
         } else if ground.rng.chance(200_000) {
             // At times far too late, which is refused.
             let revision = self.revision.saturating_sub(ground.rng.below(300));
@@ -97,11 +86,10 @@ impl Operator {
             };
             CallBody::Read(Query::Machine(query))
         };
-        self.pending = Some(self.link.call(body, About::Other, 1_000_000, ground));
+        self.pace.begin(body, 1_000_000, ground);
     }
 
     fn ended(&mut self, reply: Reply, ground: &mut Ground) {
-        self.pending = None;
         let outcome = outcome(reply);
         if let Outcome::Answered(answer) = &outcome.0 {
             self.revision = answer.revision;
@@ -130,17 +118,28 @@ impl Operator {
                 }),
                 _,
             ) => ground.did(Operation::Compacted),
+            (
+                Outcome::Answered(Answer {
+                    body: AnswerBody::Done,
+                    ..
+                }),
+                _,
+            ) => ground.did(Operation::Disarmed),
             (Outcome::Answered(_) | Outcome::Refused(Refusal::Rejected(Rejection::NotHeld)), _) => {
             }
             (_, hint) => {
-                ground.checks.liveness.gone(self.link.actor);
-                self.link.move_on(hint, ground);
+                ground.checks.liveness.gone(self.pace.link.actor);
+                self.pace.link.move_on(hint, ground);
             }
         }
         ground
             .checks
             .liveness
-            .completes(self.link.actor, ground.now_us);
-        self.next_us = ground.now_us + ground.rng.between(200_000, 1_500_000);
+            .completes(self.pace.link.actor, ground.now_us);
+        let rest_us = match ground.settings.is_scarce() {
+            true => ground.rng.between(50_000, 500_000),
+            false => ground.rng.between(200_000, 1_500_000),
+        };
+        self.pace.rest(rest_us, ground);
     }
 }

@@ -18,10 +18,9 @@ use conclave_proto::internal::{
 };
 
 use super::{
-    alarm::{Alarm, Owner},
     checks::{register_key, register_value},
-    ground::{About, CallBody, Ground, Reply},
-    link::{Link, Pending, outcome},
+    ground::{CallBody, Ground, Reply},
+    link::{Due, Pace, Pending, outcome},
     tally::Operation as Counted,
 };
 use crate::checkers::linearizable::{ABSENT, Action, Operation};
@@ -32,74 +31,47 @@ const KEY_US: u64 = 4_000_000;
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct RegisterClient {
-    link: Link,
-    alarm: Alarm,
+    pace: Pace,
     /// The register, of which there are a few.
     register: u64,
     /// Values written so far; each is written once.
     values: u64,
     /// The key and value last seen.
     seen: (u64, u64),
-    under_way: Option<(Pending, u64, Action)>,
-    next_us: u64,
+    /// The key of the call under way, and what it does.
+    under_way: Option<(u64, Action)>,
 }
 
 impl RegisterClient {
     pub(crate) fn new(actor: usize, ground: &mut Ground) -> Self {
-        let mut client = Self {
-            link: Link::new(actor, ground),
-            alarm: Alarm::new(Owner::Actor(actor)),
+        let begin_us = ground.rng.below(500_000);
+        let until_us = ground.settings.drain_us;
+        Self {
+            pace: Pace::new(actor, begin_us, until_us, ground),
             register: actor as u64 % ground.settings.registers,
             values: 0,
             seen: (0, ABSENT),
             under_way: None,
-            next_us: ground.rng.below(500_000),
-        };
-        client.alarm.set(client.next_us, ground);
-        client
+        }
     }
 
     pub(crate) fn wake(&mut self, ground: &mut Ground) {
-        if !self.alarm.rings(ground) {
-            return;
+        match self.pace.wake(ground) {
+            Some(Due::GiveUp(pending)) => self.ended(pending, Reply::Broken, ground),
+            Some(Due::Begin) => self.begin(ground),
+            None => {}
         }
-        match self.under_way {
-            Some((pending, _, _)) if pending.until_us <= ground.now_us => {
-                self.link.abandon(pending, ground);
-                self.ended(Reply::Broken, ground);
-            }
-            None if self.next_us <= ground.now_us && !ground.draining => self.begin(ground),
-            _ => {}
-        }
-        self.rearm(ground);
     }
 
     pub(crate) fn hear(&mut self, id: u64, reply: Reply, ground: &mut Ground) {
-        if self
-            .under_way
-            .is_some_and(|(pending, _, _)| pending.id == id)
-        {
-            self.ended(reply, ground);
-            self.rearm(ground);
+        if let Some(pending) = self.pace.ended(id) {
+            self.ended(pending, reply, ground);
         }
     }
 
-    fn rearm(&mut self, ground: &mut Ground) {
-        let at_us = match self.under_way {
-            Some((pending, _, _)) => pending.until_us,
-            None if ground.draining => return,
-            None => self.next_us,
-        };
-        self.alarm.set(at_us, ground);
-    }
-
     fn begin(&mut self, ground: &mut Ground) {
-        ground
-            .checks
-            .liveness
-            .begins(self.link.actor, ground.now_us);
         if ground.rng.chance(50_000) {
-            self.link.move_on(None, ground);
+            self.pace.link.move_on(None, ground);
         }
         let key = self.register * 1_000_000 + ground.now_us / KEY_US;
         if self.seen.0 != key {
@@ -117,17 +89,17 @@ impl RegisterClient {
             }
         };
         let patience_us = ground.rng.between(200_000, 1_500_000);
-        let pending = self.link.call(body, About::Other, patience_us, ground);
-        self.under_way = Some((pending, key, action));
+        self.pace.begin(body, patience_us, ground);
+        self.under_way = Some((key, action));
     }
 
     fn fresh_value(&mut self) -> u64 {
         self.values += 1;
-        (self.link.actor as u64 + 1) << 32 | self.values
+        (self.pace.link.actor as u64 + 1) << 32 | self.values
     }
 
-    fn ended(&mut self, reply: Reply, ground: &mut Ground) {
-        let Some((pending, key, action)) = self.under_way.take() else {
+    fn ended(&mut self, pending: Pending, reply: Reply, ground: &mut Ground) {
+        let Some((key, action)) = self.under_way.take() else {
             return;
         };
         let (outcome, hint) = outcome(reply);
@@ -192,16 +164,18 @@ impl RegisterClient {
         ground
             .checks
             .liveness
-            .completes(self.link.actor, ground.now_us);
-        self.next_us = ground.now_us + ground.rng.skewed(14_000);
+            .completes(self.pace.link.actor, ground.now_us);
+        let rest_us = ground.rng.skewed(14_000);
+        self.pace.rest(rest_us, ground);
     }
 
     fn failed(&mut self, hint: Option<usize>, ground: &mut Ground) {
         ground.did(Counted::Unknown);
         // Given up, not served: the next one counts as another.
-        ground.checks.liveness.gone(self.link.actor);
-        self.link.move_on(hint, ground);
-        self.next_us = ground.now_us + ground.rng.between(10_000, 100_000);
+        ground.checks.liveness.gone(self.pace.link.actor);
+        self.pace.link.move_on(hint, ground);
+        let rest_us = ground.rng.between(10_000, 100_000);
+        self.pace.rest(rest_us, ground);
     }
 }
 

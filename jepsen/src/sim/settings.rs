@@ -1,7 +1,7 @@
 //! What a seed chooses before it begins. Not every seed has every fault: some
 //! bugs need calm in one place and trouble in another.
 
-use conclave_core::replica::Retention;
+use conclave_core::{limits, replica::Retention};
 
 use crate::{
     checkers::liveness::{DRAIN_US, RECOVERY_US},
@@ -58,6 +58,8 @@ pub(crate) struct Settings {
     pub(crate) sync_us: u64,
     /// Entries between two checkpoints of a node.
     pub(crate) checkpoint_every: u64,
+    /// What the state may take.
+    pub(crate) quota_bytes: u64,
     /// The usual time between two faults.
     pub(crate) fault_gap_us: u64,
     /// Faults a seed leaves out, as a set of bits by kind.
@@ -71,6 +73,11 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
+    /// Whether the cluster runs out of space at times.
+    pub(crate) fn is_scarce(&self) -> bool {
+        self.quota_bytes < limits::QUOTA_BYTES_DEFAULT
+    }
+
     /// The settings of a seed.
     pub(crate) fn draw(rng: &mut Rng, sim_seconds: u64) -> Self {
         let end_us = sim_seconds * 1_000_000;
@@ -92,6 +99,11 @@ impl Settings {
             },
             sync_us: *pick(rng, &[100, 300, 1_000]),
             checkpoint_every: *pick(rng, &[30, 100, 500, 1_000_000]),
+            // A small one is reached again and again.
+            quota_bytes: match rng.chance(150_000) {
+                true => *pick(rng, &[100 << 10, 200 << 10]),
+                false => limits::QUOTA_BYTES_DEFAULT,
+            },
             fault_gap_us: *pick(rng, &[500_000, 1_000_000, 2_000_000]),
             left_out: if rng.chance(500_000) {
                 0

@@ -37,10 +37,12 @@ counted! {
         CrashDuringSync = "crash_during_sync",
         CrashDuringCheckpoint = "crash_during_checkpoint",
         CheckpointDamaged = "checkpoint_damaged",
+        LogDamaged = "log_damaged",
         Reboot = "boot_clock_reset",
         Pause = "pause",
         PauseOfLeader = "pause_leader",
         PauseOfAll = "pause_all",
+        PacketsAfterPause = "packets_after_pause",
         SlowSync = "slow_sync",
         FailedSync = "failed_sync",
         CallLost = "client_call_lost",
@@ -78,12 +80,15 @@ counted! {
         Checked = "checked",
         Listed = "listed",
         Compacted = "compacted",
+        Disarmed = "disarmed",
         Get = "get",
         Put = "put",
         Swapped = "compare_and_put",
         SwapMissed = "compare_failed",
         Unknown = "outcome_unknown",
         Restored = "restored_from_checkpoint",
+        NoSpace = "no_space",
+        IndexRebuilt = "index_rebuilt",
     }
 }
 
@@ -130,13 +135,14 @@ impl Tally {
             Fault::CallLost,
             Fault::ReplyLost,
             Fault::CallRepeated,
+            Fault::PacketsAfterPause,
         ];
         let injected = Fault::ALL.iter().filter(|fault| !weather.contains(fault));
         injected.map(|fault| self.faults[*fault as usize]).sum()
     }
 
-    /// Operations completed: renewals, sessions that expired, unknown outcomes and
-    /// starts do not count.
+    /// Operations completed: renewals, sessions that expired, unknown outcomes,
+    /// refusals for space, starts and looks at indexes do not count.
     pub(crate) fn operations(&self) -> u64 {
         let others = [
             Operation::Renewed,
@@ -144,6 +150,8 @@ impl Tally {
             Operation::Unknown,
             Operation::Restored,
             Operation::AnsweredAgain,
+            Operation::NoSpace,
+            Operation::IndexRebuilt,
         ];
         let completed = Operation::ALL
             .iter()

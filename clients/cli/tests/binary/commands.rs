@@ -3,7 +3,12 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
+use conclave_proto::v1::{CloseSessionRequest, OpenSessionRequest, session_client::SessionClient};
 use serde_json::Value;
+use tonic::{
+    Code,
+    transport::{Channel, Endpoint},
+};
 
 use crate::support::{Cluster, Directory, Process, conclave};
 
@@ -150,8 +155,8 @@ async fn the_benchmark_ends_with_its_figures() {
         let ended = cluster.run(line).await;
         assert_eq!(ended.code, 0, "{ended:?}");
         let last: Value = serde_json::from_str(ended.stdout.lines().last().unwrap()).unwrap();
-        let names = "bench hot clients connections seconds ops ops_s p50_us p99_us max_us \
-                     errors violations";
+        let names = "bench hot clients owners held connections seconds ops ops_s ops_s_min \
+                     p50_us p99_us max_us handoff_p50_us handoff_p99_us errors violations";
         assert_eq!(fields(&last), names.split_whitespace().collect());
         assert_eq!(last["bench"], "lock");
         assert_eq!(last["hot"], hot);
@@ -171,6 +176,37 @@ async fn the_benchmark_ends_with_its_figures() {
 }
 
 #[tokio::test]
+async fn the_benchmark_shares_sessions_among_owners_while_others_hold() {
+    let cluster = Cluster::start("bench-owners", 1);
+    cluster.leader().await;
+    let line = "bench lock --clients 6 --owners 3 --held 5 --hot --seconds 1 -o json";
+    let ended = cluster.run(line.split(' ')).await;
+    assert_eq!(ended.code, 0, "{ended:?}");
+    let last = ended.json();
+    assert!(last["ops"].as_u64().unwrap() > 0);
+    assert!(last["handoff_p50_us"].as_u64() > Some(0));
+    let left = cluster.run(["locks", "-o", "json"]).await.json();
+    assert_eq!(left, serde_json::json!({ "locks": [] }));
+}
+
+#[tokio::test]
+async fn the_benchmark_of_sessions_keeps_them_and_sees_them_expire() {
+    let cluster = Cluster::start("bench-sessions", 1);
+    cluster.leader().await;
+    for vanish in [false, true] {
+        let line = "bench sessions --sessions 9 --ttl 1s --connections 2 --seconds 2 -o json";
+        let line = line.split(' ').chain(vanish.then_some("--vanish"));
+        let ended = cluster.run(line).await;
+        assert_eq!(ended.code, 0, "{ended:?}");
+        let last = ended.json();
+        assert_eq!((&last["sessions"], &last["lost"]), (&9.into(), &0.into()));
+        assert_eq!(last["expired_ms"].is_u64(), vanish);
+        let left = cluster.run(["sessions", "-o", "json"]).await.json();
+        assert_eq!(left, serde_json::json!({ "sessions": [] }));
+    }
+}
+
+#[tokio::test]
 async fn help_of_every_command_has_examples() {
     let directory = Directory::new("help");
     let lines = [
@@ -183,6 +219,7 @@ async fn help_of_every_command_has_examples() {
         "status",
         "bench",
         "bench lock",
+        "bench sessions",
         "completions",
     ];
     for line in lines {
@@ -225,4 +262,68 @@ async fn completions_know_the_commands() {
     unknown.args(["completions", "no-shell"]);
     let ended = Process::start(directory.path(), &mut unknown).ended().await;
     assert_eq!(ended.code, 64);
+}
+
+/// Sessions until the cluster has no more room for one.
+async fn fill(channel: &Channel) -> Vec<i64> {
+    let mut opened = Vec::new();
+    for _ in 0..1_000 {
+        let request = OpenSessionRequest {
+            ttl_ms: 600_000,
+            metadata: [("m".to_owned(), "m".repeat(4_000))].into(),
+            ..OpenSessionRequest::default()
+        };
+        match SessionClient::new(channel.clone()).open(request).await {
+            Ok(session) => opened.push(session.into_inner().session_id),
+            Err(status) => {
+                assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+                return opened;
+            }
+        }
+    }
+    panic!("there is no quota");
+}
+
+#[tokio::test]
+async fn a_cluster_at_its_quota_is_made_room_in_and_disarmed() {
+    let flags = &["--quota-backend-bytes", "200000"];
+    let cluster = Cluster::start_with("quota", 1, flags);
+    cluster.leader().await;
+    let endpoint = format!("http://{}", cluster.endpoints()[0]);
+    let channel = Endpoint::from_shared(endpoint).unwrap();
+    let channel = channel.connect().await.unwrap();
+    let sessions = fill(&channel).await;
+    assert!(sessions.len() > 10, "{}", sessions.len());
+    let status =
+        || async { cluster.run(["status", "-o", "json"]).await.json()["servers"][0].clone() };
+    assert_eq!(status().await["alarms"][0], "NOSPACE");
+    let refused = cluster.run(["lock", "x", "--", "true"]).await;
+    assert_ne!(refused.code, 0, "{refused:?}");
+
+    for session_id in sessions {
+        let request = CloseSessionRequest {
+            session_id,
+            attachment: 0,
+        };
+        SessionClient::new(channel.clone())
+            .close(request)
+            .await
+            .unwrap();
+    }
+    let newest = status().await["revision"].clone();
+    let compacted = cluster.run(["compact", "-o", "json"]).await.json();
+    assert_eq!(compacted["compacted_revision"], newest);
+    assert_eq!(status().await["compacted_revision"], newest);
+    // It is safe to repeat, and refuses what is to come.
+    let again = cluster.run(["compact", &newest.to_string()]).await;
+    assert_eq!(again.code, 0, "{again:?}");
+    let future = cluster.run(["compact", "1000000"]).await;
+    assert_eq!(future.code, 1, "{future:?}");
+    assert!(future.complaint().contains("REVISION_FUTURE"), "{future:?}");
+
+    let disarmed = cluster.run(["disarm"]).await;
+    assert_eq!(disarmed.code, 0, "{disarmed:?}");
+    assert!(status().await["alarms"].as_array().unwrap().is_empty());
+    let served = cluster.run(["lock", "x", "--", "true"]).await;
+    assert_eq!(served.code, 0, "{served:?}");
 }

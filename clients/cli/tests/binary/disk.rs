@@ -1,5 +1,5 @@
-//! Servers over a disk that hangs, lies or fails: a shim stands between them and
-//! `fdatasync`. A page cache survives kill -9, so killing alone does not show
+//! Servers over a disk that hangs, lies, fails or is full: a shim stands between them
+//! and `fdatasync`. A page cache survives kill -9, so killing alone does not show
 //! that an answer waits for the disk.
 
 use std::{
@@ -25,6 +25,17 @@ struct Shimmed {
 impl Shimmed {
     /// None without a C compiler.
     fn start(name: &str, mode: &'static str) -> Option<Shimmed> {
+        Self::start_on(name, mode, 3, "")
+    }
+
+    /// The same with so many servers. With the mode `full`, only writes to files
+    /// with this in their path fail.
+    fn start_on(
+        name: &str,
+        mode: &'static str,
+        size: usize,
+        full: &'static str,
+    ) -> Option<Shimmed> {
         let directory = Directory::new(name);
         let path = directory.path().to_owned();
         let shim = compile(&path)?;
@@ -32,14 +43,27 @@ impl Shimmed {
             command
                 .env("LD_PRELOAD", &shim)
                 .env("SYNC_CONTROL", control(&path, node))
-                .env("SYNC_MODE", mode);
+                .env("SYNC_MODE", mode)
+                .env("SYNC_PATH", full);
+            if !full.is_empty() {
+                command.args(["--snapshot-count", "50"]);
+            }
         };
-        let cluster = Cluster::start_in(directory, 3, Box::new(environment));
+        let cluster = Cluster::start_in(directory, size, Box::new(environment));
         Some(Shimmed { cluster })
     }
 
     fn disturb(&self, node: usize) {
         fs::write(control(self.cluster.directory(), node), "").unwrap();
+    }
+
+    /// Waits until a server has ended by itself, and has said this.
+    async fn ended(&mut self, node: usize, says: &str) {
+        assert_eq!(self.cluster.ended(node).await, 1);
+        let log = self.cluster.log(node);
+        let last = log.lines().last().unwrap();
+        assert!(last.starts_with("conclave: "), "{last}");
+        assert!(last.contains(says), "{last}");
     }
 
     fn restore(&self, node: usize) {
@@ -198,9 +222,21 @@ async fn a_leader_whose_disk_hangs_is_replaced() {
 
 #[tokio::test]
 async fn a_server_whose_sync_fails_ends_and_the_others_go_on() {
-    let Some(mut shimmed) = Shimmed::start("fail", "fail") else {
-        return;
-    };
+    if let Some(shimmed) = Shimmed::start("fail", "fail") {
+        ends_and_comes_back(shimmed, "os error 5").await;
+    }
+}
+
+#[tokio::test]
+async fn a_server_whose_disk_is_full_ends_and_comes_back_with_space() {
+    if let Some(shimmed) = Shimmed::start_on("full", "full", 3, "/log/") {
+        ends_and_comes_back(shimmed, "the disk is full; make space and start again").await;
+    }
+}
+
+/// The disk of the leader fails, so that it ends and says why, and again when it is
+/// started on that disk. The others go on; when the disk is well, so does it.
+async fn ends_and_comes_back(mut shimmed: Shimmed, says: &str) {
     let client = shimmed.cluster.client();
     let session = shimmed
         .cluster
@@ -211,13 +247,11 @@ async fn a_server_whose_sync_fails_ends_and_the_others_go_on() {
 
     shimmed.disturb(leader);
     let guard = session.lock("meanwhile").await.unwrap();
-    assert_eq!(shimmed.cluster.ended(leader).await, 1);
-    let log = shimmed.cluster.log(leader);
-    let last = log.lines().last().unwrap();
-    assert!(last.starts_with("conclave: "), "{last}");
-    assert!(last.contains("os error 5"), "{last}");
+    shimmed.ended(leader, says).await;
     assert_ne!(shimmed.cluster.leader().await, leader);
     assert!(client.check("held", held.token()).await.unwrap());
+    shimmed.cluster.spawn(leader);
+    shimmed.ended(leader, says).await;
 
     shimmed.restore(leader);
     shimmed.cluster.spawn(leader);
@@ -230,6 +264,51 @@ async fn a_server_whose_sync_fails_ends_and_the_others_go_on() {
             .await
             .ok()?
             .then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_disk_that_is_full_under_a_checkpoint_ends_the_server_and_nothing_is_lost() {
+    let Some(mut shimmed) = Shimmed::start_on("full-checkpoint", "full", 1, "/checkpoints/") else {
+        return;
+    };
+    let client = shimmed.cluster.client();
+    let ttl = Duration::from_secs(600);
+    let session = shimmed.cluster.session(&client, ttl).await;
+    shimmed.disturb(0);
+    let mut held = Vec::new();
+    while shimmed.cluster.is_running(0) {
+        let request = session.lock(format!("held/{}", held.len()));
+        if let Ok(Ok(guard)) = timeout(Duration::from_secs(2), request).await {
+            held.push(guard);
+        }
+        assert!(held.len() < 1_000, "it goes on without checkpoints");
+    }
+    shimmed
+        .ended(
+            0,
+            "writing a checkpoint failed: the disk is full; make space",
+        )
+        .await;
+    assert!(held.len() > 10, "{}", held.len());
+    let path = shimmed.cluster.data_dir(0);
+    let checked = shimmed.cluster.run(["check-data", path.to_str().unwrap()]);
+    let checked = checked.await;
+    assert_eq!(checked.code, 0, "{checked:?}");
+
+    shimmed.restore(0);
+    shimmed.cluster.spawn(0);
+    shimmed.cluster.leader().await;
+    for guard in &held {
+        assert!(client.check(guard.name(), guard.token()).await.unwrap());
+    }
+    eventually("a checkpoint", || async {
+        let more = session.lock("more").await.ok()?;
+        more.release().await.ok()?;
+        let shown = fs::read_dir(path.join("checkpoints")).unwrap();
+        let named = shown.filter(|entry| entry.as_ref().unwrap().file_name() != "unfinished");
+        (named.count() > 0).then_some(())
     })
     .await;
 }

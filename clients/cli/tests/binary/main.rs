@@ -9,6 +9,7 @@
 mod check_data;
 mod cluster;
 mod commands;
+mod damage;
 mod dev_command;
 mod disk;
 mod garbage;
