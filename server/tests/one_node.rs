@@ -221,21 +221,46 @@ async fn a_numbered_call_is_safe_to_repeat_and_can_be_cancelled() {
 }
 
 #[tokio::test]
+async fn a_session_is_opened_once_for_a_secret() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let mut sessions = client.sessions();
+    let opened = sessions
+        .open(open_with(&[1; 16]))
+        .await
+        .unwrap()
+        .into_inner();
+    let session = opened.session_id;
+    let again = sessions
+        .open(open_with(&[1; 16]))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(again.session_id, session);
+    let invalid = sessions.open(open_with(&[1; 15])).await.unwrap_err();
+    assert_eq!(reason(&invalid), "INVALID_ARGUMENT");
+}
+
+fn open_with(secret: &'static [u8]) -> v1::OpenSessionRequest {
+    v1::OpenSessionRequest {
+        secret: Bytes::from_static(secret),
+        ..v1::OpenSessionRequest::default()
+    }
+}
+
+#[tokio::test]
 async fn a_client_that_was_started_again_attaches_and_the_one_before_is_fenced() {
     let directory = Directory::new();
     let node = Node::alone(&directory);
     let client = node.connect().await;
-    let open = |secret: &'static [u8]| v1::OpenSessionRequest {
-        secret: Bytes::from_static(secret),
-        ..v1::OpenSessionRequest::default()
-    };
     let mut sessions = client.sessions();
-    let opened = sessions.open(open(&[1; 16])).await.unwrap().into_inner();
+    let opened = sessions
+        .open(open_with(&[1; 16]))
+        .await
+        .unwrap()
+        .into_inner();
     let session = opened.session_id;
-    let again = sessions.open(open(&[1; 16])).await.unwrap().into_inner();
-    assert_eq!(again.session_id, session);
-    let invalid = sessions.open(open(&[1; 15])).await.unwrap_err();
-    assert_eq!(reason(&invalid), "INVALID_ARGUMENT");
     let token = client.acquire(acquire("l", session, None)).await.unwrap();
 
     let other = client.open("").await;
@@ -264,24 +289,17 @@ async fn a_client_that_was_started_again_attaches_and_the_one_before_is_fenced()
     };
     assert_eq!((attached.grants.len(), attached.places.len()), (1, 2));
 
-    let attach = |secret: &'static [u8], replaces| v1::AttachSessionRequest {
-        session_id: session,
-        secret: Bytes::from_static(secret),
-        replaces,
-        nonce: 7,
-        wanted: vec![1],
-    };
     for (request, expected) in [
-        (attach(&[2; 16], 1), "WRONG_SECRET"),
-        (attach(&[1; 16], 9), "ATTACHMENT_CHANGED"),
+        (attach(session, &[2; 16], 1), "WRONG_SECRET"),
+        (attach(session, &[1; 16], 9), "ATTACHMENT_CHANGED"),
     ] {
         let refused = sessions.attach(request).await.unwrap_err();
         assert_eq!(reason(&refused), expected);
     }
-    let present = sessions.attach(attach(&[1; 16], 0)).await.unwrap();
+    let present = sessions.attach(attach(session, &[1; 16], 0)).await.unwrap();
     assert_eq!(present.into_inner().attachment, 1);
     for _ in 0..2 {
-        let attached = sessions.attach(attach(&[1; 16], 1)).await.unwrap();
+        let attached = sessions.attach(attach(session, &[1; 16], 1)).await.unwrap();
         let attached = attached.into_inner();
         assert_eq!((attached.attachment, attached.last_request), (2, 2));
         assert_eq!(attached.grants[0].token, token);
@@ -298,6 +316,24 @@ async fn a_client_that_was_started_again_attaches_and_the_one_before_is_fenced()
         (ended.reason(), ended.attachment),
         (LossReason::Superseded, 2)
     );
+    only_the_second_attachment_is_served(&client, session).await;
+    let ended = wanted.await.unwrap().unwrap_err();
+    assert_eq!(reason(&ended), "SESSION_CLOSED");
+}
+
+fn attach(session: i64, secret: &'static [u8], replaces: u64) -> v1::AttachSessionRequest {
+    v1::AttachSessionRequest {
+        session_id: session,
+        secret: Bytes::from_static(secret),
+        replaces,
+        nonce: 7,
+        wanted: vec![1],
+    }
+}
+
+/// Renews, asks for a lock, and closes the session, each for an older attachment first.
+async fn only_the_second_attachment_is_served(client: &Client, session: i64) {
+    let mut sessions = client.sessions();
     let renew = |attachment| v1::RenewSessionRequest {
         session_id: session,
         attachment,
@@ -317,8 +353,6 @@ async fn a_client_that_was_started_again_attaches_and_the_one_before_is_fenced()
     let fenced = sessions.close(close(1)).await.unwrap_err();
     assert_eq!(reason(&fenced), "SESSION_SUPERSEDED");
     sessions.close(close(2)).await.unwrap();
-    let ended = wanted.await.unwrap().unwrap_err();
-    assert_eq!(reason(&ended), "SESSION_CLOSED");
 }
 
 fn number(request: u64) -> Option<v1::RequestNumber> {

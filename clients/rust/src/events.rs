@@ -48,10 +48,10 @@ impl Events {
     pub(crate) fn add(self: &Arc<Self>, transport: &Arc<Transport>, core: &Arc<Core>) {
         let mut following = self.following();
         following.sessions.insert(core.id(), Arc::downgrade(core));
-        if let Some(requests) = &following.requests {
-            if requests.send(core.watch_request()).is_err() {
-                tracing::trace!("the stream has just ended; the next one asks for all");
-            }
+        if let Some(requests) = &following.requests
+            && requests.send(core.watch_request()).is_err()
+        {
+            tracing::trace!("the stream has just ended; the next one asks for all");
         }
         if !following.is_running {
             following.is_running = true;

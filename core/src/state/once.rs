@@ -1,6 +1,8 @@
 //! Numbered commands run at most once: the way of a machine's command past the slots
 //! of its session.
 
+use std::ops::ControlFlow;
+
 use conclave_proto::internal::Request;
 
 use super::{Applied, State};
@@ -24,8 +26,8 @@ impl<M: Machine> State<M> {
         let numbered = match M::request(&command) {
             Some((id, request)) if self.sessions.get(id).is_some() => {
                 match self.admit(term, id, request) {
-                    Ok(number) => (number != 0).then_some((id, number)),
-                    Err(known) => return known,
+                    ControlFlow::Continue(number) => (number != 0).then_some((id, number)),
+                    ControlFlow::Break(known) => return known,
                 }
             }
             _ => None,
@@ -53,10 +55,10 @@ impl<M: Machine> State<M> {
         term: Term,
         id: SessionId,
         request: &Request,
-    ) -> Result<u64, Outcome<Answer<M>>> {
+    ) -> ControlFlow<Outcome<Answer<M>>, u64> {
         let refused = |state: &Self, why| {
             let answer = state.answer(term, AnswerBody::NotRun(why));
-            Err(Outcome::Done(answer))
+            ControlFlow::Break(Outcome::Done(answer))
         };
         let session = self.sessions.get(id);
         if session.is_some_and(|session| session.requests.fences(request.attachment)) {
@@ -66,18 +68,20 @@ impl<M: Machine> State<M> {
             .change(id, |requests| requests.acknowledge(request));
         let number = request.number;
         let Some(session) = self.sessions.get(id).filter(|_| number != 0) else {
-            return Ok(number);
+            return ControlFlow::Continue(number);
         };
         #[cfg(conclave_plant)]
         if crate::plant::is("retry-runs-twice") {
-            return Ok(number);
+            return ControlFlow::Continue(number);
         }
         match session.requests.standing(number) {
-            Standing::New if session.requests.has_room_for(number) => Ok(number),
+            Standing::New if session.requests.has_room_for(number) => ControlFlow::Continue(number),
             Standing::New => refused(self, NotRun::TooMany),
             Standing::Over => refused(self, NotRun::Over),
-            Standing::Waiting(place) => Err(Outcome::Waiting(place)),
-            Standing::Answered(answered) => Err(Outcome::Done(answer_again(term, answered))),
+            Standing::Waiting(place) => ControlFlow::Break(Outcome::Waiting(place)),
+            Standing::Answered(answered) => {
+                ControlFlow::Break(Outcome::Done(answer_again(term, answered)))
+            }
         }
     }
 }
