@@ -35,6 +35,16 @@ impl fmt::Display for SessionId {
     }
 }
 
+/// One client's hold on a session. The number grows with each client that attaches,
+/// from 1; 0 stands for 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// The session.
+    pub session: SessionId,
+    /// Which attachment to it.
+    pub number: u64,
+}
+
 /// A number that a node gives to a request of its own clients; unique within
 /// one start of the process, growing.
 pub type RequestNumber = u64;

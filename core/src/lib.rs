@@ -5,8 +5,8 @@
 //! - [`replica`]: one member as a step function with effects, over
 //!   `consensus` (raft-rs), `clock` (elapsed time) and `liveness` (who renewed);
 //! - [`state`]: the replicated state and how an entry changes it: [`keyspace`]
-//!   (keys with history), [`session`] (who is alive), [`system`] (the rest), and
-//!   [`machine`] (the seam to what commands mean);
+//!   (keys with history), [`session`] (who is alive) with its [`requests`] (what
+//!   ran), [`system`] (the rest), and [`machine`] (the seam to what commands mean);
 //! - [`log`] over [`disk`], and [`checkpoint`]: what is durable;
 //! - [`node`]: all of this with a clock and an inbox, for a thread to run.
 //!
@@ -29,6 +29,7 @@ pub mod node;
 mod picture;
 pub mod plant;
 pub mod replica;
+pub mod requests;
 pub mod session;
 pub mod state;
 pub mod system;

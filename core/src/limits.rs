@@ -20,8 +20,16 @@ pub const SESSION_TTL_MS_MIN: u64 = 500;
 pub const SESSION_TTL_MS_MAX: u64 = 24 * 60 * 60 * 1_000;
 /// The TTL of a session that asks for none.
 pub const SESSION_TTL_MS_DEFAULT: u64 = 10_000;
-/// Cancelled requests a session may have above its acknowledged ones.
-pub const CANCELLED_REQUESTS_MAX: usize = 1_024;
+/// Bytes of the secret of a session: too many to be guessed.
+pub const SECRET_BYTES: usize = 16;
+/// Numbered requests of a session that may be unfinished at a time: what they wait
+/// for, and the answers kept for them, are in the state.
+pub const REQUESTS_OPEN_MAX: usize = 4_096;
+/// What a numbered request counts for beside the answer that is kept.
+pub const SLOT_OVERHEAD_BYTES: u64 = 64;
+/// The highest number that a client may give to a request. Above are the tags that
+/// servers give to requests without one.
+pub const REQUEST_NUMBER_MAX: u64 = u64::MAX >> 1;
 
 /// The longest lock-delay: long enough for what a lost holder still does to end,
 /// too short for one faulty client to keep a lock from the others.
@@ -63,7 +71,7 @@ pub const COMPACTION_SAMPLES: u64 = 600;
 pub const SWEPT_PER_ENTRY_MAX: usize = 4_096;
 /// What a version of a key counts for beside its key and value.
 pub const RECORD_OVERHEAD_BYTES: u64 = 128;
-/// What a session counts for beside its name and metadata: its requests, too.
+/// What a session counts for beside its name, its metadata and its requests.
 pub const SESSION_OVERHEAD_BYTES: u64 = 1_024;
 /// The size of the state above which commands that grow it are refused, unless
 /// an operator says another.

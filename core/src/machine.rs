@@ -18,10 +18,12 @@ use std::{
 };
 
 use bytes::Bytes;
+use conclave_proto::internal::Request;
 
 use crate::{
     ids::{LogTime, Revision, SessionId},
     keyspace::{Change, Keyspace, Overlay, Record, Writes},
+    requests::Standing,
     session::{EndReason, Session, Sessions},
     system::{ForcedRelease, System},
 };
@@ -55,6 +57,16 @@ pub trait Machine: fmt::Debug + PartialEq + Sized {
     /// full, unknown fields included: the node then stops.
     fn decode(bytes: Bytes) -> Option<Self::Command>;
 
+    /// The session on whose behalf a command runs, and what makes it safe to
+    /// repeat. Core sees to it that a numbered command runs at most once.
+    fn request(command: &Self::Command) -> Option<(SessionId, &Request)>;
+
+    /// The answer to a numbered command in few bytes, to be kept.
+    fn keep(answer: &Result<Self::Reply, Self::Rejection>) -> Bytes;
+
+    /// The answer that was kept.
+    fn recall(kept: &Bytes) -> Result<Self::Reply, Self::Rejection>;
+
     /// Runs a command against `context`. On `Err` nothing of it remains.
     fn execute(
         &self,
@@ -72,6 +84,12 @@ pub trait Machine: fmt::Debug + PartialEq + Sized {
     /// The value with which a key stays when the session that it is bound to ends,
     /// bound to none from then on. `None`: it goes with the session.
     fn outlives(&self, record: &Record, reason: EndReason, now: LogTime) -> Option<Bytes>;
+
+    /// Withdraws what a session waits for by another number than these.
+    fn withdraw(&self, context: &mut Context<'_>, session: SessionId, wanted: &[u64]);
+
+    /// What a session has and waits for.
+    fn holdings(&self, state: View<'_>, session: SessionId) -> Self::Answer;
 
     /// Takes note of changed keys, and says what follows from them.
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Self::Note>) -> Settled<Self>;
@@ -110,6 +128,8 @@ pub enum Cause<'a, N> {
     Txn,
     /// A session ended.
     SessionEnded(EndReason),
+    /// A client attached to its session, and wants this no more.
+    Unwanted,
     /// A command or timer of the machine.
     Machine(&'a N),
 }
@@ -161,8 +181,7 @@ pub struct Context<'a> {
 /// Writes of a command beside keys.
 #[derive(Debug, Default)]
 pub(crate) struct Staged {
-    pub(crate) acknowledged: Option<(SessionId, u64)>,
-    pub(crate) cancelled: Vec<(SessionId, u64)>,
+    pub(crate) answered: Option<(SessionId, u64, Bytes)>,
     pub(crate) forced: Option<ForcedRelease>,
     pub(crate) gives_back: bool,
 }
@@ -198,14 +217,21 @@ impl<'a> Context<'a> {
         self.state.system.forced_release(token)
     }
 
-    /// Refuses every request of `session` up to `request` from now on.
-    pub fn acknowledge(&mut self, session: SessionId, request: u64) {
-        self.staged.acknowledged = Some((session, request));
+    /// How a numbered request of a live session stands.
+    pub fn standing(&self, session: SessionId, number: u64) -> Option<Standing<'a>> {
+        let session = self.state.sessions.get(session)?;
+        Some(session.requests.standing(number))
     }
 
-    /// Refuses this one request of `session` from now on.
-    pub fn cancel(&mut self, session: SessionId, request: u64) {
-        self.staged.cancelled.push((session, request));
+    /// Gives a numbered request that has not arrived yet this answer, so that it
+    /// never runs. False if there is no room to note that.
+    pub fn forestall(&mut self, session: SessionId, number: u64, answer: Bytes) -> bool {
+        let live = self.state.sessions.get(session);
+        let has_room = live.is_some_and(|live| live.requests.has_room_for(number));
+        if has_room {
+            self.staged.answered = Some((session, number, answer));
+        }
+        has_room
     }
 
     /// Says that the command gives something back, and so runs above the quota

@@ -28,7 +28,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::{
     checkpoint::{Done, Schedule, Sink, Writer},
     disk::Disk,
-    ids::{Index, NodeId, RequestNumber, SessionId},
+    ids::{Attachment, Index, NodeId, RequestNumber},
     limits,
     log::{Batch, Log, LogError, Recovered},
     machine::Machine,
@@ -194,9 +194,9 @@ impl<M: Machine> Handle<M> {
         self.shared.request(Request::Read(query), respond)
     }
 
-    /// Renews a session; otherwise as [`Handle::command`].
-    pub fn renew(&self, session: SessionId, respond: Responder<M>) -> Result<(), Failure> {
-        self.shared.request(Request::Renew(session), respond)
+    /// Renews a session for one of its attachments; otherwise as [`Handle::command`].
+    pub fn renew(&self, of: Attachment, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::Renew(of), respond)
     }
 
     /// Hands over what a peer sent, in one go, so that one turn takes it all.
@@ -281,7 +281,7 @@ impl Drop for Sent {
 /// What has arrived, by urgency.
 struct Inbox<M: Machine> {
     peers: Vec<Input<M>>,
-    renewals: Vec<(SessionId, Responder<M>)>,
+    renewals: Vec<(Attachment, Responder<M>)>,
     endings: Vec<(command::Body, Responder<M>)>,
     work: Vec<(Request<M>, Responder<M>)>,
     stopping: bool,
@@ -291,7 +291,7 @@ enum Request<M: Machine> {
     Command(command::Body),
     Ending(command::Body),
     Read(Query<M>),
-    Renew(SessionId),
+    Renew(Attachment),
 }
 
 impl<M: Machine> Default for Inbox<M> {
@@ -323,8 +323,8 @@ impl<M: Machine> Shared<M> {
         }
         let was_empty = inbox.is_empty();
         match request {
-            Request::Renew(session) if inbox.renewals.len() < limits::QUEUED_RENEWALS_MAX => {
-                inbox.renewals.push((session, respond));
+            Request::Renew(of) if inbox.renewals.len() < limits::QUEUED_RENEWALS_MAX => {
+                inbox.renewals.push((of, respond));
             }
             Request::Ending(body) if inbox.endings.len() < limits::QUEUED_ENDINGS_MAX => {
                 inbox.endings.push((body, respond));
@@ -612,9 +612,9 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
 
     fn inputs(&mut self, inbox: Inbox<M>) -> Vec<Input<M>> {
         let mut inputs = inbox.peers;
-        for (session, respond) in inbox.renewals {
+        for (of, respond) in inbox.renewals {
             let number = self.expect_answer(respond);
-            inputs.push(Input::Renew { number, session });
+            inputs.push(Input::Renew { number, of });
         }
         for (body, respond) in inbox.endings {
             let number = self.expect_answer(respond);
@@ -625,7 +625,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             inputs.push(match request {
                 Request::Command(body) | Request::Ending(body) => Input::Command { number, body },
                 Request::Read(query) => Input::Read { number, query },
-                Request::Renew(session) => Input::Renew { number, session },
+                Request::Renew(of) => Input::Renew { number, of },
             });
         }
         inputs

@@ -20,6 +20,8 @@ pub const NAMES: &[&str] = &[
     "compact-locally",
     "skip-lock-delay",
     "cut-behind-unsynced-checkpoint",
+    "retry-runs-twice",
+    "requests-left-out-of-checkpoint",
     "new-leader-keeps-old-deadlines",
     "expiry-against-node-term",
 ];

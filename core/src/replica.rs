@@ -59,7 +59,7 @@ use crate::{
     checkpoint::Image,
     clock::Clock,
     consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
-    ids::{Index, NodeId, RequestNumber, SessionId, Term},
+    ids::{Attachment, Index, NodeId, RequestNumber, SessionId, Term},
     limits,
     log::{Batch, EntryKind, Facts, LogEntry, Recovered},
     machine::{Machine, Outcome, Place},
@@ -144,7 +144,7 @@ pub struct Replica<M: Machine> {
 struct Arrived {
     commands: Vec<(RequestNumber, command::Body)>,
     forwarded: Vec<(NodeId, Forward)>,
-    renewals: Vec<(Renewer, SessionId)>,
+    renewals: Vec<(Renewer, Attachment)>,
 }
 
 #[derive(Debug)]
@@ -379,8 +379,8 @@ impl<M: Machine> Replica<M> {
                 deadline_us: self.request_deadline_us(),
                 body: AskBody::Read { number, query },
             }),
-            Input::Renew { number, session } => {
-                self.arrived.renewals.push((Renewer::Here(number), session));
+            Input::Renew { number, of } => {
+                self.arrived.renewals.push((Renewer::Here(number), of));
             }
             Input::Resign => self.consensus.hand_over(),
         }
@@ -417,13 +417,17 @@ impl<M: Machine> Replica<M> {
                     .renewals
                     .extend(renewals.into_iter().map(|renewal| {
                         let number = renewal.number;
+                        let of = Attachment {
+                            session: SessionId(renewal.session_id),
+                            number: renewal.attachment,
+                        };
                         (
                             Renewer::There {
                                 node: from,
                                 boot,
                                 number,
                             },
-                            SessionId(renewal.session_id),
+                            of,
                         )
                     }));
             }
@@ -749,7 +753,7 @@ impl<M: Machine> Replica<M> {
                     if let Some(leadership) = &mut self.leadership
                         && let Some(liveness) = &mut leadership.liveness
                     {
-                        liveness.renewal_over(renewal.session, None);
+                        liveness.renewal_over(renewal.of.session, None);
                     }
                     self.refuse_renewal(renewal.from);
                 }

@@ -4,13 +4,16 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     ops::Bound,
 };
 
 use crate::{
     ids::{LogTime, Revision, SessionId},
     limits,
+    machine::Place,
     picture::UnderWay,
+    requests::{Answered, Requests, Slot},
 };
 
 /// Why a session is not alive.
@@ -26,6 +29,28 @@ pub enum EndReason {
     Unknown,
 }
 
+/// What the client that opens a session makes up: who knows it may attach to the
+/// session, and a repeated opening with it finds the session again.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Secret([u8; limits::SECRET_BYTES]);
+
+impl Secret {
+    /// `None` if it does not have the length of one.
+    pub fn new(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().ok().map(Self)
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
 /// A live session.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Session {
@@ -39,62 +64,19 @@ pub struct Session {
     pub opened_revision: Revision,
     /// When it was opened.
     pub opened_at: LogTime,
-    /// Which of its requests are over.
-    pub requests: RequestWindow,
+    /// If its client gave one.
+    pub secret: Option<Secret>,
+    /// Its numbered requests.
+    pub requests: Requests,
 }
 
 impl Session {
-    /// What it counts for in the size of the state. Stays the same while it lives.
+    /// What it counts for in the size of the state.
     pub fn bytes(&self) -> u64 {
         let metadata = self.metadata.iter();
         let metadata = metadata.map(|(key, value)| key.len() + value.len());
-        (self.name.len() + metadata.sum::<usize>()) as u64 + limits::SESSION_OVERHEAD_BYTES
-    }
-}
-
-/// The numbered requests of a session that must not run (again).
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct RequestWindow {
-    acknowledged: u64,
-    cancelled: BTreeSet<u64>,
-}
-
-impl RequestWindow {
-    /// Whether this request is over: acknowledged or cancelled.
-    pub fn is_over(&self, request: u64) -> bool {
-        request <= self.acknowledged || self.cancelled.contains(&request)
-    }
-
-    /// Whether a cancellation can still be noted; see
-    /// [`crate::limits::CANCELLED_REQUESTS_MAX`].
-    pub fn is_full(&self) -> bool {
-        self.cancelled.len() >= limits::CANCELLED_REQUESTS_MAX
-    }
-
-    /// Up to where requests are acknowledged, and those cancelled above that.
-    pub(crate) fn parts(&self) -> (u64, impl Iterator<Item = u64>) {
-        (self.acknowledged, self.cancelled.iter().copied())
-    }
-
-    pub(crate) fn from_parts(acknowledged: u64, cancelled: impl Iterator<Item = u64>) -> Self {
-        Self {
-            acknowledged,
-            cancelled: cancelled.collect(),
-        }
-    }
-
-    pub(crate) fn acknowledge(&mut self, request: u64) {
-        if request > self.acknowledged {
-            self.acknowledged = request;
-            self.cancelled = self.cancelled.split_off(&request);
-            self.cancelled.remove(&request);
-        }
-    }
-
-    pub(crate) fn cancel(&mut self, request: u64) {
-        if !self.is_over(request) {
-            self.cancelled.insert(request);
-        }
+        let face = (self.name.len() + metadata.sum::<usize>()) as u64;
+        face + self.requests.bytes() + limits::SESSION_OVERHEAD_BYTES
     }
 }
 
@@ -102,6 +84,9 @@ impl RequestWindow {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sessions {
     live: BTreeMap<SessionId, Session>,
+    by_secret: BTreeMap<Secret, SessionId>,
+    /// Whose numbered request waits at a place.
+    waiting: BTreeMap<Place, (SessionId, u64)>,
     bytes: u64,
     drawing: UnderWay<Box<Drawing>>,
 }
@@ -129,6 +114,11 @@ impl Sessions {
     /// A live session.
     pub fn get(&self, id: SessionId) -> Option<&Session> {
         self.live.get(&id)
+    }
+
+    /// The live session that was opened with this secret.
+    pub fn opened_with(&self, secret: Secret) -> Option<SessionId> {
+        self.by_secret.get(&secret).copied()
     }
 
     /// All live sessions in order of id.
@@ -184,25 +174,62 @@ impl Sessions {
         self.drawing.0.take().map(|drawing| drawing.picture)
     }
 
-    pub(crate) fn get_mut(&mut self, id: SessionId) -> Option<&mut Session> {
-        self.rescue(id);
-        self.live.get_mut(&id)
-    }
-
     pub(crate) fn insert(&mut self, id: SessionId, session: Session) {
         if let Some(drawing) = &mut self.drawing.0 {
             drawing.opened.insert(id);
         }
         self.bytes += session.bytes();
+        if let Some(secret) = session.secret {
+            self.by_secret.insert(secret, id);
+        }
+        for (number, place) in session.requests.waiting() {
+            self.waiting.insert(place, (id, number));
+        }
         let before = self.live.insert(id, session);
         assert!(before.is_none(), "session id {id} given out twice");
     }
 
     pub(crate) fn remove(&mut self, id: SessionId) -> Option<Session> {
         self.rescue(id);
-        let removed = self.live.remove(&id);
-        self.bytes -= removed.as_ref().map_or(0, Session::bytes);
-        removed
+        let removed = self.live.remove(&id)?;
+        self.bytes -= removed.bytes();
+        if let Some(secret) = removed.secret {
+            self.by_secret.remove(&secret);
+        }
+        for (_, place) in removed.requests.waiting() {
+            self.waiting.remove(&place);
+        }
+        Some(removed)
+    }
+
+    /// Changes what is known of a session's requests, but none that waits.
+    pub(crate) fn change(&mut self, id: SessionId, change: impl FnOnce(&mut Requests)) {
+        self.rescue(id);
+        if let Some(session) = self.live.get_mut(&id) {
+            self.bytes -= session.requests.bytes();
+            change(&mut session.requests);
+            self.bytes += session.requests.bytes();
+        }
+    }
+
+    /// A request waits at a place from now on.
+    pub(crate) fn wait(&mut self, id: SessionId, number: u64, place: Place) {
+        self.waiting.insert(place, (id, number));
+        self.change(id, |requests| requests.set(number, Slot::Waiting(place)));
+    }
+
+    /// Whether a numbered request waits at a place.
+    pub(crate) fn is_waited_at(&self, place: Place) -> bool {
+        self.waiting.contains_key(&place)
+    }
+
+    /// The request that waits at a place is decided.
+    pub(crate) fn resolve(&mut self, place: Place, answered: Answered) {
+        if let Some((id, number)) = self.waiting.remove(&place) {
+            self.change(id, |requests| {
+                requests.set(number, Slot::Answered(answered));
+            });
+        }
     }
 
     /// A session is about to change: the picture takes it as it was.

@@ -4,10 +4,11 @@
 //! surroundings. What a command may not do is a result like any other; an entry
 //! that this version does not understand stops the node.
 
+mod once;
+mod sessions;
+
 use bytes::Bytes;
-use conclave_proto::internal::{
-    Command, Entry, ExpireSessions, OpenSession, Origin, PublishMember, Stamp, Txn, command,
-};
+use conclave_proto::internal::{Command, Entry, Origin, PublishMember, Stamp, Txn, command};
 use prost::Message as _;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -20,7 +21,8 @@ use crate::{
     machine::{Cause, Context, Machine, Outcome, Place, Settled, Staged, View},
     picture::UnderWay,
     replica::{Answer, AnswerBody, Event, EventBody, Fatal},
-    session::{EndReason, Session, Sessions},
+    requests::{Answered, KeptReply, Slot},
+    session::Sessions,
     system::{PublishedMember, System},
 };
 
@@ -312,136 +314,53 @@ impl<M: Machine> State<M> {
             .body
             .ok_or_else(|| unknown("a command of an unknown kind"))?;
         let outcome = match body {
-            command::Body::OpenSession(open) => Outcome::Done(self.open_session(open, applied)),
-            command::Body::CloseSession(close) => {
-                let id = SessionId(close.session_id);
-                Outcome::Done(self.close_session(id, applied))
+            command::Body::Machine(bytes) => {
+                let command =
+                    M::decode(bytes).ok_or_else(|| unknown("an unknown command of the machine"))?;
+                self.execute_once(term, command, applied)
             }
-            command::Body::ExpireSessions(expire) => {
-                Outcome::Done(self.expire_sessions(&expire, term, applied))
+            body => {
+                let body = self.execute_own(body, term, &unknown, applied)?;
+                Outcome::Done(self.answer(term, body))
             }
-            command::Body::Txn(txn) => Outcome::Done(self.txn(txn, applied)),
-            command::Body::PublishMember(member) => Outcome::Done(self.publish_member(member)),
+        };
+        if let Some(origin) = command.origin {
+            applied.outcomes.push((origin, outcome));
+        }
+        Ok(())
+    }
+
+    /// Runs a command that means the same for every machine.
+    fn execute_own(
+        &mut self,
+        body: command::Body,
+        term: Term,
+        unknown: &impl Fn(&str) -> Fatal,
+        applied: &mut Applied<M>,
+    ) -> Result<AnswerBody<M>, Fatal> {
+        Ok(match body {
+            command::Body::OpenSession(open) => self.open_session(open, applied),
+            command::Body::AttachSession(attach) => self.attach_session(&attach, applied),
+            command::Body::CloseSession(close) => self.close_session(&close, applied),
+            command::Body::ExpireSessions(expire) => self.expire_sessions(&expire, term, applied),
+            command::Body::Txn(txn) => self.txn(txn, applied),
+            command::Body::PublishMember(member) => self.publish_member(member),
             command::Body::Compact(compact) => {
-                let compacted = self.keyspace.compact(compact.revision);
-                Outcome::Done(AnswerBody::Compacted(compacted))
+                AnswerBody::Compacted(self.keyspace.compact(compact.revision))
             }
             command::Body::NoSpace(alarm) => {
                 self.system.set_out_of_space(alarm.raised);
-                Outcome::Done(AnswerBody::Done)
+                AnswerBody::Done
             }
             command::Body::RaiseApplyVersion(raise) => {
                 if raise.version > APPLY_VERSION {
                     return Err(unknown(&format!("apply version {}", raise.version)));
                 }
                 self.system.raise_apply_version(raise.version);
-                Outcome::Done(AnswerBody::Done)
+                AnswerBody::Done
             }
-            command::Body::Machine(bytes) => {
-                let command =
-                    M::decode(bytes).ok_or_else(|| unknown("an unknown command of the machine"))?;
-                self.execute(command, applied)
-            }
-        };
-        if let Some(origin) = command.origin {
-            let outcome = match outcome {
-                Outcome::Done(body) => Outcome::Done(self.answer(term, body)),
-                Outcome::Waiting(place) => Outcome::Waiting(place),
-            };
-            applied.outcomes.push((origin, outcome));
-        }
-        Ok(())
-    }
-
-    fn open_session(&mut self, open: OpenSession, applied: &mut Applied<M>) -> AnswerBody<M> {
-        if self.system.is_out_of_space() {
-            return AnswerBody::NoSpace;
-        }
-        let session = self.next_session_id();
-        let ttl_ms = open
-            .ttl_ms
-            .clamp(limits::SESSION_TTL_MS_MIN, limits::SESSION_TTL_MS_MAX);
-        let opened = Session {
-            ttl_ms,
-            name: open.name,
-            metadata: open.metadata.into_iter().collect(),
-            opened_revision: self.keyspace.revision(),
-            opened_at: self.system.log_time(),
-            requests: Default::default(),
-        };
-        self.sessions.insert(session, opened);
-        applied.lives.push(Life::Opened { session, ttl_ms });
-        AnswerBody::SessionOpened { session, ttl_ms }
-    }
-
-    /// Ids look random, so that one of another cluster is hardly ever one of
-    /// this, and are never given out twice.
-    fn next_session_id(&mut self) -> SessionId {
-        loop {
-            let count = self.system.count_session();
-            let hash = xxh3_64_with_seed(&count.to_be_bytes(), self.cluster);
-            let id = SessionId(hash.cast_signed() & i64::MAX);
-            if id.0 != 0
-                && self.sessions.get(id).is_none()
-                && self.system.end_reason(id) == EndReason::Unknown
-            {
-                return id;
-            }
-        }
-    }
-
-    fn close_session(&mut self, id: SessionId, applied: &mut Applied<M>) -> AnswerBody<M> {
-        if self.sessions.get(id).is_none() {
-            return AnswerBody::SessionEnded(self.system.end_reason(id));
-        }
-        self.end_session(id, EndReason::Closed, applied);
-        AnswerBody::Done
-    }
-
-    /// Only the leader decides on expiry, and only in its own term: the term of
-    /// the entry, which is the same on every node, unlike a node's current one.
-    fn expire_sessions(
-        &mut self,
-        expire: &ExpireSessions,
-        term: Term,
-        applied: &mut Applied<M>,
-    ) -> AnswerBody<M> {
-        #[cfg(conclave_plant)]
-        let term = crate::plant::expiry_term(term);
-        if expire.term == term {
-            for id in expire.session_ids.iter().copied().map(SessionId) {
-                if self.sessions.get(id).is_some() {
-                    self.end_session(id, EndReason::Expired, applied);
-                }
-            }
-        }
-        AnswerBody::Done
-    }
-
-    fn end_session(&mut self, id: SessionId, reason: EndReason, applied: &mut Applied<M>) {
-        let mut overlay = self.keyspace.overlay();
-        let now = self.system.log_time();
-        for key in self.keyspace.keys_of(id) {
-            let record = self.keyspace.get(key).expect("keys of sessions are live");
-            match self.machine.outlives(record, reason, now) {
-                Some(value) => overlay.put(key.clone(), value, None),
-                None => {
-                    overlay.delete(key);
-                }
-            }
-        }
-        let writes = overlay.into_writes();
-        let changes = self.keyspace.keep(writes);
-        self.sessions.remove(id);
-        self.system.record_end(id, reason);
-        self.settle(&changes, Cause::SessionEnded(reason), applied);
-        let revision = self.keyspace.revision();
-        applied.events.push(Event {
-            session: id,
-            revision,
-            body: EventBody::SessionEnded(reason),
-        });
-        applied.lives.push(Life::Ended(id));
+            command::Body::Machine(_) => return Err(unknown("a command of the machine")),
+        })
     }
 
     fn txn(&mut self, txn: Txn, applied: &mut Applied<M>) -> AnswerBody<M> {
@@ -485,7 +404,14 @@ impl<M: Machine> State<M> {
         AnswerBody::Done
     }
 
-    fn execute(&mut self, command: M::Command, applied: &mut Applied<M>) -> Outcome<AnswerBody<M>> {
+    /// Runs a command of the machine; `numbered` names the request of a live session
+    /// that it is, if it has a number.
+    fn execute(
+        &mut self,
+        command: M::Command,
+        numbered: Option<(SessionId, u64)>,
+        applied: &mut Applied<M>,
+    ) -> Outcome<AnswerBody<M>> {
         let mut context = self.context();
         match self.machine.execute(&mut context, command) {
             Ok(executed) => {
@@ -495,6 +421,11 @@ impl<M: Machine> State<M> {
                 }
                 let changes = self.keyspace.keep(writes);
                 self.keep_staged(staged);
+                if let (Some((id, number)), Outcome::Waiting(place)) = (numbered, &executed.outcome)
+                {
+                    // Before it settles, which may decide it already.
+                    self.sessions.wait(id, number, *place);
+                }
                 self.settle(&changes, Cause::Machine(&executed.note), applied);
                 match executed.outcome {
                     Outcome::Done(reply) => Outcome::Done(AnswerBody::Machine(Ok(reply))),
@@ -516,15 +447,11 @@ impl<M: Machine> State<M> {
     }
 
     fn keep_staged(&mut self, staged: Staged) {
-        if let Some((id, request)) = staged.acknowledged
-            && let Some(session) = self.sessions.get_mut(id)
-        {
-            session.requests.acknowledge(request);
-        }
-        for (id, request) in staged.cancelled {
-            if let Some(session) = self.sessions.get_mut(id) {
-                session.requests.cancel(request);
-            }
+        if let Some((id, number, answer)) = staged.answered {
+            let answered = self.answered_now(KeptReply::Machine(answer));
+            self.sessions.change(id, |requests| {
+                requests.set(number, Slot::Answered(answered));
+            });
         }
         if let Some(record) = staged.forced {
             self.system.record_forced(record);
@@ -538,6 +465,12 @@ impl<M: Machine> State<M> {
         applied.changes += changes.len();
         let Settled { resolved, events } = self.machine.settle(changes, cause);
         let revision = self.keyspace.revision();
+        for (place, result) in &resolved {
+            if self.sessions.is_waited_at(*place) {
+                let answered = self.answered_now(KeptReply::Machine(M::keep(result)));
+                self.sessions.resolve(*place, answered);
+            }
+        }
         let resolved = resolved.into_iter();
         applied
             .resolved
@@ -553,6 +486,11 @@ impl<M: Machine> State<M> {
                 revision,
                 body: EventBody::Machine(event),
             }));
+    }
+
+    fn answered_now(&self, reply: KeptReply) -> Answered {
+        let revision = self.keyspace.revision();
+        Answered { revision, reply }
     }
 
     fn answer(&self, term: Term, body: AnswerBody<M>) -> Answer<M> {

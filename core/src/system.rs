@@ -7,7 +7,7 @@ use conclave_proto::internal::CheckpointSystem;
 use crate::{
     ids::{LogTime, NodeId, Revision, SessionId},
     limits,
-    session::EndReason,
+    session::{EndReason, Secret},
 };
 
 /// A member as the log knows it.
@@ -36,6 +36,14 @@ pub struct ForcedRelease {
     pub reason: String,
 }
 
+/// A session that ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ended {
+    pub(crate) session: SessionId,
+    pub(crate) reason: EndReason,
+    pub(crate) secret: Option<Secret>,
+}
+
 /// The system table.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct System {
@@ -52,8 +60,9 @@ pub struct System {
     /// The alarm NOSPACE.
     pub(crate) is_out_of_space: bool,
     /// The newest at the back; bounded.
-    pub(crate) ended: VecDeque<(SessionId, EndReason)>,
+    pub(crate) ended: VecDeque<Ended>,
     pub(crate) ended_by_id: BTreeMap<SessionId, EndReason>,
+    pub(crate) ended_by_secret: BTreeMap<Secret, EndReason>,
     /// By token; bounded.
     pub(crate) forced: BTreeMap<Revision, ForcedRelease>,
 }
@@ -96,6 +105,12 @@ impl System {
             .get(&id)
             .copied()
             .unwrap_or(EndReason::Unknown)
+    }
+
+    /// Why the session that was opened with this secret ended, if it did and that is
+    /// on record.
+    pub fn end_reason_of(&self, secret: Secret) -> Option<EndReason> {
+        self.ended_by_secret.get(&secret).copied()
     }
 
     /// The forced release of the grant with this token, if on record.
@@ -150,13 +165,19 @@ impl System {
         self.is_out_of_space = is_out_of_space;
     }
 
-    pub(crate) fn record_end(&mut self, id: SessionId, reason: EndReason) {
-        self.ended.push_back((id, reason));
-        self.ended_by_id.insert(id, reason);
+    pub(crate) fn record_end(&mut self, ended: Ended) {
+        self.ended.push_back(ended);
+        self.ended_by_id.insert(ended.session, ended.reason);
+        if let Some(secret) = ended.secret {
+            self.ended_by_secret.insert(secret, ended.reason);
+        }
         if self.ended.len() > limits::ENDED_SESSIONS_KEPT
-            && let Some((oldest, _)) = self.ended.pop_front()
+            && let Some(oldest) = self.ended.pop_front()
         {
-            self.ended_by_id.remove(&oldest);
+            self.ended_by_id.remove(&oldest.session);
+            if let Some(secret) = oldest.secret {
+                self.ended_by_secret.remove(&secret);
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! A picture shows the state at which it was begun, whatever is applied while it is
-//! being taken, and taking it changes nothing. The machine notes requests in their
-//! sessions, so that sessions change, too.
+//! being taken, and taking it changes nothing. The machine does nothing, but its
+//! commands are numbered, so that sessions change, too.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +14,7 @@ use conclave_core::{
 };
 use conclave_proto::internal::{
     CloseSession, Command, Compact, DeleteRange, Entry, ExpireSessions, OpenSession, Operation,
-    Put, Stamp, Txn, command, operation,
+    Put, Request, Stamp, Txn, command, operation,
 };
 use proptest::prelude::*;
 use prost::Message as _;
@@ -25,8 +25,8 @@ const TERM: u64 = 1;
 struct Notes;
 
 impl Machine for Notes {
-    /// A session and a request of it: even ones are acknowledged, odd ones cancelled.
-    type Command = (SessionId, u64);
+    /// A session and a request of it: even ones acknowledge all before them.
+    type Command = (SessionId, Request);
     type Reply = ();
     type Rejection = ();
     type Note = ();
@@ -40,19 +40,32 @@ impl Machine for Notes {
 
     fn decode(bytes: Bytes) -> Option<Self::Command> {
         let (session, request) = bytes.split_first_chunk()?;
-        let request = u64::from_be_bytes(request.try_into().ok()?);
+        let number = u64::from_be_bytes(request.try_into().ok()?);
+        let request = Request {
+            number,
+            acknowledged: if number % 2 == 0 { number - 1 } else { 0 },
+            ..Request::default()
+        };
         Some((SessionId(i64::from_be_bytes(*session)), request))
     }
 
-    fn execute(
-        &self,
-        context: &mut Context<'_>,
-        (session, request): Self::Command,
-    ) -> Result<Executed<Self>, ()> {
-        match request % 2 {
-            0 => context.acknowledge(session, request),
-            _ => context.cancel(session, request),
-        }
+    fn request((session, request): &Self::Command) -> Option<(SessionId, &Request)> {
+        Some((*session, request))
+    }
+
+    fn keep(_: &Result<(), ()>) -> Bytes {
+        Bytes::new()
+    }
+
+    fn recall(_: &Bytes) -> Result<(), ()> {
+        Ok(())
+    }
+
+    fn withdraw(&self, _: &mut Context<'_>, _: SessionId, _: &[u64]) {}
+
+    fn holdings(&self, _: View<'_>, _: SessionId) {}
+
+    fn execute(&self, _: &mut Context<'_>, _: Self::Command) -> Result<Executed<Self>, ()> {
         let outcome = Outcome::Done(());
         Ok(Executed { outcome, note: () })
     }
@@ -131,6 +144,7 @@ fn body(state: &State<Notes>, step: &Step) -> Option<command::Body> {
         }),
         Step::Close(which) => command::Body::CloseSession(CloseSession {
             session_id: session(*which)?.0,
+            attachment: 0,
         }),
         Step::Expire(which) => command::Body::ExpireSessions(ExpireSessions {
             term: TERM,

@@ -21,7 +21,7 @@ use conclave_core::{
     APPLY_VERSION,
     checkpoint::{SimCheckpoints, Writer},
     disk::SimDisk,
-    ids::{Index, LogTime, NodeId, RequestNumber, SessionId, Term},
+    ids::{Attachment, Index, LogTime, NodeId, RequestNumber, SessionId, Term},
     keyspace::{Change, KeyRange, Keyspace, Record},
     limits,
     log::{Facts, HardState, Identity, Log, LogEntry, Recovered},
@@ -35,8 +35,8 @@ use conclave_core::{
     state::State,
 };
 use conclave_proto::internal::{
-    CloseSession, Command, Compact, Forward, Hello, NoSpace, OpenSession, Operation, Origin,
-    PeerMessage, Put, Txn, command, operation, peer_message,
+    AttachSession, CloseSession, Command, Compact, Forward, Hello, NoSpace, OpenSession, Operation,
+    Origin, PeerMessage, Put, Request, Txn, command, operation, peer_message,
 };
 use prost::Message as _;
 use protobuf::Message as _;
@@ -70,6 +70,20 @@ impl Machine for Register {
 
     fn decode(bytes: Bytes) -> Option<Bytes> {
         (bytes.len() == 1).then_some(bytes)
+    }
+
+    fn request(_: &Bytes) -> Option<(SessionId, &Request)> {
+        None
+    }
+
+    fn keep(answer: &Result<Bytes, &'static str>) -> Bytes {
+        answer.clone().unwrap_or_default()
+    }
+
+    fn recall(kept: &Bytes) -> Result<Bytes, &'static str> {
+        Some(kept.clone())
+            .filter(|kept| !kept.is_empty())
+            .ok_or("not a letter")
     }
 
     fn execute(
@@ -108,6 +122,12 @@ impl Machine for Register {
 
     fn outlives(&self, _: &Record, _: EndReason, _: LogTime) -> Option<Bytes> {
         None
+    }
+
+    fn withdraw(&self, _: &mut Context<'_>, _: SessionId, _: &[u64]) {}
+
+    fn holdings(&self, state: View<'_>, _: SessionId) -> Bytes {
+        self.query(state, ())
     }
 
     fn settle(&mut self, changes: &[Change], _: Cause<'_, ()>) -> Settled<Self> {
@@ -421,15 +441,18 @@ impl Cluster {
     }
 
     fn renew(&mut self, node: NodeId, session: SessionId) -> RequestNumber {
+        self.renew_for(node, session, 0)
+    }
+
+    fn renew_for(&mut self, node: NodeId, session: SessionId, attachment: u64) -> RequestNumber {
         self.last_number += 1;
-        self.input(
-            node,
-            Input::Renew {
-                number: self.last_number,
-                session,
-            },
-        );
-        self.last_number
+        let of = Attachment {
+            session,
+            number: attachment,
+        };
+        let number = self.last_number;
+        self.input(node, Input::Renew { number, of });
+        number
     }
 
     fn outcome(&mut self, node: NodeId, number: RequestNumber) -> String {
@@ -687,6 +710,62 @@ fn a_session_lives_by_renewals_on_any_member_and_expires_without() {
 }
 
 #[test]
+fn an_attachment_that_was_replaced_renews_nothing() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let secret = Bytes::from_static(&[7; limits::SECRET_BYTES]);
+    let open = command::Body::OpenSession(OpenSession {
+        ttl_ms: 2_000,
+        secret: secret.clone(),
+        ..OpenSession::default()
+    });
+    let opened = |cluster: &mut Cluster, node| {
+        let number = cluster.send(node, open.clone());
+        cluster.settle();
+        match cluster
+            .nodes
+            .get_mut(&node)
+            .unwrap()
+            .outcomes
+            .remove(&number)
+        {
+            Some(Ok(AnswerBody::SessionOpened { session, .. })) => session,
+            other => panic!("{other:?}"),
+        }
+    };
+    let session = opened(&mut cluster, follower);
+    assert_eq!(opened(&mut cluster, leader), session, "it is repeated");
+    let attach = command::Body::AttachSession(AttachSession {
+        session_id: session.0,
+        secret,
+        replaces: 1,
+        nonce: 5,
+        wanted: vec![],
+    });
+    let number = cluster.send(follower, attach);
+    cluster.settle();
+    let attached = cluster.outcome(follower, number);
+    assert!(attached.contains("attachment: 2"), "{attached}");
+    let told = (session, EventBody::SessionAttached { attachment: 2 });
+    assert_eq!(cluster.nodes[&leader].events, [told]);
+    for _ in 0..2 {
+        cluster.run_ms(900);
+        for (node, attachment) in [(leader, 0), (follower, 1)] {
+            let number = cluster.renew_for(node, session, attachment);
+            cluster.settle();
+            assert_eq!(cluster.outcome(node, number), "Ok(NotRun(Superseded))");
+        }
+    }
+    cluster.run_ms(900);
+    let number = cluster.renew_for(follower, session, 2);
+    cluster.settle();
+    assert_eq!(
+        cluster.outcome(follower, number),
+        "Ok(SessionEnded(Expired))"
+    );
+}
+
+#[test]
 fn a_renewal_on_a_leader_cut_off_is_not_acknowledged() {
     let mut cluster = Cluster::ready(3);
     let old = cluster.leader();
@@ -759,6 +838,7 @@ fn closing_an_ended_session_says_how_it_ended() {
     let session = cluster.open(NodeId(1), 2_000);
     let close = command::Body::CloseSession(CloseSession {
         session_id: session.0,
+        attachment: 0,
     });
     let (first, second) = (
         cluster.send(NodeId(1), close.clone()),
@@ -1228,7 +1308,10 @@ fn above_the_quota_what_grows_is_refused_until_there_is_space_and_an_operator_sa
         assert_eq!(cluster.outcome(follower, number), "Ok(NoSpace)");
     }
     let session_id = session.0;
-    let close = command::Body::CloseSession(CloseSession { session_id });
+    let close = command::Body::CloseSession(CloseSession {
+        session_id,
+        attachment: 0,
+    });
     let number = cluster.send(follower, close);
     cluster.settle();
     assert_eq!(cluster.outcome(follower, number), "Ok(Done)");
@@ -1643,7 +1726,10 @@ fn a_turn_applies_no_more_than_it_bears_and_the_next_follows_at_once() {
     }
     for session in &sessions {
         let session_id = session.0;
-        let close = command::Body::CloseSession(CloseSession { session_id });
+        let close = command::Body::CloseSession(CloseSession {
+            session_id,
+            attachment: 0,
+        });
         handle.ending(close, respond()).unwrap();
     }
     let mut closed = Vec::new();

@@ -6,13 +6,15 @@
 //! - [`name`]: names and owners, and the keys made of them;
 //! - `value`: what a contender's key says;
 //! - `contenders`: who contends for what, in order, and who holds;
-//! - [`mutex`]: the commands, rules and answers of the mutex.
+//! - [`mutex`]: the commands, rules and answers of the mutex;
+//! - `kept`: answers in the form in which they are kept for numbered commands.
 //!
 //! [`Primitives`] joins them into the one [`Machine`] that core replicates. It has
 //! no state but an index derived from keys, and knows no clock, no network, no
 //! disk and no encoding but that of its own commands and values.
 
 mod contenders;
+mod kept;
 pub mod mutex;
 pub mod name;
 mod value;
@@ -27,10 +29,10 @@ use conclave_core::{
     session::EndReason,
     system::ForcedRelease,
 };
-use conclave_proto::internal::{PrimitiveCommand, command, primitive_command};
+use conclave_proto::internal::{PrimitiveCommand, Request, command, primitive_command};
 use prost::Message as _;
 
-pub use mutex::{Contender, Grant, LockInfo, LossReason, Note};
+pub use mutex::{Contender, Grant, LockInfo, LossReason, Note, Waiting};
 pub use name::Invalid;
 
 use contenders::Contenders;
@@ -74,8 +76,6 @@ pub enum Rejection {
     Cancelled,
     /// The place was taken away while waiting (its key deleted, or forced).
     PlaceLost(LossReason),
-    /// The request is over for the client that sent it; it does not run (again).
-    StaleRequest,
     /// The same session and owner holds the lock or waits for it, by another request.
     AlreadyContending {
         /// The create revision of its key.
@@ -89,8 +89,8 @@ pub enum Rejection {
     },
     /// Nobody holds the lock.
     NotHeld,
-    /// Too many cancelled requests in this session are not acknowledged.
-    TooManyCancelled,
+    /// Too many requests of the session are not over, to note that this one is.
+    TooManyRequests,
     /// Too many acquires share the grant.
     TooManyEntries,
 }
@@ -132,7 +132,7 @@ pub enum Query {
         /// The token.
         token: Revision,
     },
-    /// What a session holds, and what operators took from it.
+    /// What a session holds and waits for, and what operators took from it.
     GrantsOf(SessionId),
 }
 
@@ -152,6 +152,8 @@ pub enum Answer {
     Grants {
         /// In order of key.
         grants: Vec<Grant>,
+        /// In order of key.
+        waiting: Vec<Waiting>,
         /// In order of token, as far as they are on record.
         forced: Vec<ForcedRelease>,
     },
@@ -191,6 +193,25 @@ impl Machine for Primitives {
         }
     }
 
+    fn request(command: &Self::Command) -> Option<(SessionId, &Request)> {
+        use primitive_command::Command;
+        let (session, request) = match command {
+            Command::LockAcquire(command) => (command.session_id, &command.request),
+            Command::LockRelease(command) => (command.session_id, &command.request),
+            Command::LockCancel(command) => (command.session_id, &command.request),
+            Command::LockForceRelease(_) => return None,
+        };
+        Some((SessionId(session), request.as_ref()?))
+    }
+
+    fn keep(answer: &Result<Reply, Rejection>) -> Bytes {
+        kept::keep(answer)
+    }
+
+    fn recall(answer: &Bytes) -> Result<Reply, Rejection> {
+        kept::recall(answer)
+    }
+
     fn execute(
         &self,
         context: &mut Context<'_>,
@@ -217,6 +238,14 @@ impl Machine for Primitives {
 
     fn outlives(&self, record: &Record, reason: EndReason, now: LogTime) -> Option<Bytes> {
         mutex::outlives(&self.contenders, record, reason, now)
+    }
+
+    fn withdraw(&self, context: &mut Context<'_>, session: SessionId, wanted: &[u64]) {
+        mutex::withdraw(&self.contenders, context, session, wanted);
+    }
+
+    fn holdings(&self, view: View<'_>, session: SessionId) -> Answer {
+        mutex::grants_of(&self.contenders, view, session)
     }
 
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Note>) -> Settled<Self> {

@@ -8,19 +8,18 @@
 //! the holder's key ends its grant.
 //!
 //! **Rules.**
-//! - An acquire puts a key, unless the request is over, the same contender is
-//!   there by another request, or it would have to wait and does not want to. The
-//!   same request again finds its place or grant.
+//! - An acquire puts a key, unless the same contender is there by another one, or
+//!   it would have to wait and does not want to.
 //! - A wait that ends deletes the waiter's key. A holder has no deadline.
 //! - A release deletes the holder's key if the token is that of its grant.
 //! - Acquires of one session and owner that are reentrant share one grant: their
-//!   requests are in its value, and the key goes with the last one.
+//!   numbers are in its value, and the key goes with the last one.
 //! - The key of a holder that is lost with a lock-delay stays until the delay
 //!   ends, bound to no session, and is nobody's. It is in the way of all others
 //!   as any key is, so etcd clients wait for it too.
-//! - A request whose key goes by a command of the mutex, or that is cancelled
-//!   before it made one, is noted in its session as over: a copy of it that is
-//!   still on its way is refused, and cannot hold a lock for nobody.
+//! - That a numbered command runs once is core's business, and so is the answer to
+//!   its copies. An acquire that is cancelled before it arrived has that for its
+//!   answer, so that it cannot hold a lock for nobody when it does.
 //! - Who holds is decided in `settle` alone, once a command, from the keys that
 //!   changed.
 //!
@@ -36,6 +35,7 @@ use conclave_core::{
     keyspace::Record,
     limits,
     machine::{Cause, Context, Outcome, Place, Settled, View},
+    requests::Standing,
     session::{EndReason, Sessions},
     system::ForcedRelease,
 };
@@ -47,6 +47,7 @@ use prost::Message as _;
 use crate::{
     Answer, Event, Primitives, Rejection, Reply,
     contenders::{Contenders, Shift, Ticket},
+    kept,
     name::{contender_key, lock_of, owner_of, validate_name, validate_reason},
     value::{self, native},
 };
@@ -90,6 +91,15 @@ pub struct Grant {
     pub key: Bytes,
     /// Its create revision.
     pub token: Revision,
+}
+
+/// A place in the queue of a lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// What it will hold, with the token that it will have.
+    pub contends: Grant,
+    /// The number of the acquire that waits; 0 if it has none.
+    pub request: u64,
 }
 
 /// Who holds a lock or waits for it.
@@ -136,34 +146,27 @@ pub(crate) fn acquire(
 ) -> Result<Executed, Rejection> {
     let id = SessionId(command.session_id);
     let key = contender_key(&command.name, id, &command.owner)?;
-    let session = context.session(id).map_err(Rejection::SessionEnded)?;
+    context.session(id).map_err(Rejection::SessionEnded)?;
+    let entry = entry_of(&command);
     let LockAcquire {
         name,
-        request,
-        acknowledged,
         wait_ms,
         delay_ms,
         reentrant,
         ..
     } = command;
-    if request != 0 && (request <= acknowledged || session.requests.is_over(request)) {
-        return Err(Rejection::StaleRequest);
-    }
-    if acknowledged > 0 {
-        context.acknowledge(id, acknowledged);
-    }
     let lock = Bytes::from(name);
     let note = Note::Acquired;
     if let Some(record) = context.overlay.get(&key).cloned() {
-        let outcome = join(contenders, context, &lock, &record, request, reentrant)?;
-        return Ok(Executed { outcome, note });
+        let reply = join(contenders, context, &lock, &record, entry, reentrant)?;
+        return Ok(done(reply, note));
     }
     if wait_ms == Some(0) && contenders.first(&lock).is_some() {
         return Err(Rejection::Held);
     }
     let now = context.now();
     let value = LockContender {
-        request,
+        request: entry,
         wait_until_ms: wait_ms.map_or(0, |ms| value::end_of(now, ms)),
         asked_ms: now,
         delay_ms: delay_ms.min(limits::LOCK_DELAY_MS_MAX),
@@ -176,36 +179,35 @@ pub(crate) fn acquire(
     Ok(Executed { outcome, note })
 }
 
-/// What an acquire finds whose key is there already: its own place or grant, or a
-/// grant that it may share.
+/// By what an acquire is known among those that share a grant: its number, or the tag
+/// that a server gave it.
+fn entry_of(command: &LockAcquire) -> u64 {
+    let number = command.request.as_ref().map_or(0, |request| request.number);
+    if number == 0 { command.tag } else { number }
+}
+
+/// What an acquire finds whose key is there already: maybe a grant that it may share.
 fn join(
     contenders: &Contenders,
     context: &mut Context<'_>,
     lock: &Bytes,
     record: &Record,
-    request: u64,
+    entry: u64,
     reentrant: bool,
-) -> Result<Outcome<Reply>, Rejection> {
+) -> Result<Reply, Rejection> {
     let token = record.create_revision;
     let key = record.key.clone();
     let holds = holds(contenders, lock, record);
-    if asked_by(record, request) {
-        return Ok(if holds {
-            Outcome::Done(Reply::Granted { key, token })
-        } else {
-            Outcome::Waiting(token)
-        });
-    }
     let shared = native(record).filter(|value| holds && value.reentrant && reentrant);
-    let Some(mut value) = shared.filter(|_| request != 0) else {
+    let Some(mut value) = shared.filter(|_| entry != 0 && !asked_by(record, entry)) else {
         return Err(Rejection::AlreadyContending { token });
     };
     if value::entries(&value).count() >= limits::LOCK_ENTRIES_MAX {
         return Err(Rejection::TooManyEntries);
     }
-    value.inner.push(request);
+    value.inner.push(entry);
     rewrite(context, record, &value);
-    Ok(Outcome::Done(Reply::Granted { key, token }))
+    Ok(Reply::Granted { key, token })
 }
 
 /// Gives the lock up, or ends the delay of a holder that was lost: whoever
@@ -221,6 +223,7 @@ pub(crate) fn release(
         owner,
         token,
         entry,
+        request: _,
     } = command;
     let key = contender_key(&name, SessionId(session_id), &owner)?;
     let lock = Bytes::from(name);
@@ -241,7 +244,7 @@ pub(crate) fn release(
     Ok(done(Reply::Released, Note::Released))
 }
 
-/// Withdraws a request, whatever became of it.
+/// Withdraws an acquire, whatever became of it.
 pub(crate) fn cancel(
     context: &mut Context<'_>,
     command: LockCancel,
@@ -250,33 +253,52 @@ pub(crate) fn cancel(
         name,
         session_id,
         owner,
-        request,
-        place,
+        entry,
+        request: _,
     } = command;
     let id = SessionId(session_id);
     let key = contender_key(&name, id, &owner)?;
-    let is_over = match request {
-        0 => true,
-        _ => {
-            let session = context.session(id).map_err(Rejection::SessionEnded)?;
-            session.requests.is_over(request)
-        }
-    };
-    let meant = |record: &Record| match request {
-        0 => record.create_revision == place,
-        request => asked_by(record, request),
-    };
-    let found = context.overlay.get(&key).filter(|record| meant(record));
-    match found.cloned() {
-        // Even without room for the note: a lock held for nobody is worse than
-        // what a late copy could do.
-        Some(record) if request != 0 => leave(context, &record, request),
-        Some(record) => remove(context, &record),
-        None if is_over => {}
-        None if !note(context, id, request) => return Err(Rejection::TooManyCancelled),
+    let is_numbered = (1..=limits::REQUEST_NUMBER_MAX).contains(&entry);
+    if is_numbered {
+        context.session(id).map_err(Rejection::SessionEnded)?;
+    }
+    let found = context.overlay.get(&key);
+    match found.filter(|record| asked_by(record, entry)).cloned() {
+        Some(record) => leave(context, &record, entry),
+        None if is_numbered => forestall(context, id, entry)?,
         None => {}
     }
     Ok(done(Reply::Cancelled, Note::Cancelled))
+}
+
+/// An acquire that has not arrived yet never runs.
+fn forestall(context: &mut Context<'_>, id: SessionId, number: u64) -> Result<(), Rejection> {
+    if context.standing(id, number) != Some(Standing::New) {
+        return Ok(());
+    }
+    let cancelled = kept::keep(&Err(Rejection::Cancelled));
+    match context.forestall(id, number, cancelled) {
+        true => Ok(()),
+        false => Err(Rejection::TooManyRequests),
+    }
+}
+
+/// Withdraws what a session waits for by another number than these.
+pub(crate) fn withdraw(
+    contenders: &Contenders,
+    context: &mut Context<'_>,
+    session: SessionId,
+    wanted: &[u64],
+) {
+    let keyspace = context.overlay.base();
+    for key in keyspace.keys_of(session) {
+        let record = live(keyspace.get(key));
+        let is_wanted = |value: &LockContender| wanted.contains(&value.request);
+        let waits = lock_of(key).is_some_and(|lock| !holds(contenders, &lock, record));
+        if waits && native(record).is_some_and(|value| !is_wanted(&value)) {
+            remove(context, record);
+        }
+    }
 }
 
 /// Takes the lock from its holder, or cuts the delay of one that was lost short.
@@ -319,7 +341,6 @@ pub(crate) fn force_release(
     }
     match value::left_by(&record, context.now()) {
         Some(left) if !skip_delay => {
-            end_requests(context, &record);
             context.gives_back();
             context.overlay.put(record.key, left, None);
         }
@@ -396,7 +417,7 @@ fn wait_ended(cause: &Cause<'_, Note>) -> Rejection {
     match cause {
         Cause::SessionEnded(reason) => Rejection::SessionEnded(*reason),
         Cause::Machine(Note::WaitTimedOut) => Rejection::WaitTimedOut,
-        Cause::Machine(Note::Cancelled) => Rejection::Cancelled,
+        Cause::Unwanted | Cause::Machine(Note::Cancelled) => Rejection::Cancelled,
         Cause::Machine(Note::Forced(reason)) => {
             Rejection::PlaceLost(LossReason::Forced(reason.clone()))
         }
@@ -411,7 +432,7 @@ fn loss(cause: &Cause<'_, Note>) -> Option<LossReason> {
     match cause {
         Cause::SessionEnded(reason) => Some(LossReason::SessionEnded(*reason)),
         Cause::Machine(Note::Forced(reason)) => Some(LossReason::Forced(reason.clone())),
-        Cause::Machine(Note::Released | Note::Cancelled) => None,
+        Cause::Unwanted | Cause::Machine(Note::Released | Note::Cancelled) => None,
         Cause::Txn | Cause::Machine(Note::Acquired | Note::WaitTimedOut) => {
             Some(LossReason::KeyDeleted)
         }
@@ -468,15 +489,33 @@ pub(crate) fn places(
     still.collect()
 }
 
-/// What a session holds, and what operators took from it.
+/// What a session holds and waits for, and what operators took from it.
 pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: SessionId) -> Answer {
-    let held = |key: &Bytes| {
-        let holder = contenders.holder(&lock_of(key)?)?;
-        (holder.key == *key).then(|| grant(holder))
-    };
-    let grants = view.keyspace.keys_of(session).filter_map(held).collect();
+    let (mut grants, mut waiting) = (Vec::new(), Vec::new());
+    for key in view.keyspace.keys_of(session) {
+        let record = live(view.keyspace.get(key));
+        let Some(lock) = lock_of(key) else { continue };
+        let contends = Grant {
+            lock: String::from_utf8_lossy(&lock).into_owned(),
+            owner: owner_of(key),
+            key: key.clone(),
+            token: record.create_revision,
+        };
+        if holds(contenders, &lock, record) {
+            grants.push(contends);
+        } else {
+            let number = native(record).map(|value| value.request);
+            let is_number = |number: &u64| *number <= limits::REQUEST_NUMBER_MAX;
+            let request = number.filter(is_number).unwrap_or(0);
+            waiting.push(Waiting { contends, request });
+        }
+    }
     let forced = view.system.forced_releases_of(session).cloned().collect();
-    Answer::Grants { grants, forced }
+    Answer::Grants {
+        grants,
+        waiting,
+        forced,
+    }
 }
 
 fn lock_info(
@@ -571,24 +610,16 @@ fn is_first(contenders: &Contenders, lock: &Bytes, record: &Record) -> bool {
         .is_some_and(|first| first.key == record.key)
 }
 
-/// Undoes one acquire, by its request, or the newest for 0: with the last one
+/// Undoes one acquire, by its number or tag, or the newest for 0: with the last one
 /// goes the key.
 fn leave(context: &mut Context<'_>, record: &Record, entry: u64) {
-    let shared = native(record).and_then(|value| {
-        let newest = value.inner.last().copied();
-        let left = match entry {
-            0 => newest?,
-            entry => entry,
-        };
-        Some((left, value::without(value, entry)?))
-    });
-    match (record.lease, shared) {
-        (Some(id), Some((left, value))) => {
+    let shared = native(record).and_then(|value| value::without(value, entry));
+    match shared {
+        Some(value) => {
             context.gives_back();
             rewrite(context, record, &value);
-            note(context, id, left);
         }
-        _ => remove(context, record),
+        None => remove(context, record),
     }
 }
 
@@ -598,39 +629,15 @@ fn rewrite(context: &mut Context<'_>, record: &Record, value: &LockContender) {
     context.overlay.put(key, value.into(), record.lease);
 }
 
-/// Deletes a contender's key; its requests are over.
+/// Deletes a contender's key.
 fn remove(context: &mut Context<'_>, record: &Record) {
     context.overlay.delete(&record.key);
-    end_requests(context, record);
 }
 
-/// Notes the numbered requests that made a key or share it as over. A session that
-/// acknowledges nothing may have no room for the note; then a late copy of its
-/// request would run.
-fn end_requests(context: &mut Context<'_>, record: &Record) {
-    if let (Some(id), Some(value)) = (record.lease, native(record)) {
-        for request in value::entries(&value) {
-            note(context, id, request);
-        }
-    }
-}
-
-/// Notes that a request is over; false if there is no room.
-fn note(context: &mut Context<'_>, id: SessionId, request: u64) -> bool {
-    let Ok(session) = context.session(id) else {
-        return false;
-    };
-    let has_room = session.requests.is_over(request) || !session.requests.is_full();
-    if has_room {
-        context.cancel(id, request);
-    }
-    has_room
-}
-
-/// Whether this numbered request of the key's session made it or shares it.
-fn asked_by(record: &Record, request: u64) -> bool {
-    let value = native(record).filter(|_| request != 0);
-    value.is_some_and(|value| value::entries(&value).any(|entry| entry == request))
+/// Whether the acquire with this number or tag made the key or shares it.
+fn asked_by(record: &Record, entry: u64) -> bool {
+    let value = native(record).filter(|_| entry != 0);
+    value.is_some_and(|value| value::entries(&value).any(|other| other == entry))
 }
 
 fn not_holder(context: &Context<'_>, lock: &Bytes, token: Revision) -> Rejection {

@@ -13,19 +13,22 @@ use bytes::Bytes;
 use conclave_core::{
     ids::{Revision, SessionId},
     keyspace::KeyRange,
+    limits,
     machine::{Machine as _, Outcome},
     replica::{AnswerBody, EventBody},
+    requests::NotRun,
     session::EndReason,
     state::Applied,
     system::ForcedRelease,
 };
 use conclave_primitives::{
-    Answer, Contender, Event, LockInfo, LossReason, Primitives, Query, Rejection, Reply, command,
-    name::lock_of,
+    Answer as Found, Contender, Event, LockInfo, LossReason, Primitives, Query, Rejection, Reply,
+    Waiting, command, name::lock_of,
 };
 use conclave_proto::internal::{
-    DeleteRange, LockAcquire, LockCancel, LockContender, LockForceRelease, LockRelease, Operation,
-    Put, Txn, command::Body, operation::Operation as Kind, primitive_command::Command,
+    AttachSession, CloseSession, DeleteRange, LockAcquire, LockCancel, LockContender,
+    LockForceRelease, LockRelease, Operation, Put, Request, Txn, command::Body,
+    operation::Operation as Kind, primitive_command::Command,
 };
 use harness::{Driver, Step};
 use proptest::prelude::*;
@@ -51,23 +54,26 @@ struct Who {
 enum Action {
     Acquire {
         who: Who,
-        request: u64,
-        acknowledged: u64,
+        number: Number,
         how: How,
     },
-    /// With the token of the contender's key, or one that is off.
+    /// With the token of the contender's key, or one that is off; of the newest of the
+    /// session's acquires that share it, or one from `back` numbers ago.
     Release {
         who: Who,
+        number: Number,
         off: u64,
-        entry: u64,
+        back: Option<u64>,
     },
+    /// Of the acquire from so many numbers ago, which may not have been used.
     Cancel {
         who: Who,
-        request: u64,
+        back: u64,
     },
-    CancelPlace {
-        who: Who,
-        off: u64,
+    /// Of all that waits, only the request from so many numbers ago is wanted.
+    Attach {
+        session: usize,
+        back: u64,
     },
     Force {
         lock: usize,
@@ -82,6 +88,42 @@ enum Action {
     Pass {
         ms: u64,
     },
+}
+
+/// What makes a request safe to repeat.
+#[derive(Clone, Copy, Debug)]
+struct Number {
+    which: Which,
+    /// How far behind the newest number the acknowledged one is, if any is.
+    lag: Option<u64>,
+    /// Whether the one before that is unfinished.
+    leaves_one: bool,
+    /// It comes from the attachment before.
+    is_old: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Which {
+    None,
+    Fresh,
+    /// The one from so many numbers ago.
+    Again(u64),
+}
+
+/// How a request stands, that of a session by its number.
+#[derive(Clone, Debug, PartialEq)]
+enum Slot {
+    Waiting(Revision),
+    Answered(Result<Reply, Rejection>),
+    Over,
+}
+
+/// What a request comes to.
+#[derive(Debug, PartialEq)]
+enum Comes {
+    Waiting(Revision),
+    Answered(Result<Reply, Rejection>),
+    NotRun(NotRun),
 }
 
 /// What an acquire wants.
@@ -116,6 +158,7 @@ struct Place {
     token: Revision,
     /// As in a native value; one 0 if it has none.
     requests: Vec<u64>,
+    is_native: bool,
     wait_until: u64,
     delay_ms: u64,
     reentrant: bool,
@@ -133,7 +176,9 @@ struct Model {
     places: Vec<Place>,
     /// Keys that contend for nothing.
     others: BTreeMap<String, Option<SessionId>>,
-    over: BTreeSet<(SessionId, u64)>,
+    slots: BTreeMap<(SessionId, u64), Slot>,
+    /// The newest number and the attachment of a session.
+    used: BTreeMap<SessionId, (u64, u64)>,
     forced: BTreeMap<Revision, ForcedRelease>,
 }
 
@@ -158,6 +203,7 @@ impl Place {
         self.delay_until = now + self.delay_ms + 1;
         self.wait_until = 0;
         self.requests = vec![0];
+        self.is_native = false;
         self.reentrant = false;
     }
 }
@@ -204,6 +250,8 @@ impl Model {
             session: Some(self.sessions[who.session]),
             token: self.revision + 1,
             requests: [&[value.request][..], &value.inner].concat(),
+            // An empty value says nothing.
+            is_native: value.encoded_len() > 0,
             wait_until: value.wait_until_ms,
             delay_ms: value.delay_ms,
             reentrant: value.reentrant,
@@ -212,7 +260,7 @@ impl Model {
         }
     }
 
-    /// A command of the mutex takes a key away: its request is over.
+    /// A command of the mutex takes a key away.
     fn remove(&mut self, key: &str) -> Place {
         let at = self
             .places
@@ -220,17 +268,93 @@ impl Model {
             .position(|place| place.key == key)
             .expect("it is there");
         let place = self.places.remove(at);
-        self.end_requests(&place);
         self.revision += 1;
         place
     }
 
-    fn end_requests(&mut self, place: &Place) {
-        if let Some(session) = place.session {
-            let requests = place.requests.iter();
-            self.over
-                .extend(requests.map(|request| (session, *request)));
+    /// The request that a number stands for.
+    fn request(&mut self, who: Who, number: Number) -> Request {
+        let (newest, attachment) = self
+            .used
+            .entry(self.sessions[who.session])
+            .or_insert((0, 1));
+        let acknowledged = number.lag.map_or(0, |lag| newest.saturating_sub(lag));
+        let before = acknowledged.saturating_sub(1);
+        let request = match number.which {
+            Which::None => 0,
+            Which::Again(back) => newest.saturating_sub(back),
+            Which::Fresh => {
+                *newest += 1;
+                *newest
+            }
+        };
+        Request {
+            attachment: *attachment - u64::from(number.is_old),
+            number: request,
+            acknowledged,
+            unfinished: [before; 1][..usize::from(number.leaves_one)].to_vec(),
         }
+    }
+
+    /// Takes a request in: what it comes to if it does not run.
+    fn admit(&mut self, id: SessionId, request: &Request) -> Option<Comes> {
+        if request.attachment.max(1) < self.used[&id].1 {
+            return Some(Comes::NotRun(NotRun::Superseded));
+        }
+        for number in 1..=request.acknowledged {
+            let waits = matches!(self.slots.get(&(id, number)), Some(Slot::Waiting(_)));
+            if !waits && !request.unfinished.contains(&number) {
+                self.slots.insert((id, number), Slot::Over);
+            }
+        }
+        Some(match self.slots.get(&(id, request.number))? {
+            Slot::Waiting(place) => Comes::Waiting(*place),
+            Slot::Answered(answer) => Comes::Answered(answer.clone()),
+            Slot::Over => Comes::NotRun(NotRun::Over),
+        })
+    }
+
+    /// Runs a request once.
+    fn once(&mut self, who: Who, request: &Request, run: impl FnOnce(&mut Self) -> Comes) -> Comes {
+        let id = self.sessions[who.session];
+        if let Some(known) = self.admit(id, request) {
+            return known;
+        }
+        let comes = run(self);
+        let slot = match &comes {
+            Comes::Waiting(place) => Slot::Waiting(*place),
+            Comes::Answered(answer) => Slot::Answered(answer.clone()),
+            Comes::NotRun(_) => return comes,
+        };
+        if request.number != 0 {
+            self.slots.insert((id, request.number), slot);
+        }
+        comes
+    }
+
+    /// Waits have ended.
+    fn resolve(&mut self, resolved: &[(Revision, Result<Reply, Rejection>)]) {
+        for (place, answer) in resolved {
+            for slot in self.slots.values_mut() {
+                if *slot == Slot::Waiting(*place) {
+                    *slot = Slot::Answered(answer.clone());
+                }
+            }
+        }
+    }
+
+    fn attach(&mut self, id: SessionId, wanted: u64) {
+        let waits = |place: &Place| {
+            place.session == Some(id) && place.requests[0] != wanted && !self.holds(place)
+        };
+        let places = self.places.iter().filter(|place| place.is_native);
+        let unwanted = places
+            .filter(|place| waits(place))
+            .map(|place| place.key.clone());
+        let unwanted: Vec<String> = unwanted.collect();
+        self.revision += u64::from(!unwanted.is_empty());
+        self.places.retain(|place| !unwanted.contains(&place.key));
+        self.used.entry(id).or_insert((0, 1)).1 += 1;
     }
 
     /// One of the acquires that share a place is undone.
@@ -245,60 +369,38 @@ impl Model {
             0 => Some(place.requests.len() - 1),
             _ => place.requests.iter().position(|request| *request == entry),
         };
-        let request = place.requests.remove(at.expect("it shares the place"));
-        let session = place.session.expect("it is native");
-        self.over.insert((session, request));
+        place.requests.remove(at.expect("it shares the place"));
         self.revision += 1;
     }
 
-    fn acquire(
-        &mut self,
-        who: Who,
-        request: u64,
-        acknowledged: u64,
-        how: How,
-    ) -> Result<Outcome<Reply>, Rejection> {
-        let id = self.sessions[who.session];
-        if request != 0 && (request <= acknowledged || self.over.contains(&(id, request))) {
-            return Err(Rejection::StaleRequest);
-        }
+    fn acquire(&mut self, who: Who, request: u64, how: How) -> Comes {
         let key = self.key(who);
-        let outcome = if let Some(place) = self.find(&key).cloned() {
+        if let Some(place) = self.find(&key).cloned() {
             let token = place.token;
-            let is_known = place.session == Some(id) && place.requests.contains(&request);
             let is_shared = self.holds(&place) && place.reentrant && how.reentrant;
-            if request == 0 || !is_known && !is_shared {
-                return Err(Rejection::AlreadyContending { token });
+            if request == 0 || !is_shared || place.requests.contains(&request) {
+                return Comes::Answered(Err(Rejection::AlreadyContending { token }));
             }
-            if !is_known {
-                let places = self.places.iter_mut();
-                let requests = places.filter(|place| place.key == key);
-                requests.for_each(|place| place.requests.push(request));
-                self.revision += 1;
-            }
-            if self.holds(self.find(&key).expect("it is there")) {
-                Outcome::Done(granted(&place))
-            } else {
-                Outcome::Waiting(token)
-            }
-        } else {
-            if how.wait_ms == Some(0) && self.first(LOCKS[who.lock]).is_some() {
-                return Err(Rejection::Held);
-            }
-            let value = LockContender {
-                request,
-                wait_until_ms: how.wait_ms.map_or(0, |ms| self.now + ms + 1),
-                delay_ms: how.delay_ms,
-                reentrant: how.reentrant,
-                ..LockContender::default()
-            };
-            self.places.push(self.place(who, &value));
+            let places = self.places.iter_mut();
+            let requests = places.filter(|place| place.key == key);
+            requests.for_each(|place| place.requests.push(request));
             self.revision += 1;
-            Outcome::Waiting(self.revision)
+            return Comes::Answered(Ok(granted(&place)));
+        }
+        if how.wait_ms == Some(0) && self.first(LOCKS[who.lock]).is_some() {
+            return Comes::Answered(Err(Rejection::Held));
+        }
+        let value = LockContender {
+            request,
+            wait_until_ms: how.wait_ms.map_or(0, |ms| self.now + ms + 1),
+            asked_ms: self.now,
+            delay_ms: how.delay_ms,
+            reentrant: how.reentrant,
+            ..LockContender::default()
         };
-        self.over
-            .extend((1..=acknowledged).map(|request| (id, request)));
-        Ok(outcome)
+        self.places.push(self.place(who, &value));
+        self.revision += 1;
+        Comes::Waiting(self.revision)
     }
 
     fn release(&mut self, who: Who, token: Revision, entry: u64) -> Result<Reply, Rejection> {
@@ -331,14 +433,9 @@ impl Model {
             |place: &Place| place.session == Some(id) && place.requests.contains(&request);
         if self.find(&key).is_some_and(is_known) {
             self.leave(&key, request);
-        }
-        self.over.insert((id, request));
-    }
-
-    fn cancel_place(&mut self, who: Who, token: Revision) {
-        let key = self.key(who);
-        if self.find(&key).is_some_and(|place| place.token == token) {
-            self.remove(&key);
+        } else {
+            let cancelled = Slot::Answered(Err(Rejection::Cancelled));
+            self.slots.entry((id, request)).or_insert(cancelled);
         }
     }
 
@@ -354,7 +451,6 @@ impl Model {
         if skip_delay || holder.delay_ms == 0 {
             self.remove(&holder.key);
         } else {
-            self.end_requests(&holder);
             let now = self.now;
             let places = self.places.iter_mut();
             let left = places.filter(|place| place.key == holder.key);
@@ -401,6 +497,7 @@ impl Model {
                     session,
                     token,
                     requests: vec![0],
+                    is_native: false,
                     wait_until: 0,
                     delay_ms: 0,
                     reentrant: false,
@@ -535,24 +632,27 @@ fn granted(place: &Place) -> Reply {
 struct World {
     driver: Driver,
     model: Model,
+    secrets: BTreeMap<SessionId, Bytes>,
     /// The newest grant of each lock that was told to anyone.
     told: BTreeMap<Bytes, (Revision, Bytes)>,
 }
 
 impl World {
     fn new() -> Self {
-        let mut driver = Driver::new();
-        let sessions = (0..SESSIONS).map(|_| driver.open("")).collect();
-        let model = Model {
-            revision: 1,
-            sessions,
-            ..Model::default()
-        };
-        Self {
-            driver,
-            model,
+        let mut world = Self {
+            driver: Driver::new(),
+            model: Model {
+                revision: 1,
+                ..Model::default()
+            },
+            secrets: BTreeMap::new(),
             told: BTreeMap::new(),
+        };
+        for _ in 0..SESSIONS {
+            let id = world.open();
+            world.model.sessions.push(id);
         }
+        world
     }
 
     /// Runs one action on both, and compares.
@@ -563,9 +663,11 @@ impl World {
         let before = self.model.clone();
         self.model.fire();
         let mut expected = self.model.since(&before, &Rejection::WaitTimedOut, None);
+        self.model.resolve(&expected.0);
         let before = self.model.clone();
         let (refusal, loss, applied) = self.act(action);
         let (resolved, events) = self.model.since(&before, &refusal, loss.as_ref());
+        self.model.resolve(&resolved);
         expected.0.extend(resolved);
         expected.1.extend(events);
         self.note_grants(&applied);
@@ -573,7 +675,7 @@ impl World {
         assert_eq!(self.driver.state.keyspace().revision(), self.model.revision);
         self.check_queries();
         if let Action::End { session, .. } = action {
-            self.model.sessions[*session] = self.driver.open("");
+            self.model.sessions[*session] = self.open();
         }
     }
 
@@ -585,23 +687,25 @@ impl World {
             Some(LossReason::KeyDeleted),
         );
         let ((refusal, loss), applied) = match action.clone() {
-            Action::Acquire {
+            Action::Acquire { who, number, how } => (deleted, self.acquire(who, number, how)),
+            Action::Release {
                 who,
-                request,
-                acknowledged,
-                how,
-            } => (deleted, self.acquire(who, request, acknowledged, how)),
-            Action::Release { who, off, entry } => {
-                ((Rejection::Held, None), self.release(who, off, entry))
+                number,
+                off,
+                back,
+            } => (
+                (Rejection::Held, None),
+                self.release(who, number, off, back),
+            ),
+            Action::Cancel { who, back } => {
+                let entry = self.newest(who.session).saturating_sub(back).max(1);
+                self.model.cancel(who, entry);
+                ((Rejection::Cancelled, None), self.cancel(who, entry))
             }
-            Action::Cancel { who, request } => {
-                self.model.cancel(who, request);
-                ((Rejection::Cancelled, None), self.cancel(who, request, 0))
-            }
-            Action::CancelPlace { who, off } => {
-                let place = self.token_of(who) + off;
-                self.model.cancel_place(who, place);
-                ((Rejection::Cancelled, None), self.cancel(who, 0, place))
+            Action::Attach { session, back } => {
+                let wanted = self.newest(session).saturating_sub(back);
+                let applied = self.attach(session, wanted);
+                ((Rejection::Cancelled, None), applied)
             }
             Action::Force {
                 lock,
@@ -620,7 +724,10 @@ impl World {
                 let id = self.model.sessions[session];
                 self.model.end(id, reason);
                 let step = match reason {
-                    EndReason::Closed => self.driver.close(id),
+                    EndReason::Closed => self.driver.run(Body::CloseSession(CloseSession {
+                        session_id: id.0,
+                        attachment: u64::MAX,
+                    })),
                     _ => self.driver.expire(id),
                 };
                 let why = (
@@ -634,40 +741,54 @@ impl World {
         (refusal, loss, applied)
     }
 
-    fn acquire(
-        &mut self,
-        who: Who,
-        request: u64,
-        acknowledged: u64,
-        how: How,
-    ) -> Applied<Primitives> {
+    /// Opens a session with a secret of its own.
+    fn open(&mut self) -> SessionId {
+        let mut secret = vec![0; limits::SECRET_BYTES];
+        secret[..8].copy_from_slice(&self.driver.state.applied().to_le_bytes());
+        let secret = Bytes::from(secret);
+        let opened = self.driver.open("", secret.clone());
+        let session = opened.expect("its secret is new");
+        self.secrets.insert(session, secret);
+        session
+    }
+
+    fn newest(&self, session: usize) -> u64 {
+        let used = self.model.used.get(&self.model.sessions[session]);
+        used.map_or(0, |(newest, _)| *newest)
+    }
+
+    fn acquire(&mut self, who: Who, number: Number, how: How) -> Applied<Primitives> {
+        let request = self.model.request(who, number);
         let (name, session_id, owner) = self.names(who);
         let step = self.driver.run(command(Command::LockAcquire(LockAcquire {
             name,
             session_id,
             owner,
-            request,
-            acknowledged,
+            request: Some(request.clone()),
             wait_ms: how.wait_ms,
             delay_ms: how.delay_ms,
             reentrant: how.reentrant,
+            ..LockAcquire::default()
         })));
-        match (
-            &step.outcome,
-            self.model.acquire(who, request, acknowledged, how),
-        ) {
-            (Outcome::Waiting(place), Ok(Outcome::Waiting(expected))) => {
-                assert_eq!(*place, expected);
-            }
-            (_, Ok(Outcome::Done(reply))) => assert_eq!(answer(&step), Ok(reply)),
-            (_, Err(rejection)) => assert_eq!(answer(&step), Err(rejection)),
-            (outcome, expected) => panic!("{outcome:?} instead of {expected:?}"),
-        }
+        let acquire = |model: &mut Model| model.acquire(who, request.number, how);
+        assert_eq!(comes(&step), self.model.once(who, &request, acquire));
         step.applied
     }
 
-    fn release(&mut self, who: Who, off: u64, entry: u64) -> Applied<Primitives> {
+    fn release(
+        &mut self,
+        who: Who,
+        number: Number,
+        off: u64,
+        back: Option<u64>,
+    ) -> Applied<Primitives> {
         let token = self.token_of(who) + off;
+        let place = self.model.find(&self.model.key(who));
+        let entries = place.map_or(&[][..], |place| &place.requests);
+        let entry = back.map_or(0, |back| {
+            entries.iter().rev().nth(back as usize).map_or(1, |e| *e)
+        });
+        let request = self.model.request(who, number);
         let (name, session_id, owner) = self.names(who);
         let release = LockRelease {
             name,
@@ -675,20 +796,47 @@ impl World {
             owner,
             token,
             entry,
+            request: Some(request.clone()),
         };
         let step = self.driver.run(command(Command::LockRelease(release)));
-        assert_eq!(answer(&step), self.model.release(who, token, entry));
+        let release = |model: &mut Model| Comes::Answered(model.release(who, token, entry));
+        assert_eq!(comes(&step), self.model.once(who, &request, release));
         step.applied
     }
 
-    fn cancel(&mut self, who: Who, request: u64, place: Revision) -> Applied<Primitives> {
+    fn attach(&mut self, session: usize, wanted: u64) -> Applied<Primitives> {
+        let id = self.model.sessions[session];
+        let replaces = self
+            .model
+            .used
+            .get(&id)
+            .map_or(1, |(_, attachment)| *attachment);
+        self.model.attach(id, wanted);
+        let step = self.driver.run(Body::AttachSession(AttachSession {
+            session_id: id.0,
+            secret: self.secrets[&id].clone(),
+            replaces,
+            nonce: 1,
+            wanted: vec![wanted],
+        }));
+        let Outcome::Done(answer) = step.outcome else {
+            panic!("it waits");
+        };
+        assert!(
+            matches!(answer.body, AnswerBody::SessionAttached { attachment, .. }
+                if attachment == replaces + 1)
+        );
+        step.applied
+    }
+
+    fn cancel(&mut self, who: Who, entry: u64) -> Applied<Primitives> {
         let (name, session_id, owner) = self.names(who);
         let cancel = LockCancel {
             name,
             session_id,
             owner,
-            request,
-            place,
+            entry,
+            request: None,
         };
         let step = self.driver.run(command(Command::LockCancel(cancel)));
         assert_eq!(answer(&step), Ok(Reply::Cancelled));
@@ -844,7 +992,7 @@ impl World {
     fn locks(&self, name: Option<&str>, after: &str, limit: usize) -> (Vec<LockInfo>, bool) {
         let (name, after) = (name.map(str::to_owned), after.to_owned());
         match self.ask(Query::Locks { name, after, limit }) {
-            Answer::Locks { locks, more } => (locks, more),
+            Found::Locks { locks, more } => (locks, more),
             other => panic!("{other:?}"),
         }
     }
@@ -853,11 +1001,16 @@ impl World {
         self.ask(Query::Check {
             name: lock.to_owned(),
             token,
-        }) == Answer::Checked(true)
+        }) == Found::Checked(true)
     }
 
     fn check_grants(&self, session: SessionId) {
-        let Answer::Grants { grants, forced } = self.ask(Query::GrantsOf(session)) else {
+        let Found::Grants {
+            grants,
+            waiting,
+            forced,
+        } = self.ask(Query::GrantsOf(session))
+        else {
             panic!("not the answer to this question");
         };
         let of_session = |place: &&Place| place.session == Some(session);
@@ -875,6 +1028,24 @@ impl World {
                 .into_iter()
                 .map(|grant| (grant.key, grant.token))
                 .eq(held)
+        );
+        let waits = self.model.places.iter().filter(of_session);
+        let waits = waits.filter(|place| !self.model.holds(place));
+        let request = |place: &Place| {
+            if place.is_native {
+                place.requests[0]
+            } else {
+                0
+            }
+        };
+        let waits: BTreeSet<_> = waits
+            .map(|p| (Bytes::from(p.key.clone()), p.token, request(p)))
+            .collect();
+        assert!(
+            waiting
+                .into_iter()
+                .map(|Waiting { contends, request }| (contends.key, contends.token, request))
+                .eq(waits)
         );
         let expected = self
             .model
@@ -897,11 +1068,21 @@ impl World {
         );
     }
 
-    fn ask(&self, query: Query) -> Answer {
+    fn ask(&self, query: Query) -> Found {
         self.driver
             .state
             .machine()
             .query(self.driver.state.view(), query)
+    }
+}
+
+fn comes(step: &Step) -> Comes {
+    match &step.outcome {
+        Outcome::Waiting(place) => Comes::Waiting(*place),
+        Outcome::Done(answer) => match &answer.body {
+            AnswerBody::NotRun(why) => Comes::NotRun(*why),
+            _ => Comes::Answered(self::answer(step)),
+        },
     }
 }
 
@@ -926,7 +1107,7 @@ fn seen(applied: Applied<Primitives>) -> Seen {
         .into_iter()
         .filter_map(|event| match event.body {
             EventBody::Machine(body) => Some((event.session, body)),
-            EventBody::SessionEnded(_) => None,
+            EventBody::SessionEnded(_) | EventBody::SessionAttached { .. } => None,
         });
     (resolved, events.collect())
 }
@@ -990,20 +1171,34 @@ fn action() -> impl Strategy<Value = Action> {
         delay_ms,
         reentrant,
     });
-    let entry = prop_oneof![2 => Just(0u64), 1 => 1u64..6];
-    let acknowledged = prop_oneof![5 => Just(0u64), 1 => 1u64..3];
+    let which = || {
+        prop_oneof![
+            1 => Just(Which::None),
+            4 => Just(Which::Fresh),
+            1 => (0u64..4).prop_map(Which::Again),
+        ]
+    };
+    let lag = || prop_oneof![2 => Just(None), 1 => (0u64..5).prop_map(Some)];
+    let number = || {
+        (which(), lag(), any::<bool>(), prop::bool::weighted(0.05)).prop_map(
+            |(which, lag, leaves_one, is_old)| Number {
+                which,
+                lag,
+                leaves_one,
+                is_old,
+            },
+        )
+    };
     let off = || prop_oneof![4 => Just(0u64), 1 => 1u64..3];
     let reason = prop_oneof![Just(EndReason::Closed), Just(EndReason::Expired)];
     prop_oneof![
-        8 => (who(), 0u64..6, acknowledged, how).prop_map(
-            |(who, request, acknowledged, how)| {
-                Action::Acquire { who, request, acknowledged, how }
-            }
-        ),
-        6 => (who(), off(), entry)
-            .prop_map(|(who, off, entry)| Action::Release { who, off, entry }),
-        2 => (who(), 1u64..6).prop_map(|(who, request)| Action::Cancel { who, request }),
-        1 => (who(), off()).prop_map(|(who, off)| Action::CancelPlace { who, off }),
+        8 => (who(), number(), how)
+            .prop_map(|(who, number, how)| Action::Acquire { who, number, how }),
+        6 => (who(), number(), off(), prop::option::of(0u64..3))
+            .prop_map(|(who, number, off, back)| Action::Release { who, number, off, back }),
+        2 => (who(), 0u64..5).prop_map(|(who, back)| Action::Cancel { who, back }),
+        1 => (0..SESSIONS, 0u64..4)
+            .prop_map(|(session, back)| Action::Attach { session, back }),
         1 => (0..LOCKS.len(), prop::option::of(off()), any::<bool>())
             .prop_map(|(lock, off, skip_delay)| Action::Force { lock, off, skip_delay }),
         2 => writes().prop_map(Action::Txn),

@@ -20,9 +20,9 @@ use bytes::{Buf as _, Bytes};
 use conclave_core::{machine::Outcome, replica::AnswerBody, state::State};
 use conclave_primitives::Primitives;
 use conclave_proto::internal::{
-    CloseSession, Command, Compact, Compare, DeleteRange, Entry, ExpireSessions, LockAcquire,
-    LockCancel, LockForceRelease, LockRelease, NoSpace, OpenSession, Operation, Origin,
-    PublishMember, Put, RaiseApplyVersion, Range, Stamp, Txn, command, compare,
+    AttachSession, CloseSession, Command, Compact, Compare, DeleteRange, Entry, ExpireSessions,
+    LockAcquire, LockCancel, LockForceRelease, LockRelease, NoSpace, OpenSession, Operation,
+    Origin, PublishMember, Put, RaiseApplyVersion, Range, Request, Stamp, Txn, command, compare,
     operation::Operation as Kind, primitive_command::Command as Primitive,
 };
 use prost::Message as _;
@@ -84,6 +84,7 @@ impl Recorder {
             ttl_ms: 10_000,
             name: name.to_owned(),
             metadata: [("host".to_owned(), name.to_owned())].into(),
+            secret: secret_of(name),
         };
         match self.run(command::Body::OpenSession(open)) {
             Some(AnswerBody::SessionOpened { session, .. }) => session.0,
@@ -96,8 +97,11 @@ impl Recorder {
             name: "lock".to_owned(),
             session_id,
             owner: owner.to_owned(),
-            request,
-            acknowledged: request.saturating_sub(2),
+            request: Some(Request {
+                number: request,
+                acknowledged: request.saturating_sub(2),
+                ..Request::default()
+            }),
             wait_ms,
             ..LockAcquire::default()
         }));
@@ -181,6 +185,7 @@ fn history() -> Recorder {
     record_delays(r, sessions);
     record_shared(r, sessions);
     record_keys(r, sessions);
+    record_requests(r, sessions);
     r.begin_term();
     // Of another term than that of its entry, then of the same.
     for term in [1, 2] {
@@ -191,7 +196,10 @@ fn history() -> Recorder {
         }));
     }
     for session_id in sessions {
-        r.run(command::Body::CloseSession(CloseSession { session_id }));
+        r.run(command::Body::CloseSession(CloseSession {
+            session_id,
+            attachment: 2,
+        }));
     }
     recorder
 }
@@ -223,9 +231,8 @@ fn record_locks(r: &mut Recorder, [one, two, three]: [i64; 3]) {
     r.lock(Primitive::LockCancel(LockCancel {
         name: name(),
         session_id: three,
-        owner: String::new(),
-        request: 5,
-        place: 0,
+        entry: 5,
+        ..LockCancel::default()
     }));
     r.acquire(three, "", 5, None);
     r.acquire(three, "y", 0, None);
@@ -234,11 +241,11 @@ fn record_locks(r: &mut Recorder, [one, two, three]: [i64; 3]) {
 /// The delay of a lost holder: begun by force, not begun again, cut short, and begun
 /// by the expiry at the end.
 fn record_delays(r: &mut Recorder, [one, two, three]: [i64; 3]) {
-    let acquire = |session_id, request, delay_ms| {
+    let acquire = |session_id, number, delay_ms| {
         Primitive::LockAcquire(LockAcquire {
             name: "delayed".to_owned(),
             session_id,
-            request,
+            request: numbered(number),
             delay_ms,
             ..LockAcquire::default()
         })
@@ -267,12 +274,12 @@ fn record_delays(r: &mut Recorder, [one, two, three]: [i64; 3]) {
 
 /// Acquires that share one grant.
 fn record_shared(r: &mut Recorder, [one, two, _]: [i64; 3]) {
-    let acquire = |session_id, request, reentrant| {
+    let acquire = |session_id, number, reentrant| {
         Primitive::LockAcquire(LockAcquire {
             name: "shared".to_owned(),
             session_id,
             owner: "o".to_owned(),
-            request,
+            request: numbered(number),
             reentrant,
             ..LockAcquire::default()
         })
@@ -287,8 +294,8 @@ fn record_shared(r: &mut Recorder, [one, two, _]: [i64; 3]) {
         name: "shared".to_owned(),
         session_id: one,
         owner: "o".to_owned(),
-        request: 51,
-        place: 0,
+        entry: 51,
+        request: None,
     }));
     for entry in [52, 52, 0, 50, 50] {
         r.lock(Primitive::LockRelease(LockRelease {
@@ -297,8 +304,75 @@ fn record_shared(r: &mut Recorder, [one, two, _]: [i64; 3]) {
             owner: "o".to_owned(),
             token,
             entry,
+            request: None,
         }));
     }
+}
+
+/// A number alone.
+fn numbered(number: u64) -> Option<Request> {
+    Some(Request {
+        number,
+        ..Request::default()
+    })
+}
+
+/// Attachments, and numbered requests that are repeated, over, superseded or forestalled.
+fn record_requests(r: &mut Recorder, [one, two, _]: [i64; 3]) {
+    let secret = secret_of("one");
+    for (replaces, nonce, secret) in [
+        (0, 1, secret.clone()),
+        (2, 1, secret.clone()),
+        (1, 1, Bytes::new()),
+        (1, 1, secret.clone()),
+        (1, 1, secret),
+    ] {
+        r.run(command::Body::AttachSession(AttachSession {
+            session_id: one,
+            secret,
+            replaces,
+            nonce,
+            wanted: vec![2],
+        }));
+    }
+    r.open("one");
+    r.acquire(one, "", 12, None);
+    r.acquire(two, "", 12, None);
+    let release = |number, unfinished| {
+        Primitive::LockRelease(LockRelease {
+            name: "lock".to_owned(),
+            session_id: two,
+            token: r.state.keyspace().revision(),
+            request: Some(Request {
+                number,
+                acknowledged: 14,
+                unfinished,
+                ..Request::default()
+            }),
+            ..LockRelease::default()
+        })
+    };
+    let releases = [
+        release(15, vec![13]),
+        release(15, vec![]),
+        release(13, vec![]),
+    ];
+    for release in releases {
+        r.lock(release);
+    }
+    r.lock(Primitive::LockCancel(LockCancel {
+        name: "lock".to_owned(),
+        session_id: two,
+        entry: 16,
+        ..LockCancel::default()
+    }));
+    r.acquire(two, "", 16, None);
+}
+
+fn secret_of(name: &str) -> Bytes {
+    let mut secret = name.as_bytes().to_vec();
+    secret.resize(16, b'.');
+    secret.into()
 }
 
 fn record_keys(r: &mut Recorder, [one, two, _]: [i64; 3]) {

@@ -6,11 +6,12 @@
 //! session of that name. Run with `UPDATE_SCRIPTS=1` to write what is true now.
 //!
 //! ```text
-//! open SESSION | close SESSION | expire SESSION | pass MS
-//! acquire SESSION LOCK [owner=O] [request=N] [acknowledged=N] [wait=MS] [delay=MS]
-//!     [reentrant=1]
-//! release SESSION LOCK token=N [owner=O] [entry=N]
-//! cancel SESSION LOCK [owner=O] request=N|place=N
+//! open SESSION [secret=TEXT] | close SESSION [attachment=N] | expire SESSION | pass MS
+//! attach SESSION [secret=TEXT] replaces=N nonce=N [wanted=N,...]
+//! acquire SESSION LOCK [owner=O] [REQUEST] [tag=N] [wait=MS] [delay=MS] [reentrant=1]
+//! release SESSION LOCK token=N [owner=O] [entry=N] [REQUEST]
+//! cancel SESSION LOCK [owner=O] entry=N [REQUEST]
+//!   REQUEST: [request=N] [acknowledged=N] [unfinished=N,...] [attachment=N]
 //! force LOCK [token=N] [skip_delay=1] reason=TEXT
 //! put KEY... [value=TEXT] [lease=SESSION] | delete KEY...
 //! locks [LOCK] [after=LOCK] [limit=N] | check LOCK token=N | grants SESSION
@@ -31,15 +32,18 @@ use conclave_core::{
     limits,
     machine::{Machine as _, Outcome},
     replica::{AnswerBody, EventBody},
+    requests::NotRun,
     session::EndReason,
     state::Applied,
 };
 use conclave_primitives::{
-    Answer, Contender, Event, LossReason, Primitives, Query, Rejection, Reply, command,
+    Answer as Found, Contender, Event, LossReason, Primitives, Query, Rejection, Reply, Waiting,
+    command,
 };
 use conclave_proto::internal::{
-    DeleteRange, LockAcquire, LockCancel, LockForceRelease, LockRelease, NoSpace, Operation, Put,
-    Txn, command::Body, operation, primitive_command::Command,
+    AttachSession, CloseSession, DeleteRange, LockAcquire, LockCancel, LockForceRelease,
+    LockRelease, NoSpace, Operation, Put, Request, Txn, command::Body, operation,
+    primitive_command::Command,
 };
 use harness::{Driver, Step};
 
@@ -68,7 +72,7 @@ fn a_list_shows_a_bounded_number_of_waiters_and_counts_the_rest() {
         limit: 0,
     };
     let state = &driver.state;
-    let Answer::Locks { locks, .. } = state.machine().query(state.view(), query) else {
+    let Found::Locks { locks, .. } = state.machine().query(state.view(), query) else {
         panic!("not a list of locks");
     };
     let counts: Vec<_> = locks
@@ -81,38 +85,55 @@ fn a_list_shows_a_bounded_number_of_waiters_and_counts_the_rest() {
     );
 }
 
-/// Too long for a script: the numbers of a session that never acknowledges any.
+/// Too long for a script: a session with as many unfinished requests as it may have.
 #[test]
 fn a_place_is_given_up_even_if_no_more_requests_can_be_noted() {
     let mut driver = Driver::new();
-    let id = driver.open("a").0;
+    let id = driver.open("a", Bytes::new()).unwrap().0;
     let name = || "deploy".to_owned();
-    let acquire = |request| LockAcquire {
-        name: name(),
-        session_id: id,
-        request,
-        ..LockAcquire::default()
+    let acquire = |number| {
+        let request = Request {
+            number,
+            ..Request::default()
+        };
+        command(Command::LockAcquire(LockAcquire {
+            name: name(),
+            session_id: id,
+            request: Some(request),
+            ..LockAcquire::default()
+        }))
     };
-    let cancel = |request| LockCancel {
-        name: name(),
-        session_id: id,
-        request,
-        ..LockCancel::default()
+    let cancel = |entry| {
+        command(Command::LockCancel(LockCancel {
+            name: name(),
+            session_id: id,
+            entry,
+            ..LockCancel::default()
+        }))
     };
-    let last = limits::CANCELLED_REQUESTS_MAX as u64 + 1;
-    for request in 1..last {
-        driver.run(command(Command::LockCancel(cancel(request))));
+    let last = limits::REQUESTS_OPEN_MAX as u64;
+    for number in 1..last {
+        driver.run(cancel(number));
     }
-    let refused = driver.run(command(Command::LockCancel(cancel(last))));
+    driver.run(acquire(last));
+    let refused = driver.run(acquire(last + 1));
+    let Outcome::Done(refused) = refused.outcome else {
+        panic!("it waits");
+    };
+    assert!(matches!(refused.body, AnswerBody::NotRun(NotRun::TooMany)));
     assert_eq!(
-        outcome(refused),
-        Err(Rejection::TooManyCancelled),
+        outcome(driver.run(cancel(last + 1))),
+        Err(Rejection::TooManyRequests),
         "nothing is there to be given up"
     );
-    driver.run(command(Command::LockAcquire(acquire(last))));
-    let cancelled = driver.run(command(Command::LockCancel(cancel(last))));
-    assert_eq!(outcome(cancelled), Ok(Reply::Cancelled));
-    let again = driver.run(command(Command::LockAcquire(acquire(last + 1))));
+    assert_eq!(outcome(driver.run(cancel(last))), Ok(Reply::Cancelled));
+    let other = driver.open("b", Bytes::new()).unwrap().0;
+    let again = driver.run(command(Command::LockAcquire(LockAcquire {
+        name: name(),
+        session_id: other,
+        wait_ms: Some(0),
+        ..LockAcquire::default()
+    })));
     assert!(matches!(again.outcome, Outcome::Waiting(_)), "it is free");
 }
 
@@ -120,13 +141,13 @@ fn a_place_is_given_up_even_if_no_more_requests_can_be_noted() {
 #[test]
 fn above_the_quota_a_shared_grant_is_given_back_and_taken_by_force() {
     let mut driver = Driver::new();
-    let session_id = driver.open("a").0;
+    let session_id = driver.open("a", Bytes::new()).unwrap().0;
     let name = || "deploy".to_owned();
-    let acquire = |request| {
+    let acquire = |tag| {
         command(Command::LockAcquire(LockAcquire {
             name: name(),
             session_id,
-            request,
+            tag,
             delay_ms: 100,
             reentrant: true,
             ..LockAcquire::default()
@@ -225,6 +246,12 @@ impl<'a> Words<'a> {
     fn number(&self, name: &str) -> Option<u64> {
         self.named.get(name).map(|number| number.parse().unwrap())
     }
+
+    fn numbers(&self, name: &str) -> Vec<u64> {
+        let list = self.named.get(name).copied().unwrap_or_default();
+        let numbers = list.split(',').filter(|number| !number.is_empty());
+        numbers.map(|number| number.parse().unwrap()).collect()
+    }
 }
 
 impl Script {
@@ -260,12 +287,29 @@ impl Script {
         let first = rest.first().copied().unwrap_or_default();
         match verb {
             "open" => {
-                let id = self.driver.open(first);
+                let Some(id) = self.driver.open(first, secret(&words)) else {
+                    return "refused: it has ended\n".to_owned();
+                };
                 self.sessions.insert(first.to_owned(), id);
                 String::new()
             }
             "close" => {
-                let step = self.driver.close(self.session(first));
+                let close = CloseSession {
+                    session_id: self.session(first).0,
+                    attachment: words.number("attachment").unwrap_or_default(),
+                };
+                let step = self.driver.run(Body::CloseSession(close));
+                self.report(step)
+            }
+            "attach" => {
+                let attach = AttachSession {
+                    session_id: self.session(first).0,
+                    secret: secret(&words),
+                    replaces: words.number("replaces").unwrap_or_default(),
+                    nonce: words.number("nonce").unwrap_or_default(),
+                    wanted: words.numbers("wanted"),
+                };
+                let step = self.driver.run(Body::AttachSession(attach));
                 self.report(step)
             }
             "expire" => {
@@ -303,13 +347,19 @@ impl Script {
         let name = rest[1].to_owned();
         let owner = words.text("owner");
         let number = |name| words.number(name).unwrap_or_default();
+        let request = Request {
+            attachment: number("attachment"),
+            number: number("request"),
+            acknowledged: number("acknowledged"),
+            unfinished: words.numbers("unfinished"),
+        };
         match verb {
             "acquire" => Command::LockAcquire(LockAcquire {
                 name,
                 session_id,
                 owner,
-                request: number("request"),
-                acknowledged: number("acknowledged"),
+                request: Some(request),
+                tag: number("tag"),
                 wait_ms: words.number("wait"),
                 delay_ms: number("delay"),
                 reentrant: words.named.contains_key("reentrant"),
@@ -320,13 +370,14 @@ impl Script {
                 owner,
                 token: number("token"),
                 entry: number("entry"),
+                request: Some(request),
             }),
             "cancel" => Command::LockCancel(LockCancel {
                 name,
                 session_id,
                 owner,
-                request: number("request"),
-                place: number("place"),
+                entry: number("entry"),
+                request: Some(request),
             }),
             unknown => panic!("no such command: {unknown}"),
         }
@@ -370,9 +421,13 @@ impl Script {
             _ => Query::GrantsOf(self.session(first)),
         };
         let state = &self.driver.state;
+        self.found(state.machine().query(state.view(), query))
+    }
+
+    fn found(&self, found: Found) -> String {
         let mut out = String::new();
-        match state.machine().query(state.view(), query) {
-            Answer::Locks { locks, more } => {
+        match found {
+            Found::Locks { locks, more } => {
                 for lock in locks {
                     writeln!(out, "{}, {} waiting", lock.name, lock.waiters_total).unwrap();
                     for contender in [lock.holder].iter().chain(&lock.waiters) {
@@ -383,11 +438,24 @@ impl Script {
                     out.push_str("and more\n");
                 }
             }
-            Answer::Checked(held) => writeln!(out, "{held}").unwrap(),
-            Answer::Grants { grants, forced } => {
+            Found::Checked(held) => writeln!(out, "{held}").unwrap(),
+            Found::Grants {
+                grants,
+                waiting,
+                forced,
+            } => {
                 for grant in grants {
                     let owner = with_owner(&grant.owner);
                     writeln!(out, "holds {}{owner}, token {}", grant.lock, grant.token).unwrap();
+                }
+                for Waiting { contends, request } in waiting {
+                    let owner = with_owner(&contends.owner);
+                    let (lock, token) = (contends.lock, contends.token);
+                    writeln!(
+                        out,
+                        "waits for {lock}{owner}, token {token}, request {request}"
+                    )
+                    .unwrap();
                 }
                 for forced in forced {
                     let owner = with_owner(&forced.owner);
@@ -409,6 +477,16 @@ impl Script {
             Outcome::Done(answer) => match answer.body {
                 AnswerBody::Machine(result) => format!("{}\n", self.result(result)),
                 AnswerBody::SessionEnded(reason) => format!("session {}\n", ended(reason)),
+                AnswerBody::SessionAttached {
+                    attachment,
+                    last_request,
+                    holdings,
+                    ..
+                } => format!(
+                    "attachment {attachment}, last request {last_request}\n{}",
+                    self.found(holdings)
+                ),
+                AnswerBody::NotRun(why) => format!("not run: {}\n", not_run(why)),
                 AnswerBody::Done | AnswerBody::Txn(Ok(_)) => String::new(),
                 other => format!("{other:?}\n"),
             },
@@ -425,6 +503,7 @@ impl Script {
             let name = self.name(event.session);
             let what = match event.body {
                 EventBody::SessionEnded(reason) => format!("session {}", ended(reason)),
+                EventBody::SessionAttached { attachment } => format!("attachment {attachment}"),
                 EventBody::Machine(Event::GrantLost { grant, reason }) => {
                     let owner = with_owner(&grant.owner);
                     let (lock, token, why) = (grant.lock, grant.token, loss(reason));
@@ -525,6 +604,25 @@ fn ended(reason: EndReason) -> &'static str {
     }
 }
 
+fn not_run(why: NotRun) -> String {
+    match why {
+        NotRun::Over => "over".to_owned(),
+        NotRun::Superseded => "superseded".to_owned(),
+        NotRun::TooMany => "too many requests".to_owned(),
+        NotRun::WrongSecret => "wrong secret".to_owned(),
+        NotRun::Attached { attachment } => format!("attachment {attachment} is present"),
+    }
+}
+
+/// The text, filled up to the length of a secret; none is none.
+fn secret(words: &Words<'_>) -> Bytes {
+    let mut secret = words.text("secret").into_bytes();
+    if !secret.is_empty() {
+        secret.resize(limits::SECRET_BYTES, b'.');
+    }
+    secret.into()
+}
+
 fn loss(reason: LossReason) -> String {
     match reason {
         LossReason::SessionEnded(reason) => format!("session {}", ended(reason)),
@@ -541,14 +639,13 @@ fn refusal(rejection: Rejection) -> String {
         Rejection::WaitTimedOut => "wait timed out".to_owned(),
         Rejection::Cancelled => "cancelled".to_owned(),
         Rejection::PlaceLost(reason) => format!("place lost: {}", loss(reason)),
-        Rejection::StaleRequest => "stale request".to_owned(),
         Rejection::AlreadyContending { token } => format!("already contending at {token}"),
         Rejection::NotHolder { forced: None } => "not the holder".to_owned(),
         Rejection::NotHolder {
             forced: Some(forced),
         } => format!("not the holder, forced: {}", forced.reason),
         Rejection::NotHeld => "not held".to_owned(),
-        Rejection::TooManyCancelled => "too many cancelled".to_owned(),
+        Rejection::TooManyRequests => "too many requests".to_owned(),
         Rejection::TooManyEntries => "too many entries".to_owned(),
     }
 }

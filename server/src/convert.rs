@@ -34,6 +34,13 @@ pub(crate) fn grant(grant: primitives::Grant) -> v1::Grant {
     }
 }
 
+pub(crate) fn place(waiting: primitives::Waiting) -> v1::Place {
+    v1::Place {
+        contends: Some(grant(waiting.contends)),
+        request: waiting.request,
+    }
+}
+
 pub(crate) fn grant_lost(lost: primitives::Grant, reason: primitives::LossReason) -> v1::GrantLost {
     let (reason, detail) = match reason {
         primitives::LossReason::SessionEnded(end) => (end_reason(end), String::new()),

@@ -12,7 +12,7 @@ use std::{
 };
 
 use conclave_core::{
-    ids::{Revision, SessionId},
+    ids::{Attachment, Revision, SessionId},
     replica::{AnswerBody, Event, EventBody, Failure, Query},
     session::EndReason,
 };
@@ -72,7 +72,7 @@ impl Hub {
                 EventBody::SessionEnded(_) => {
                     registry.followers.remove(&session).unwrap_or_default()
                 }
-                EventBody::Machine(_) => registry
+                EventBody::Machine(_) | EventBody::SessionAttached { .. } => registry
                     .followers
                     .get(&session)
                     .cloned()
@@ -214,23 +214,40 @@ enum NoteBody {
 /// The sessions of one stream, and up to where their events are told.
 #[derive(Debug, Default)]
 struct Attachments {
-    sessions: BTreeMap<SessionId, Attachment>,
+    sessions: BTreeMap<SessionId, Followed>,
     asking: usize,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Attachment {
-    /// Its grants are asked for; what happens until they come is part of them.
-    Asking,
-    /// Told of its grants at this revision.
-    Attached(Revision),
+#[derive(Clone, Copy, Debug)]
+struct Followed {
+    /// On behalf of which attachment; 0 is the first.
+    attachment: u64,
+    /// Told of its grants at this revision. Until they come, what happens is part of
+    /// them.
+    since: Option<Revision>,
 }
 
 impl Attachments {
-    fn ask(&mut self, session: SessionId) {
-        if self.sessions.insert(session, Attachment::Asking) != Some(Attachment::Asking) {
+    fn ask(&mut self, of: Attachment) {
+        let asked = Followed {
+            attachment: of.number,
+            since: None,
+        };
+        let before = self.sessions.insert(of.session, asked);
+        if before.is_none_or(|before| before.since.is_some()) {
             self.asking += 1;
         }
+    }
+
+    /// It is followed no longer; whether it was.
+    fn leave(&mut self, session: SessionId) -> bool {
+        let Some(followed) = self.sessions.remove(&session) else {
+            return false;
+        };
+        if followed.since.is_none() {
+            self.asking -= 1;
+        }
+        true
     }
 
     /// What the stream is told. An error ends it.
@@ -242,11 +259,18 @@ impl Attachments {
                 let Answer { revision, body, .. } = outcome?;
                 match body {
                     AnswerBody::SessionEnded(end) => Ok(self.ended(session, revision, end)),
+                    AnswerBody::Session { session: found, .. } => {
+                        let present = found.requests.attachment();
+                        Ok(self.superseded(session, revision, present))
+                    }
                     _ => Ok(None),
                 }
             }
             NoteBody::Happened(revision, EventBody::SessionEnded(end)) => {
                 Ok(self.ended(session, revision, end))
+            }
+            NoteBody::Happened(revision, EventBody::SessionAttached { attachment }) => {
+                Ok(self.superseded(session, revision, attachment))
             }
             NoteBody::Happened(revision, EventBody::Machine(event)) => {
                 Ok(self.happened(session, revision, event))
@@ -259,20 +283,24 @@ impl Attachments {
         session: SessionId,
         answer: Answer,
     ) -> Result<Option<v1::SessionEvent>, Refusal> {
-        let AnswerBody::Query(primitives::Answer::Grants { grants, forced }) = answer.body else {
+        let AnswerBody::Query(primitives::Answer::Grants {
+            grants,
+            waiting,
+            forced,
+        }) = answer.body
+        else {
             return Err(Refusal::Internal("grants of a session"));
         };
-        let Some(attachment) = self.sessions.get_mut(&session) else {
+        let Some(followed) = self.sessions.get_mut(&session) else {
             return Ok(None);
         };
-        if std::mem::replace(attachment, Attachment::Attached(answer.revision))
-            == Attachment::Asking
-        {
+        if followed.since.replace(answer.revision).is_none() {
             self.asking -= 1;
         }
         let attached = v1::SessionAttached {
             grants: grants.into_iter().map(convert::grant).collect(),
             forced: forced.into_iter().map(convert::forced).collect(),
+            places: waiting.into_iter().map(convert::place).collect(),
         };
         Ok(Some(event(
             session,
@@ -287,10 +315,27 @@ impl Attachments {
         revision: Revision,
         end: EndReason,
     ) -> Option<v1::SessionEvent> {
-        if self.sessions.remove(&session)? == Attachment::Asking {
-            self.asking -= 1;
+        self.leave(session).then(|| ended(session, revision, end))
+    }
+
+    /// The present attachment is this; who follows for an older one is told that it
+    /// is over.
+    fn superseded(
+        &mut self,
+        session: SessionId,
+        revision: Revision,
+        present: u64,
+    ) -> Option<v1::SessionEvent> {
+        let followed = self.sessions.get(&session)?;
+        if followed.attachment.max(1) >= present {
+            return None;
         }
-        Some(ended(session, revision, end))
+        self.leave(session);
+        let ended = v1::SessionEnded {
+            reason: v1::LossReason::Superseded.into(),
+            attachment: present,
+        };
+        Some(event(session, revision, session_event::Event::Ended(ended)))
     }
 
     fn happened(
@@ -299,9 +344,7 @@ impl Attachments {
         revision: Revision,
         happened: primitives::Event,
     ) -> Option<v1::SessionEvent> {
-        let Attachment::Attached(since) = *self.sessions.get(&session)? else {
-            return None;
-        };
+        let since = self.sessions.get(&session)?.since?;
         let primitives::Event::GrantLost { grant, reason } = happened;
         let lost = session_event::Event::GrantLost(convert::grant_lost(grant, reason));
         (revision > since).then(|| event(session, revision, lost))
@@ -311,6 +354,7 @@ impl Attachments {
 fn ended(session: SessionId, revision: Revision, end: EndReason) -> v1::SessionEvent {
     let ended = v1::SessionEnded {
         reason: convert::end_reason(end).into(),
+        attachment: 0,
     };
     event(session, revision, session_event::Event::Ended(ended))
 }
@@ -392,7 +436,7 @@ impl Follower {
                 },
                 request = requests.message(), if asks && self.attachments.asking < ATTACHING_MAX => {
                     match request {
-                        Ok(Some(request)) => self.attach(request.session_id),
+                        Ok(Some(request)) => self.attach(request),
                         Ok(None) => {
                             asks = false;
                             None
@@ -425,11 +469,15 @@ impl Follower {
     }
 
     /// Registers first and asks then, so that nothing falls in between.
-    fn attach(&mut self, id: i64) -> Option<v1::SessionEvent> {
+    fn attach(&mut self, request: v1::WatchSessionsRequest) -> Option<v1::SessionEvent> {
+        let v1::WatchSessionsRequest {
+            session_id: id,
+            attachment: number,
+        } = request;
         let Ok(session) = validate::session(id) else {
             return Some(ended(SessionId(id), 0, EndReason::Unknown));
         };
-        self.attachments.ask(session);
+        self.attachments.ask(Attachment { session, number });
         self.gateway.hub.register(session, &self.inbox);
         // In this order: a session that is over must not look like one whose keys
         // were deleted.
@@ -462,6 +510,10 @@ mod tests {
     use super::*;
 
     const SESSION: SessionId = SessionId(7);
+    const FIRST: Attachment = Attachment {
+        session: SESSION,
+        number: 0,
+    };
 
     fn grant(token: Revision) -> primitives::Grant {
         let key = format!("l/{token}").into();
@@ -497,6 +549,7 @@ mod tests {
     fn grants_at(revision: Revision) -> Note {
         let grants = primitives::Answer::Grants {
             grants: vec![grant(2)],
+            waiting: vec![],
             forced: vec![],
         };
         let answer = Answer {
@@ -546,7 +599,7 @@ mod tests {
         let hub = Hub::default();
         let (inbox, notes) = Inbox::new();
         let mut attachments = Attachments::default();
-        attachments.ask(SESSION);
+        attachments.ask(FIRST);
         hub.register(SESSION, &inbox);
         (hub, inbox, notes, attachments)
     }
@@ -591,7 +644,7 @@ mod tests {
         let (hub, inbox, mut notes, mut attachments) = attached();
         inbox.put(grants_at(5));
         assert_eq!(told(&mut attachments, &mut notes), [("attached", 5)]);
-        attachments.ask(SESSION);
+        attachments.ask(FIRST);
         hub.register(SESSION, &inbox);
         hub.publish(vec![lost(6)]);
         inbox.put(grants_at(6));
@@ -599,6 +652,29 @@ mod tests {
         assert_eq!(
             told(&mut attachments, &mut notes),
             [("attached", 6), ("lost", 7)]
+        );
+    }
+
+    #[test]
+    fn who_follows_for_an_older_attachment_is_told_that_it_is_over() {
+        let attached = |attachment| Event {
+            session: SESSION,
+            revision: 6,
+            body: EventBody::SessionAttached { attachment },
+        };
+        let (hub, inbox, mut notes, mut attachments) = self::attached();
+        inbox.put(grants_at(5));
+        hub.publish(vec![attached(2), lost(7)]);
+        assert_eq!(
+            told(&mut attachments, &mut notes),
+            [("attached", 5), ("ended", 6)]
+        );
+        attachments.ask(Attachment { number: 2, ..FIRST });
+        inbox.put(grants_at(7));
+        hub.publish(vec![attached(2), lost(8)]);
+        assert_eq!(
+            told(&mut attachments, &mut notes),
+            [("attached", 7), ("lost", 8)]
         );
     }
 

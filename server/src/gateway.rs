@@ -9,7 +9,8 @@ use std::{
 };
 
 use conclave_core::{
-    ids::{Revision, SessionId, Term},
+    ids::{Attachment, Revision, Term},
+    limits,
     node::{Handle, Responder},
     replica::{self, AnswerBody, Failure, Query, Status},
 };
@@ -30,10 +31,6 @@ use crate::{
 /// What the replica answers.
 pub(crate) type Answer = replica::Answer<Primitives>;
 
-/// The upper half of the numbers belongs to servers, for requests to which
-/// their clients gave none.
-pub(crate) const CLIENT_REQUEST_MAX: u64 = u64::MAX >> 1;
-
 /// The gateway of one thread. See the module.
 #[derive(Debug)]
 pub(crate) struct Gateway {
@@ -46,13 +43,13 @@ pub(crate) struct Gateway {
     pub(crate) mailbox: Arc<Mailbox>,
     /// Those of all threads, that of the control thread first.
     mailboxes: Arc<[Arc<Mailbox>]>,
-    next_request: Arc<AtomicU64>,
+    next_tag: Arc<AtomicU64>,
 }
 
 impl Gateway {
     /// The gateway of the control thread, which has the first of the mailboxes.
-    /// `random` keeps the numbers that this process gives to requests apart from
-    /// those of others.
+    /// `random` keeps the tags that this process gives to requests apart from those
+    /// of others.
     pub(crate) fn new(
         handle: Handle<Primitives>,
         settings: Arc<Settings>,
@@ -69,7 +66,7 @@ impl Gateway {
             metrics: Arc::new(Metrics::new()),
             mailbox: Arc::clone(&mailboxes[0]),
             mailboxes: mailboxes.into(),
-            next_request: Arc::new(AtomicU64::new(random)),
+            next_tag: Arc::new(AtomicU64::new(random)),
         }
     }
 
@@ -88,13 +85,13 @@ impl Gateway {
             metrics: Arc::clone(&self.metrics),
             mailbox,
             mailboxes: Arc::clone(&self.mailboxes),
-            next_request: Arc::clone(&self.next_request),
+            next_tag: Arc::clone(&self.next_tag),
         }
     }
 
-    /// A number for a request to which the client gave none.
-    pub(crate) fn number_request(&self) -> u64 {
-        self.next_request.fetch_add(1, Ordering::Relaxed) | (CLIENT_REQUEST_MAX + 1)
+    /// A tag for a request to which the client gave no number.
+    pub(crate) fn tag(&self) -> u64 {
+        self.next_tag.fetch_add(1, Ordering::Relaxed) | (limits::REQUEST_NUMBER_MAX + 1)
     }
 
     /// Has a command replicated.
@@ -115,9 +112,9 @@ impl Gateway {
             .await
     }
 
-    /// Renews a session.
-    pub(crate) async fn renew(&self, session: SessionId) -> Result<Answer, Refusal> {
-        self.answered(|respond| self.handle.renew(session, respond))
+    /// Renews a session for one of its attachments.
+    pub(crate) async fn renew(&self, of: Attachment) -> Result<Answer, Refusal> {
+        self.answered(|respond| self.handle.renew(of, respond))
             .await
     }
 
@@ -136,6 +133,10 @@ impl Gateway {
                 body: AnswerBody::SessionEnded(end),
                 ..
             } => Err(Refusal::SessionEnded(end)),
+            Answer {
+                body: AnswerBody::NotRun(why),
+                ..
+            } => Err(Refusal::NotRun(why)),
             Answer {
                 body: AnswerBody::Machine(Err(rejection)),
                 ..

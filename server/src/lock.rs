@@ -7,10 +7,10 @@ use conclave_core::{
     limits,
     replica::{AnswerBody, Failure, Query},
 };
-use conclave_primitives::{self as primitives, Rejection, Reply};
+use conclave_primitives::{self as primitives, Reply};
 use conclave_proto::{
     internal::{
-        LockAcquire, LockCancel, LockForceRelease, LockRelease, primitive_command::Command,
+        self, LockAcquire, LockCancel, LockForceRelease, LockRelease, primitive_command::Command,
     },
     v1::{self, lock_server::Lock},
 };
@@ -19,7 +19,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     convert,
-    gateway::{CLIENT_REQUEST_MAX, Gateway},
+    gateway::Gateway,
     metrics::Method,
     status::Refusal,
     validate::{self, Invalid},
@@ -32,6 +32,8 @@ const WITHDRAW_FOR: Duration = Duration::from_secs(60);
 const WITHDRAW_PAUSE: Duration = Duration::from_millis(500);
 
 const ANOTHER_KIND: Refusal = Refusal::Internal("lock");
+/// A number has been used before, for something else.
+const ANOTHER_REQUEST: Invalid = Invalid::Argument("number: it is that of another request");
 
 type Header = Option<v1::ResponseHeader>;
 
@@ -104,48 +106,47 @@ pub(crate) async fn acquire(
     request: v1::AcquireRequest,
 ) -> Result<v1::AcquireResponse, Refusal> {
     validate::contender(&request.name, request.session_id, &request.owner)?;
-    if request.request.max(request.acknowledged) > CLIENT_REQUEST_MAX {
-        return Err(Invalid::Argument("request, acknowledged: they must be less than 2^63").into());
-    }
     validate::lock_delay(request.lock_delay_ms)?;
+    let number = validate::number(request.number)?;
+    let is_numbered = number.number != 0;
     let mut command = LockAcquire {
         name: request.name,
         session_id: request.session_id,
         owner: request.owner,
-        request: request.request,
-        acknowledged: request.acknowledged,
+        request: Some(number),
+        tag: 0,
         wait_ms: request.wait_ms,
         delay_ms: request.lock_delay_ms,
         reentrant: request.reentrant,
     };
-    let outcome = if command.request == 0 {
-        acquire_unnumbered(gateway, &mut command).await
-    } else {
+    let outcome = if is_numbered {
         run(gateway, Command::LockAcquire(command)).await
+    } else {
+        acquire_unnumbered(gateway, &mut command).await
     };
     let (header, reply) = outcome?;
     let Reply::Granted { key, token } = reply else {
-        return Err(ANOTHER_KIND);
+        return Err(ANOTHER_REQUEST.into());
     };
     Ok(v1::AcquireResponse { header, key, token })
 }
 
 /// A client that gave no number cannot cancel, so its call is withdrawn for it
-/// when it is dropped, or when its outcome is not known. The number that makes
-/// this possible is given here.
+/// when it is dropped, or when its outcome is not known. The tag that makes this
+/// possible is given here.
 async fn acquire_unnumbered(
     gateway: &Arc<Gateway>,
     command: &mut LockAcquire,
 ) -> Result<(Header, Reply), Refusal> {
-    command.request = gateway.number_request();
+    command.tag = gateway.tag();
     let mut abandoned = Abandoned {
         gateway: Arc::clone(gateway),
         cancel: Some(LockCancel {
             name: command.name.clone(),
             session_id: command.session_id,
             owner: command.owner.clone(),
-            request: command.request,
-            place: 0,
+            entry: command.tag,
+            request: None,
         }),
     };
     let outcome = run(gateway, Command::LockAcquire(std::mem::take(command))).await;
@@ -169,17 +170,16 @@ impl Drop for Abandoned {
     }
 }
 
-/// Repeats a cancellation until it is answered. Being numbered, it is safe to
-/// repeat.
+/// Repeats a cancellation until it is answered. It must not overtake the call, as a
+/// cancel of a numbered one may: so it goes the way of the call, in the same queue, and
+/// this member hands both to the leader in order.
 async fn withdraw(gateway: Arc<Gateway>, cancel: LockCancel) {
     let until = Instant::now() + WITHDRAW_FOR;
     while Instant::now() < until {
-        match run(&gateway, Command::LockCancel(cancel.clone())).await {
+        let body = primitives::command(Command::LockCancel(cancel.clone()));
+        match gateway.command(body).await {
             Err(Refusal::Failed(Failure::ShuttingDown)) => return,
-            // Without room to note the number, the call must have arrived first.
-            Err(Refusal::Failed(_) | Refusal::Rejected(Rejection::TooManyCancelled)) => {
-                time::sleep(WITHDRAW_PAUSE).await;
-            }
+            Err(Refusal::Failed(_)) => time::sleep(WITHDRAW_PAUSE).await,
             Ok(_) | Err(_) => return,
         }
     }
@@ -198,6 +198,7 @@ pub(crate) async fn release(
         owner,
         token,
         entry,
+        number,
     } = request;
     let command = Command::LockRelease(LockRelease {
         name,
@@ -205,9 +206,14 @@ pub(crate) async fn release(
         owner,
         token,
         entry,
+        request: number
+            .map(|number| validate::number(Some(number)))
+            .transpose()?,
     });
-    let (header, _) = run(gateway, command).await?;
-    Ok(v1::ReleaseResponse { header })
+    match run(gateway, command).await? {
+        (header, Reply::Released) => Ok(v1::ReleaseResponse { header }),
+        _ => Err(ANOTHER_REQUEST.into()),
+    }
 }
 
 pub(crate) async fn cancel(
@@ -215,21 +221,25 @@ pub(crate) async fn cancel(
     request: v1::CancelRequest,
 ) -> Result<v1::CancelResponse, Refusal> {
     validate::contender(&request.name, request.session_id, &request.owner)?;
-    if !(1..=CLIENT_REQUEST_MAX).contains(&request.request) {
+    if !(1..=limits::REQUEST_NUMBER_MAX).contains(&request.request) {
         return Err(Invalid::Argument("request: it must be the number of an Acquire").into());
     }
     let v1::CancelRequest {
         name,
         session_id,
         owner,
-        request,
+        request: entry,
+        attachment,
     } = request;
     let command = Command::LockCancel(LockCancel {
         name,
         session_id,
         owner,
-        request,
-        place: 0,
+        entry,
+        request: Some(internal::Request {
+            attachment,
+            ..internal::Request::default()
+        }),
     });
     let (header, _) = run(gateway, command).await?;
     Ok(v1::CancelResponse { header })

@@ -143,6 +143,7 @@ const CODES: usize = 17;
 pub(crate) enum Method {
     SessionOpen,
     SessionRenew,
+    SessionAttach,
     SessionClose,
     SessionList,
     SessionWatch,
@@ -159,9 +160,10 @@ pub(crate) enum Method {
 }
 
 impl Method {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 16] = [
         Self::SessionOpen,
         Self::SessionRenew,
+        Self::SessionAttach,
         Self::SessionClose,
         Self::SessionList,
         Self::SessionWatch,
@@ -182,6 +184,7 @@ impl Method {
             Self::ChannelConnect => "Channel/Connect",
             Self::SessionOpen => "Session/Open",
             Self::SessionRenew => "Session/Renew",
+            Self::SessionAttach => "Session/Attach",
             Self::SessionClose => "Session/Close",
             Self::SessionList => "Session/List",
             Self::SessionWatch => "Session/Watch",

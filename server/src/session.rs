@@ -4,18 +4,25 @@ use std::{pin::Pin, sync::Arc};
 
 use async_trait::async_trait;
 use conclave_core::{
-    ids::SessionId,
+    ids::{Attachment, SessionId},
     limits,
     replica::{AnswerBody, Query},
 };
+use conclave_primitives as primitives;
 use conclave_proto::{
-    internal::{CloseSession, OpenSession, command::Body},
+    internal::{AttachSession, CloseSession, OpenSession, command::Body},
     v1::{self, session_server::Session},
 };
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use crate::{convert, events, gateway::Gateway, metrics::Method, status::Refusal, validate};
+use crate::{
+    convert, events,
+    gateway::Gateway,
+    metrics::Method,
+    status::Refusal,
+    validate::{self, Invalid},
+};
 
 const ANOTHER_KIND: Refusal = Refusal::Internal("session");
 
@@ -40,6 +47,15 @@ impl Session for SessionService {
     ) -> Result<Response<v1::RenewSessionResponse>, Status> {
         self.0
             .serve(Method::SessionRenew, renew(&self.0, request.into_inner()))
+            .await
+    }
+
+    async fn attach(
+        &self,
+        request: Request<v1::AttachSessionRequest>,
+    ) -> Result<Response<v1::AttachSessionResponse>, Status> {
+        self.0
+            .serve(Method::SessionAttach, attach(&self.0, request.into_inner()))
             .await
     }
 
@@ -78,12 +94,19 @@ pub(crate) async fn open(
 ) -> Result<v1::OpenSessionResponse, Refusal> {
     validate::session_face(&request.name, &request.metadata)?;
     let ttl_ms = validate::ttl_ms(request.ttl_ms)?;
-    let v1::OpenSessionRequest { name, metadata, .. } = request;
+    validate::secret(&request.secret)?;
+    let v1::OpenSessionRequest {
+        name,
+        metadata,
+        secret,
+        ..
+    } = request;
     let answer = gateway
         .command(Body::OpenSession(OpenSession {
             ttl_ms,
             name,
             metadata,
+            secret,
         }))
         .await?;
     let AnswerBody::SessionOpened { session, ttl_ms } = answer.body else {
@@ -97,13 +120,61 @@ pub(crate) async fn open(
     })
 }
 
+/// Attaches to a session; rare, so in no frame of a channel.
+async fn attach(
+    gateway: &Gateway,
+    request: v1::AttachSessionRequest,
+) -> Result<v1::AttachSessionResponse, Refusal> {
+    validate::secret(&request.secret)?;
+    let session_id = validate::session(request.session_id)?.0;
+    let v1::AttachSessionRequest {
+        secret,
+        replaces,
+        nonce,
+        wanted,
+        ..
+    } = request;
+    if wanted.len() > limits::REQUESTS_OPEN_MAX {
+        return Err(Invalid::Argument("wanted: there are too many").into());
+    }
+    let attach = Body::AttachSession(AttachSession {
+        session_id,
+        secret,
+        replaces,
+        nonce,
+        wanted,
+    });
+    let answer = gateway.ending(attach).await?;
+    let AnswerBody::SessionAttached {
+        attachment,
+        last_request,
+        ttl_ms,
+        holdings: primitives::Answer::Grants {
+            grants, waiting, ..
+        },
+    } = answer.body
+    else {
+        return Err(ANOTHER_KIND);
+    };
+    Ok(v1::AttachSessionResponse {
+        header: gateway.header(answer.revision, answer.term),
+        attachment,
+        last_request,
+        ttl_ms,
+        grants: grants.into_iter().map(convert::grant).collect(),
+        places: waiting.into_iter().map(convert::place).collect(),
+    })
+}
+
 pub(crate) async fn renew(
     gateway: &Gateway,
     request: v1::RenewSessionRequest,
 ) -> Result<v1::RenewSessionResponse, Refusal> {
-    let answer = gateway
-        .renew(validate::session(request.session_id)?)
-        .await?;
+    let of = Attachment {
+        session: validate::session(request.session_id)?,
+        number: request.attachment,
+    };
+    let answer = gateway.renew(of).await?;
     let AnswerBody::Renewed { ttl_ms } = answer.body else {
         return Err(ANOTHER_KIND);
     };
@@ -117,7 +188,10 @@ pub(crate) async fn close(
 ) -> Result<v1::CloseSessionResponse, Refusal> {
     let session_id = validate::session(request.session_id)?.0;
     let answer = gateway
-        .ending(Body::CloseSession(CloseSession { session_id }))
+        .ending(Body::CloseSession(CloseSession {
+            session_id,
+            attachment: request.attachment,
+        }))
         .await?;
     let header = gateway.header(answer.revision, answer.term);
     Ok(v1::CloseSessionResponse { header })

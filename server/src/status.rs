@@ -7,12 +7,14 @@
 //! - `may_have_applied`: `true` or `false`, on every attempt that got no answer
 //!   from the state machine: whether the request may have had its effect;
 //! - `leader`: where clients reach the leader, if that may help;
-//! - `token`, `forced`, `loss`, `detail`: see the reasons that have them.
+//! - `token`, `forced`, `loss`, `detail`, `attachment`: see the reasons that have them.
 #![deny(clippy::wildcard_enum_match_arm)]
 
 use std::collections::HashMap;
 
-use conclave_core::{keyspace::RevisionError, replica::Failure, session::EndReason};
+use conclave_core::{
+    keyspace::RevisionError, replica::Failure, requests::NotRun, session::EndReason,
+};
 use conclave_primitives::{LossReason, Rejection, name};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -31,6 +33,9 @@ pub(crate) enum Refusal {
     /// The session named is not alive.
     #[error("{}", ended(*.0))]
     SessionEnded(EndReason),
+    /// It was not run, for what is known of its session's requests.
+    #[error("{}", not_run(*.0))]
+    NotRun(NotRun),
     /// The state machine refused it.
     #[error("{}", rejected(.0))]
     Rejected(Rejection),
@@ -69,6 +74,7 @@ impl Refusal {
             Self::Invalid(invalid) => (Code::InvalidArgument, invalid_reason(*invalid)),
             Self::SessionEnded(end) => session_ended(*end),
             Self::Rejected(rejection) => rejection_status(rejection),
+            Self::NotRun(why) => not_run_status(*why),
             Self::Revision(RevisionError::Compacted { .. }) => {
                 (Code::OutOfRange, "REVISION_COMPACTED")
             }
@@ -91,6 +97,10 @@ impl Refusal {
                 vec![]
             }
             Self::Rejected(rejection) => rejection_metadata(rejection),
+            Self::NotRun(NotRun::Attached { attachment }) => {
+                vec![("attachment", attachment.to_string())]
+            }
+            Self::NotRun(_) => vec![],
             Self::Failed(failure) => {
                 vec![("may_have_applied", failure.may_have_applied().to_string())]
             }
@@ -135,6 +145,16 @@ fn session_ended(end: EndReason) -> (Code, &'static str) {
     }
 }
 
+fn not_run_status(why: NotRun) -> (Code, &'static str) {
+    match why {
+        NotRun::Over => (Code::FailedPrecondition, "STALE_REQUEST"),
+        NotRun::Superseded => (Code::FailedPrecondition, "SESSION_SUPERSEDED"),
+        NotRun::TooMany => (Code::ResourceExhausted, "TOO_MANY_REQUESTS"),
+        NotRun::WrongSecret => (Code::PermissionDenied, "WRONG_SECRET"),
+        NotRun::Attached { .. } => (Code::FailedPrecondition, "ATTACHMENT_CHANGED"),
+    }
+}
+
 fn rejection_status(rejection: &Rejection) -> (Code, &'static str) {
     match rejection {
         Rejection::Invalid(invalid) => (Code::InvalidArgument, lock_invalid_reason(*invalid)),
@@ -143,11 +163,10 @@ fn rejection_status(rejection: &Rejection) -> (Code, &'static str) {
         Rejection::WaitTimedOut => (Code::DeadlineExceeded, "WAIT_TIMED_OUT"),
         Rejection::Cancelled => (Code::Cancelled, "CANCELLED"),
         Rejection::PlaceLost(_) => (Code::Aborted, "PLACE_LOST"),
-        Rejection::StaleRequest => (Code::FailedPrecondition, "STALE_REQUEST"),
         Rejection::AlreadyContending { .. } => (Code::AlreadyExists, "ALREADY_CONTENDING"),
         Rejection::NotHolder { .. } => (Code::FailedPrecondition, "NOT_HOLDER"),
         Rejection::NotHeld => (Code::NotFound, "NOT_HELD"),
-        Rejection::TooManyCancelled => (Code::ResourceExhausted, "TOO_MANY_CANCELLED"),
+        Rejection::TooManyRequests => not_run_status(NotRun::TooMany),
         Rejection::TooManyEntries => (Code::ResourceExhausted, "TOO_MANY_ENTRIES"),
     }
 }
@@ -171,9 +190,8 @@ fn rejection_metadata(rejection: &Rejection) -> Vec<(&'static str, String)> {
         | Rejection::Held
         | Rejection::WaitTimedOut
         | Rejection::Cancelled
-        | Rejection::StaleRequest
         | Rejection::NotHeld
-        | Rejection::TooManyCancelled
+        | Rejection::TooManyRequests
         | Rejection::TooManyEntries => vec![],
     }
 }
@@ -187,6 +205,16 @@ fn loss_name(loss: &LossReason) -> &'static str {
         LossReason::SessionEnded(EndReason::Unknown) => "unknown",
         LossReason::Forced(_) => "forced",
         LossReason::KeyDeleted => "key_deleted",
+    }
+}
+
+fn not_run(why: NotRun) -> &'static str {
+    match why {
+        NotRun::Over => "the request is over and does not run (again)",
+        NotRun::Superseded => "another process of the client has attached to the session",
+        NotRun::TooMany => "too many requests of the session are unfinished",
+        NotRun::WrongSecret => "that is not the secret of the session",
+        NotRun::Attached { .. } => "another attachment to the session is the present one",
     }
 }
 
@@ -212,7 +240,6 @@ fn rejected(rejection: &Rejection) -> String {
         Rejection::PlaceLost(LossReason::KeyDeleted | LossReason::SessionEnded(_)) => {
             "the place was lost: its key is gone"
         }
-        Rejection::StaleRequest => "the request is over and does not run again",
         Rejection::AlreadyContending { token } => {
             return format!("the same owner has the lock or waits for it, with token {token}");
         }
@@ -223,9 +250,7 @@ fn rejected(rejection: &Rejection) -> String {
         }
         Rejection::NotHolder { forced: None } => "no grant with this token is held",
         Rejection::NotHeld => "nobody holds the lock",
-        Rejection::TooManyCancelled => {
-            "too many cancelled requests of this session are not acknowledged"
-        }
+        Rejection::TooManyRequests => not_run(NotRun::TooMany),
         Rejection::TooManyEntries => "too many acquires share the grant",
     };
     text.to_owned()
@@ -361,6 +386,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_run_again_says_why() {
+        for (why, expected) in [
+            (NotRun::Over, "FailedPrecondition STALE_REQUEST"),
+            (NotRun::Superseded, "FailedPrecondition SESSION_SUPERSEDED"),
+            (NotRun::TooMany, "ResourceExhausted TOO_MANY_REQUESTS"),
+            (NotRun::WrongSecret, "PermissionDenied WRONG_SECRET"),
+            (
+                NotRun::Attached { attachment: 3 },
+                "FailedPrecondition ATTACHMENT_CHANGED attachment=3",
+            ),
+        ] {
+            assert_eq!(told(Refusal::NotRun(why)), expected);
+        }
+    }
+
+    #[test]
     fn the_loss_of_a_place_says_why() {
         let lost = |loss| told(Refusal::Rejected(Rejection::PlaceLost(loss)));
         let ended = |end| lost(LossReason::SessionEnded(end));
@@ -395,7 +436,6 @@ mod tests {
         assert_eq!(told(R::Held), "FailedPrecondition LOCK_HELD");
         assert_eq!(told(R::WaitTimedOut), "DeadlineExceeded WAIT_TIMED_OUT");
         assert_eq!(told(R::Cancelled), "Cancelled CANCELLED");
-        assert_eq!(told(R::StaleRequest), "FailedPrecondition STALE_REQUEST");
         assert_eq!(contending, "AlreadyExists ALREADY_CONTENDING token=5");
         assert_eq!(not_holder(None), "FailedPrecondition NOT_HOLDER");
         assert_eq!(
@@ -408,8 +448,8 @@ mod tests {
             "ResourceExhausted TOO_MANY_ENTRIES"
         );
         assert_eq!(
-            told(R::TooManyCancelled),
-            "ResourceExhausted TOO_MANY_CANCELLED"
+            told(R::TooManyRequests),
+            "ResourceExhausted TOO_MANY_REQUESTS"
         );
     }
 }

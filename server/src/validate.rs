@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use conclave_core::{ids::SessionId, limits, session::EndReason};
 use conclave_primitives::name;
+use conclave_proto::{internal::Request, v1};
 
 use crate::status::Refusal;
 
@@ -91,6 +92,39 @@ pub(crate) fn session_face(name: &str, metadata: &HashMap<String, String>) -> Re
     Ok(())
 }
 
+/// The secret of a session; empty is none.
+pub(crate) fn secret(secret: &[u8]) -> Result<(), Invalid> {
+    if secret.is_empty() || secret.len() == limits::SECRET_BYTES {
+        Ok(())
+    } else {
+        Err(Invalid::Argument("secret: it must have 16 bytes, or none"))
+    }
+}
+
+/// What makes a request safe to repeat.
+pub(crate) fn number(number: Option<v1::RequestNumber>) -> Result<Request, Invalid> {
+    let v1::RequestNumber {
+        attachment,
+        request,
+        acknowledged,
+        unfinished,
+    } = number.unwrap_or_default();
+    if request.max(acknowledged) > limits::REQUEST_NUMBER_MAX {
+        return Err(Invalid::Argument("number: it must be less than 2^63"));
+    }
+    if unfinished.len() > limits::REQUESTS_OPEN_MAX || !unfinished.is_sorted_by(|a, b| a < b) {
+        return Err(Invalid::Argument(
+            "number: unfinished must be in order, and at most 4,096",
+        ));
+    }
+    Ok(Request {
+        attachment,
+        number: request,
+        acknowledged,
+        unfinished,
+    })
+}
+
 /// A session's id. No session ever has one that is not positive.
 pub(crate) fn session(id: i64) -> Result<SessionId, Refusal> {
     if id <= 0 {
@@ -132,6 +166,36 @@ mod tests {
         assert_eq!(invalid(&"x".repeat(257), 0, 0), Err(Invalid::SessionName));
         assert_eq!(invalid("", 17, 0), Err(Invalid::SessionMetadata));
         assert_eq!(invalid("", 16, 255), Err(Invalid::SessionMetadata));
+    }
+
+    #[test]
+    fn a_secret_has_its_length_or_none() {
+        for good in [0, limits::SECRET_BYTES] {
+            assert_eq!(secret(&vec![1; good]), Ok(()));
+        }
+        for bad in [1, 15, 17] {
+            assert!(secret(&vec![1; bad]).is_err());
+        }
+    }
+
+    #[test]
+    fn numbers_have_limits() {
+        let numbered = |request, acknowledged, unfinished: &[u64]| {
+            number(Some(v1::RequestNumber {
+                attachment: 0,
+                request,
+                acknowledged,
+                unfinished: unfinished.to_vec(),
+            }))
+        };
+        let max = limits::REQUEST_NUMBER_MAX;
+        assert!(numbered(max, max, &[3, 4]).is_ok());
+        assert!(numbered(max + 1, 0, &[]).is_err());
+        assert!(numbered(1, max + 1, &[]).is_err());
+        assert!(numbered(9, 8, &[4, 3]).is_err());
+        assert!(numbered(9, 8, &[4, 4]).is_err());
+        assert!(numbered(9, 8, &(0..4_097).collect::<Vec<_>>()).is_err());
+        assert_eq!(number(None), Ok(Request::default()));
     }
 
     #[test]

@@ -109,7 +109,10 @@ async fn calls_of_one_stream_run_side_by_side_and_are_told_apart() {
     let client = node.connect().await;
     let mut stream = Stream::open(&client).await;
     let (one, two) = (stream.open_session().await, stream.open_session().await);
-    let renewal = v1::RenewSessionRequest { session_id: one };
+    let renewal = v1::RenewSessionRequest {
+        session_id: one,
+        attachment: 0,
+    };
     let renewed = stream.call(5, Request::RenewSession(renewal)).await;
     assert!(matches!(renewed, Outcome::RenewSession(renewed) if renewed.ttl_ms == 60_000));
     let first = granted(stream.call(6, lock(one).unwrap()).await);
@@ -125,7 +128,10 @@ async fn calls_of_one_stream_run_side_by_side_and_are_told_apart() {
         }
     }
     assert!(second.unwrap() > first);
-    let closing = v1::CloseSessionRequest { session_id: two };
+    let closing = v1::CloseSessionRequest {
+        session_id: two,
+        attachment: 0,
+    };
     let closed = stream.call(9, Request::CloseSession(closing)).await;
     assert!(matches!(closed, Outcome::CloseSession(_)));
     node.stop().unwrap();
@@ -189,7 +195,10 @@ async fn a_stream_that_breaks_withdraws_calls_without_a_number() {
     let (one, two) = (stream.open_session().await, client.open("two").await);
     let first = granted(stream.call(3, lock(one).unwrap()).await);
     let numbered = v1::AcquireRequest {
-        request: 1,
+        number: Some(v1::RequestNumber {
+            request: 1,
+            ..v1::RequestNumber::default()
+        }),
         ..acquire("l", two, None)
     };
     let calls = [
@@ -229,7 +238,10 @@ async fn a_server_that_stops_answers_what_is_under_way_and_ends_the_stream() {
     let (one, two) = (stream.open_session().await, stream.open_session().await);
     granted(stream.call(3, lock(one).unwrap()).await);
     stream.send([(4, lock(two))]).await;
-    let renewal = v1::RenewSessionRequest { session_id: one };
+    let renewal = v1::RenewSessionRequest {
+        session_id: one,
+        attachment: 0,
+    };
     stream.call(5, Request::RenewSession(renewal)).await;
     node.request_stop();
     let (tag, outcome) = stream.next().await.unwrap();

@@ -6,6 +6,7 @@ mod harness;
 
 use std::time::Instant;
 
+use bytes::Bytes;
 use conclave_proto::v1::{self, LossReason, session_event::Event};
 use conclave_server::{
     Options, ServerError, net::BindError, options::OptionsError, storage::StorageError,
@@ -80,7 +81,10 @@ impl Watch {
 
     async fn add(&self, session_id: i64) {
         self.asks
-            .send(v1::WatchSessionsRequest { session_id })
+            .send(v1::WatchSessionsRequest {
+                session_id,
+                attachment: 0,
+            })
             .await
             .unwrap();
     }
@@ -173,7 +177,7 @@ async fn a_numbered_call_is_safe_to_repeat_and_can_be_cancelled() {
     let client = node.connect().await;
     let session = client.open("").await;
     let numbered = |request| v1::AcquireRequest {
-        request,
+        number: number(request),
         ..acquire("l", session, None)
     };
     let token = client.acquire(numbered(1)).await.unwrap();
@@ -190,13 +194,172 @@ async fn a_numbered_call_is_safe_to_repeat_and_can_be_cancelled() {
         session_id: session,
         owner: String::new(),
         request: 1,
+        attachment: 0,
     };
     client.locks().cancel(cancel).await.unwrap();
     assert!(!check(&client, "l", token).await);
+    assert_eq!(client.acquire(numbered(1)).await.unwrap(), token);
+    let mut after = numbered(4);
+    after.number.as_mut().unwrap().acknowledged = 3;
+    let second = client.acquire(after).await.unwrap();
+    for request in [1, 3] {
+        let stale = client.acquire(numbered(request)).await.unwrap_err();
+        assert_eq!(reason(&stale), "STALE_REQUEST");
+    }
+    let release = |request| v1::ReleaseRequest {
+        name: "l".to_owned(),
+        session_id: session,
+        token: second,
+        number: number(request),
+        ..v1::ReleaseRequest::default()
+    };
+    for _ in 0..2 {
+        client.locks().release(release(5)).await.unwrap();
+    }
+    let other = client.locks().release(release(4)).await.unwrap_err();
+    assert_eq!(reason(&other), "INVALID_ARGUMENT");
+}
+
+#[tokio::test]
+async fn a_session_is_opened_once_for_a_secret() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let mut sessions = client.sessions();
+    let opened = sessions
+        .open(open_with(&[1; 16]))
+        .await
+        .unwrap()
+        .into_inner();
+    let session = opened.session_id;
+    let again = sessions
+        .open(open_with(&[1; 16]))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(again.session_id, session);
+    let invalid = sessions.open(open_with(&[1; 15])).await.unwrap_err();
+    assert_eq!(reason(&invalid), "INVALID_ARGUMENT");
+}
+
+fn open_with(secret: &'static [u8]) -> v1::OpenSessionRequest {
+    v1::OpenSessionRequest {
+        secret: Bytes::from_static(secret),
+        ..v1::OpenSessionRequest::default()
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_was_started_again_attaches_and_the_one_before_is_fenced() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let mut sessions = client.sessions();
+    let opened = sessions
+        .open(open_with(&[1; 16]))
+        .await
+        .unwrap()
+        .into_inner();
+    let session = opened.session_id;
+    let token = client.acquire(acquire("l", session, None)).await.unwrap();
+
+    let other = client.open("").await;
+    client.acquire(acquire("m", other, None)).await.unwrap();
+    let waiting = |request: u64| {
+        let client = client.clone();
+        let owner = request.to_string();
+        tokio::spawn(async move {
+            client
+                .acquire(v1::AcquireRequest {
+                    number: number(request),
+                    owner,
+                    ..acquire("m", session, None)
+                })
+                .await
+        })
+    };
+    let (wanted, unwanted) = (waiting(1), waiting(2));
+    while list(&client, "m").await[0].waiters.len() < 2 {
+        tokio::task::yield_now().await;
+    }
+    let mut watch = Watch::open(&client).await;
+    watch.add(session).await;
+    let (_, Event::Attached(attached)) = watch.next().await.unwrap() else {
+        panic!("attached")
+    };
+    assert_eq!((attached.grants.len(), attached.places.len()), (1, 2));
+
+    for (request, expected) in [
+        (attach(session, &[2; 16], 1), "WRONG_SECRET"),
+        (attach(session, &[1; 16], 9), "ATTACHMENT_CHANGED"),
+    ] {
+        let refused = sessions.attach(request).await.unwrap_err();
+        assert_eq!(reason(&refused), expected);
+    }
+    let present = sessions.attach(attach(session, &[1; 16], 0)).await.unwrap();
+    assert_eq!(present.into_inner().attachment, 1);
+    for _ in 0..2 {
+        let attached = sessions.attach(attach(session, &[1; 16], 1)).await.unwrap();
+        let attached = attached.into_inner();
+        assert_eq!((attached.attachment, attached.last_request), (2, 2));
+        assert_eq!(attached.grants[0].token, token);
+        let places: Vec<_> = attached.places.iter().map(|place| place.request).collect();
+        assert_eq!(places, [1]);
+    }
+    let unwanted = unwanted.await.unwrap().unwrap_err();
+    assert_eq!(reason(&unwanted), "CANCELLED");
+    assert!(!wanted.is_finished());
+    let (_, Event::Ended(ended)) = watch.next().await.unwrap() else {
+        panic!("ended")
+    };
     assert_eq!(
-        reason(&client.acquire(numbered(1)).await.unwrap_err()),
-        "STALE_REQUEST"
+        (ended.reason(), ended.attachment),
+        (LossReason::Superseded, 2)
     );
+    only_the_second_attachment_is_served(&client, session).await;
+    let ended = wanted.await.unwrap().unwrap_err();
+    assert_eq!(reason(&ended), "SESSION_CLOSED");
+}
+
+fn attach(session: i64, secret: &'static [u8], replaces: u64) -> v1::AttachSessionRequest {
+    v1::AttachSessionRequest {
+        session_id: session,
+        secret: Bytes::from_static(secret),
+        replaces,
+        nonce: 7,
+        wanted: vec![1],
+    }
+}
+
+/// Renews, asks for a lock, and closes the session, each for an older attachment first.
+async fn only_the_second_attachment_is_served(client: &Client, session: i64) {
+    let mut sessions = client.sessions();
+    let renew = |attachment| v1::RenewSessionRequest {
+        session_id: session,
+        attachment,
+    };
+    let fenced = sessions.renew(renew(1)).await.unwrap_err();
+    assert_eq!(reason(&fenced), "SESSION_SUPERSEDED");
+    sessions.renew(renew(2)).await.unwrap();
+    let fenced = client
+        .acquire(acquire("n", session, None))
+        .await
+        .unwrap_err();
+    assert_eq!(reason(&fenced), "SESSION_SUPERSEDED");
+    let close = |attachment| v1::CloseSessionRequest {
+        session_id: session,
+        attachment,
+    };
+    let fenced = sessions.close(close(1)).await.unwrap_err();
+    assert_eq!(reason(&fenced), "SESSION_SUPERSEDED");
+    sessions.close(close(2)).await.unwrap();
+}
+
+fn number(request: u64) -> Option<v1::RequestNumber> {
+    Some(v1::RequestNumber {
+        request,
+        ..v1::RequestNumber::default()
+    })
 }
 
 #[tokio::test]
@@ -276,6 +439,7 @@ async fn a_watcher_is_told_what_it_holds_what_it_loses_and_when_it_is_over() {
         .sessions()
         .close(v1::CloseSessionRequest {
             session_id: session,
+            attachment: 0,
         })
         .await
         .unwrap();
@@ -289,6 +453,7 @@ async fn a_watcher_is_told_what_it_holds_what_it_loses_and_when_it_is_over() {
         .sessions()
         .renew(v1::RenewSessionRequest {
             session_id: session,
+            attachment: 0,
         })
         .await;
     assert_eq!(reason(&renewed.unwrap_err()), "SESSION_CLOSED");
@@ -344,7 +509,10 @@ async fn a_session_that_is_not_renewed_expires_and_one_that_is_does_not() {
         async move {
             loop {
                 sessions
-                    .renew(v1::RenewSessionRequest { session_id: kept })
+                    .renew(v1::RenewSessionRequest {
+                        session_id: kept,
+                        attachment: 0,
+                    })
                     .await
                     .unwrap();
                 tokio::time::sleep(std::time::Duration::from_millis(50)).await;
@@ -404,7 +572,7 @@ async fn bad_input_is_refused_with_its_reason() {
     let session = client.open("").await;
     let long = "x".repeat(1_025);
     let numbered = v1::AcquireRequest {
-        request: 1 << 63,
+        number: number(1 << 63),
         ..acquire("l", session, None)
     };
     let owner = v1::AcquireRequest {
@@ -781,7 +949,10 @@ async fn at_the_quota_nothing_grows_until_the_alarm_is_cleared() {
     );
     release(&client, "l", first, token).await.unwrap();
     for session_id in others {
-        let request = v1::CloseSessionRequest { session_id };
+        let request = v1::CloseSessionRequest {
+            session_id,
+            attachment: 0,
+        };
         client.sessions().close(request).await.unwrap();
     }
     let status = client.cluster().status(v1::StatusRequest {}).await;

@@ -59,7 +59,10 @@ async fn any_member_serves_and_a_grant_reaches_a_client_of_another() {
         };
         client.locks().release(request).await.unwrap();
         last = timeout(PATIENCE, waiting).await.unwrap().unwrap().unwrap();
-        let request = v1::CloseSessionRequest { session_id: waiter };
+        let request = v1::CloseSessionRequest {
+            session_id: waiter,
+            attachment: 0,
+        };
         client.sessions().close(request).await.unwrap();
     }
     let status = clients[0]

@@ -10,8 +10,10 @@ use conclave_proto::v1::{
 use tokio::{task::JoinSet, time::timeout};
 
 use crate::{
+    credentials::Credentials,
     error::{Error, Failure},
     events::Events,
+    resume::{Resumed, resume},
     session::{Session, SessionOptions},
     transport::{ANSWER_BYTES_MAX, ATTEMPT_TIMEOUT, Transport},
 };
@@ -76,6 +78,28 @@ impl Client {
     /// [`Error::is_retryable`] tells apart.
     pub async fn session(&self, options: SessionOptions) -> Result<Session, Error> {
         Session::open(self, options).await
+    }
+
+    /// Goes on with a session that an earlier start of this program opened, by its
+    /// [`Session::credentials`], within the TTL after that ended. What the session
+    /// holds comes as guards. Of what it waits for, `keep` is asked with the lock and
+    /// the owner; the rest is cancelled. If several requests of one lock and owner
+    /// shared a grant, there is one guard for the newest, and the lock is free when
+    /// the session ends.
+    ///
+    /// The earlier start must be gone: whatever it still sends is refused from then
+    /// on, but it may believe in its locks until it hears of this, for as long as its
+    /// own [`Session::remaining`] says, and tokens cannot tell the two apart.
+    ///
+    /// # Errors
+    /// [`Error::SessionLost`] if the session is over, or another start of the program
+    /// attached to it meanwhile.
+    pub async fn resume(
+        &self,
+        credentials: &Credentials,
+        keep: impl FnMut(&str, &str) -> bool,
+    ) -> Result<Resumed, Error> {
+        resume(self, credentials, keep).await
     }
 
     /// Looks for the leader, so that the next call goes there. Whether it was

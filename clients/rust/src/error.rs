@@ -171,8 +171,8 @@ impl From<Status> for Failure {
                 is_reached: true,
                 leader: info.metadata.get("leader").cloned(),
             },
-            // The cancelled requests make room when others are acknowledged.
-            "OVERLOADED" | "TOO_MANY_CANCELLED" => Failure::Overloaded { message: message() },
+            // There is room again when others are over.
+            "OVERLOADED" | "TOO_MANY_REQUESTS" => Failure::Overloaded { message: message() },
             // A server with an internal error goes down; what it began may be done.
             "OUTCOME_UNKNOWN" | "INTERNAL" => Failure::Unknown {
                 message: message(),
@@ -196,6 +196,7 @@ fn refusal(reason: String, message: String) -> Error {
         // No record of it: it ended long ago.
         "SESSION_EXPIRED" | "SESSION_NOT_FOUND" => Error::SessionLost(LossReason::SessionExpired),
         "SESSION_CLOSED" => Error::SessionLost(LossReason::SessionClosed),
+        "SESSION_SUPERSEDED" | "ATTACHMENT_CHANGED" => Error::SessionLost(LossReason::Superseded),
         "SESSION_REVOKED" => Error::SessionLost(LossReason::Revoked),
         _ if reason.starts_with("INVALID_") => Error::InvalidArgument { reason, message },
         _ => Error::Server { reason, message },

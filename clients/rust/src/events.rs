@@ -3,7 +3,7 @@
 //! each session's grants are compared then.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     sync::{Arc, Mutex, MutexGuard, Weak},
     time::Duration,
 };
@@ -48,13 +48,10 @@ impl Events {
     pub(crate) fn add(self: &Arc<Self>, transport: &Arc<Transport>, core: &Arc<Core>) {
         let mut following = self.following();
         following.sessions.insert(core.id(), Arc::downgrade(core));
-        if let Some(requests) = &following.requests {
-            let request = WatchSessionsRequest {
-                session_id: core.id(),
-            };
-            if requests.send(request).is_err() {
-                tracing::trace!("the stream has just ended; the next one asks for all");
-            }
+        if let Some(requests) = &following.requests
+            && requests.send(core.watch_request()).is_err()
+        {
+            tracing::trace!("the stream has just ended; the next one asks for all");
         }
         if !following.is_running {
             following.is_running = true;
@@ -63,9 +60,15 @@ impl Events {
         }
     }
 
-    /// The session is over.
-    pub(crate) fn remove(&self, session_id: i64) {
-        self.following().sessions.remove(&session_id);
+    /// The session is over for this attachment.
+    pub(crate) fn remove(&self, core: &Arc<Core>) {
+        let mut following = self.following();
+        let sessions = &mut following.sessions;
+        if let Entry::Occupied(followed) = sessions.entry(core.id())
+            && followed.get().as_ptr() == Arc::as_ptr(core)
+        {
+            followed.remove();
+        }
     }
 
     async fn run(self: Arc<Self>, transport: Arc<Transport>) {
@@ -122,11 +125,9 @@ impl Events {
             return None;
         }
         let (sender, receiver) = mpsc::unbounded_channel();
-        for session_id in following.sessions.keys() {
+        for core in following.sessions.values().filter_map(Weak::upgrade) {
             sender
-                .send(WatchSessionsRequest {
-                    session_id: *session_id,
-                })
+                .send(core.watch_request())
                 .expect("the receiver is alive: it is returned below");
         }
         following.requests = Some(sender);
@@ -151,6 +152,8 @@ impl Events {
                 let tokens = attached.grants.iter().map(|grant| grant.token);
                 core.attached(event.revision, tokens.collect::<BTreeSet<u64>>());
             }
+            // Told to an attachment before ours.
+            Event::Ended(ended) if (1..=core.attachment()).contains(&ended.attachment) => {}
             Event::Ended(ended) => core.ended(loss_reason(ended.reason(), String::new())),
             Event::GrantLost(lost) => deliver_loss(&core, lost),
         }
@@ -176,6 +179,7 @@ fn loss_reason(reason: v1::LossReason, detail: String) -> LossReason {
         v1::LossReason::SessionClosed => LossReason::SessionClosed,
         v1::LossReason::Revoked => LossReason::Revoked,
         v1::LossReason::Forced => LossReason::Forced { reason: detail },
+        v1::LossReason::Superseded => LossReason::Superseded,
         // Of a reason that this version does not know, the deletion of the key
         // is what is certain.
         v1::LossReason::KeyDeleted | v1::LossReason::Unspecified => LossReason::KeyDeleted,

@@ -22,6 +22,7 @@
 //! - `client`: [`Client`], the calls without a session;
 //! - `session`: [`Session`], kept alive in the background;
 //! - `lock`: [`LockRequest`] and [`LockGuard`];
+//! - `credentials`, `resume`: [`Resumed`], a session after a restart of its program;
 //! - [`session_state`] and [`requests`]: the decisions behind those two, without
 //!   clock or I/O, so that a simulator runs the very same code;
 //! - `grants`, `events`: what is held, and how news of its loss arrives;
@@ -40,11 +41,13 @@
 mod calls;
 mod client;
 mod clock;
+mod credentials;
 mod error;
 mod events;
 mod grants;
 mod lock;
 pub mod requests;
+mod resume;
 mod routes;
 mod session;
 pub mod session_state;
@@ -52,7 +55,9 @@ mod transport;
 
 pub use client::{Client, ServerStatus};
 pub use conclave_proto::v1::{Contender, LockInfo, Member, SessionInfo, StatusResponse};
+pub use credentials::Credentials;
 pub use error::Error;
 pub use lock::{LockGuard, LockRequest};
+pub use resume::{Resumed, Waiting};
 pub use session::{Session, SessionOptions};
 pub use session_state::{LossReason, Status};

@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::{
     error::{Error, Failure},
-    requests::{Acquire, Granted, Next, Outcome, Release},
+    requests::{Acquire, Granted, Next, Outcome},
     session::{Core, Session},
     session_state::LossReason,
     transport::{ATTEMPT_TIMEOUT, Backoff, Failed},
@@ -78,12 +78,28 @@ pub struct LockGuard {
     /// Which of the acquires that share the grant it stands for; 0 if none do.
     entry: u64,
     is_given_up: bool,
+    /// The number of its release, once that has begun.
+    release: Option<u64>,
     is_released: bool,
+}
+
+impl Contended {
+    pub(crate) fn new(name: String, owner: String) -> Contended {
+        Contended { name, owner }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn owner(&self) -> &str {
+        &self.owner
+    }
 }
 
 /// An acquire that has a number. Dropped before its end, it is cancelled.
 #[derive(Debug)]
-struct Pending {
+pub(crate) struct Pending {
     core: Arc<Core>,
     lock: Contended,
     terms: Terms,
@@ -159,26 +175,7 @@ impl LockRequest {
             None => left.await,
         }
         let pending = Pending::begin(core, lock, terms)?;
-        let mut backoff = Backoff::default();
-        loop {
-            let left = wait.map(|wait| wait.saturating_sub(started.elapsed()));
-            let (outcome, moved) = tokio::select! {
-                biased;
-                attempted = pending.attempt(wait, left) => split(attempted.map(granted)),
-                reason = core.lost() => return Err(Error::SessionLost(reason)),
-            };
-            match pending.acquire.acquire_ended(outcome) {
-                Next::Done(Ok(granted)) => return Ok(pending.granted(session, granted)),
-                Next::Done(Err(error)) => {
-                    return Err(explained(pending.refused(error), is_over(wait, started)));
-                }
-                Next::Repeat => {}
-            }
-            if is_over(wait, started) {
-                return Err(Error::WaitTimedOut);
-            }
-            backoff.pause(moved).await;
-        }
+        pending.granted_within(session, wait, started).await
     }
 }
 
@@ -229,6 +226,31 @@ impl LockGuard {
         self.session.core().lost_grant(self.granted.token).await
     }
 
+    /// For a grant that an earlier start of this program was given, and that was
+    /// there at `revision`.
+    pub(crate) fn adopted(
+        session: Session,
+        lock: Contended,
+        key: Bytes,
+        token: u64,
+        revision: u64,
+    ) -> LockGuard {
+        session.core().adopted(token, revision);
+        LockGuard {
+            session,
+            lock,
+            granted: Granted {
+                key,
+                token,
+                revision,
+            },
+            entry: 0,
+            is_given_up: false,
+            release: None,
+            is_released: false,
+        }
+    }
+
     /// Gives the lock up and waits for the word of the cluster.
     ///
     /// # Errors
@@ -236,10 +258,26 @@ impl LockGuard {
     /// before.
     pub async fn release(mut self) -> Result<(), Error> {
         self.give_up();
+        let release = self.begin_release()?;
         let core = Arc::clone(self.session.core());
-        let result = release(&core, &self.lock, self.granted.token, self.entry).await;
+        let result = release.run(&core).await;
         self.is_released = true;
         result
+    }
+
+    /// The release of this guard; always the same one.
+    fn begin_release(&mut self) -> Result<Release, Error> {
+        let request = match self.release {
+            Some(request) => request,
+            None => self.session.core().begin_request()?,
+        };
+        self.release = Some(request);
+        Ok(Release {
+            lock: self.lock.clone(),
+            token: self.granted.token,
+            entry: self.entry,
+            request,
+        })
     }
 
     /// What becomes of the grant from now on is no loss for this guard.
@@ -257,30 +295,77 @@ impl Drop for LockGuard {
         if self.is_released {
             return;
         }
+        // If the session is lost, so is the lock.
+        let Ok(release) = self.begin_release() else {
+            return;
+        };
         let core = Arc::clone(self.session.core());
-        let (token, entry) = (self.granted.token, self.entry);
-        let lock = self.lock.clone();
         let session = self.session.clone();
-        core.leaves(&lock);
+        core.leaves(&release.lock);
         core.transport().runtime().spawn(async move {
-            if let Err(error) = release(session.core(), &lock, token, entry).await {
-                tracing::debug!(%error, lock = lock.name, "a dropped lock was not released");
+            let core = session.core();
+            if let Err(error) = release.run(core).await {
+                tracing::debug!(%error, lock = release.lock.name, "a dropped lock was not released");
             }
-            session.core().has_left(&lock);
+            core.has_left(&release.lock);
         });
     }
 }
 
 impl Pending {
     fn begin(core: &Arc<Core>, lock: Contended, terms: Terms) -> Result<Pending, Error> {
-        let acquire = Acquire::new(core.begin_request()?);
-        Ok(Pending {
+        let request = core.begin_request()?;
+        let mut pending = Pending::resumed(core, lock, request);
+        pending.terms = terms;
+        Ok(pending)
+    }
+
+    /// One with a number that is in flight already. Its terms are those with which it
+    /// was first sent.
+    pub(crate) fn resumed(core: &Arc<Core>, lock: Contended, request: u64) -> Pending {
+        Pending {
             core: Arc::clone(core),
             lock,
-            terms,
-            acquire,
+            terms: Terms::default(),
+            acquire: Acquire::new(request),
             is_over: false,
-        })
+        }
+    }
+
+    pub(crate) fn lock(&self) -> &Contended {
+        &self.lock
+    }
+
+    pub(crate) fn request_number(&self) -> u64 {
+        self.acquire.request()
+    }
+
+    /// Repeats the acquire until it is answered or the wait is over.
+    pub(crate) async fn granted_within(
+        self,
+        session: Session,
+        wait: Option<Duration>,
+        started: Instant,
+    ) -> Result<LockGuard, Error> {
+        let core = session.core();
+        let mut backoff = Backoff::default();
+        loop {
+            let left = wait.map(|wait| wait.saturating_sub(started.elapsed()));
+            let (outcome, moved) = tokio::select! {
+                biased;
+                attempted = self.attempt(wait, left) => split(attempted.map(granted)),
+                reason = core.lost() => return Err(Error::SessionLost(reason)),
+            };
+            match self.acquire.acquire_ended(outcome) {
+                Next::Done(Ok(granted)) => return Ok(self.granted(session, granted)),
+                Next::Done(Err(error)) => return Err(self.refused(error)),
+                Next::Repeat => {}
+            }
+            if wait.is_some_and(|wait| !wait.is_zero() && started.elapsed() >= wait) {
+                return Err(Error::WaitTimedOut);
+            }
+            backoff.pause(moved).await;
+        }
     }
 
     /// One call of Acquire. While it waits for the lock, it has no time limit
@@ -328,8 +413,7 @@ impl Pending {
             name: self.lock.name.clone(),
             session_id: self.core.id(),
             owner: self.lock.owner.clone(),
-            request: self.acquire.request(),
-            acknowledged: self.core.acknowledged(),
+            number: Some(self.core.number(self.acquire.request())),
             wait_ms,
             lock_delay_ms: self.terms.lock_delay_ms,
             reentrant: self.terms.is_reentrant,
@@ -353,6 +437,7 @@ impl Pending {
             granted,
             entry,
             is_given_up: false,
+            release: None,
             is_released: false,
         }
     }
@@ -392,6 +477,7 @@ async fn cancel(core: &Core, lock: &Contended, acquire: &Acquire) {
             session_id: core.id(),
             owner: lock.owner.clone(),
             request: acquire.request(),
+            attachment: core.attachment(),
         };
         let call = core.transport().call(ATTEMPT_TIMEOUT, request);
         let (outcome, moved) = tokio::select! {
@@ -410,28 +496,40 @@ async fn cancel(core: &Core, lock: &Contended, acquire: &Acquire) {
     }
 }
 
-/// Releases until there is an answer or the session is over.
-async fn release(core: &Core, lock: &Contended, token: u64, entry: u64) -> Result<(), Error> {
-    let mut release = Release::new();
-    let mut backoff = Backoff::default();
-    loop {
-        let request = ReleaseRequest {
-            name: lock.name.clone(),
-            session_id: core.id(),
-            owner: lock.owner.clone(),
-            token,
-            entry,
-        };
-        let call = core.transport().call(ATTEMPT_TIMEOUT, request);
-        let (outcome, moved) = tokio::select! {
-            biased;
-            attempted = call => split(attempted.map(|_| ())),
-            reason = core.lost() => return Err(Error::SessionLost(reason)),
-        };
-        match release.ended(outcome, |error| matches!(error, Error::NotHolder { .. })) {
-            Next::Done(Ok(())) => return Ok(()),
-            Next::Done(Err(error)) => return Err(core.heard(error)),
-            Next::Repeat => backoff.pause(moved).await,
+/// One release, with its number.
+struct Release {
+    lock: Contended,
+    token: u64,
+    entry: u64,
+    request: u64,
+}
+
+impl Release {
+    /// Repeats it until there is an answer or the session is over.
+    async fn run(&self, core: &Core) -> Result<(), Error> {
+        let mut backoff = Backoff::default();
+        loop {
+            let request = ReleaseRequest {
+                name: self.lock.name.clone(),
+                session_id: core.id(),
+                owner: self.lock.owner.clone(),
+                token: self.token,
+                entry: self.entry,
+                number: Some(core.number(self.request)),
+            };
+            let call = core.transport().call(ATTEMPT_TIMEOUT, request);
+            let (outcome, moved) = tokio::select! {
+                biased;
+                attempted = call => split(attempted.map(|_| ())),
+                reason = core.lost() => return Err(Error::SessionLost(reason)),
+            };
+            match outcome.next() {
+                Next::Done(result) => {
+                    core.end_request(self.request);
+                    return result.map_err(|error| core.heard(error));
+                }
+                Next::Repeat => backoff.pause(moved).await,
+            }
         }
     }
 }
@@ -461,46 +559,10 @@ fn granted(answer: AcquireResponse) -> Granted {
     }
 }
 
-/// Whether a wait has ended; a try has none.
-fn is_over(wait: Option<Duration>, started: Instant) -> bool {
-    wait.is_some_and(|wait| !wait.is_zero() && started.elapsed() >= wait)
-}
-
-/// What the refusal of a repeated request means: that it is over says that the
-/// answer to an earlier attempt was lost, and what it was must be inferred.
-fn explained(error: Error, is_wait_over: bool) -> Error {
-    match error {
-        Error::Server { reason, message } if reason == "STALE_REQUEST" => {
-            if is_wait_over {
-                Error::WaitTimedOut
-            } else {
-                Error::PlaceLost { message }
-            }
-        }
-        error => error,
-    }
-}
-
 /// The rest of the client talks to another server now.
 fn left_behind() -> Failure {
     Failure::Unknown {
         message: "the server was left".to_owned(),
         is_reached: true,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_request_that_is_over_when_repeated_has_timed_out_or_lost_its_place() {
-        let stale = || Error::Server {
-            reason: "STALE_REQUEST".to_owned(),
-            message: "it is over".to_owned(),
-        };
-        assert!(matches!(explained(stale(), true), Error::WaitTimedOut));
-        assert!(matches!(explained(stale(), false), Error::PlaceLost { .. }));
-        assert!(matches!(explained(Error::LockHeld, true), Error::LockHeld));
     }
 }

@@ -2,17 +2,26 @@
 //! next, which are over, and what follows from each outcome of an attempt. The
 //! client drives it over gRPC, the simulator over its own network.
 //!
-//! Whatever happens to messages, an acquire ends in exactly one of: granted,
-//! refused, or withdrawn with the cluster's word for it. Until then its number
-//! stays below no watermark, so that the cluster goes on answering for it.
+//! Whatever happens to messages, a request ends in exactly one of: answered,
+//! refused, or, an acquire, withdrawn with the cluster's word for it. Until then its
+//! number is never acknowledged, so that the cluster goes on answering for it, with
+//! the first answer.
 
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
+use conclave_proto::v1::RequestNumber;
+
+/// So many numbers may be over that an older one keeps from being acknowledged by a
+/// watermark alone, before the unfinished ones are listed.
+const OVER_MAX: usize = 64;
+/// As many unfinished numbers as the cluster takes.
+const UNFINISHED_MAX: usize = 4_096;
 
 /// The numbers of one session.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Requests {
+    attachment: u64,
     last: u64,
     in_flight: BTreeSet<u64>,
 }
@@ -67,18 +76,38 @@ pub struct Granted {
     pub revision: u64,
 }
 
-/// One release, until it is answered.
-#[derive(Clone, Debug, Default)]
-pub struct Release {
-    may_have_applied: bool,
+impl Default for Requests {
+    /// Those of a session that this client opened.
+    fn default() -> Requests {
+        Requests::attached(1, 0)
+    }
 }
 
 impl Requests {
+    /// Those of an attachment to a session whose numbers were used up to `last`.
+    pub fn attached(attachment: u64, last: u64) -> Requests {
+        Requests {
+            attachment,
+            last,
+            in_flight: BTreeSet::new(),
+        }
+    }
+
+    /// Which attachment to the session they belong to.
+    pub fn attachment(&self) -> u64 {
+        self.attachment
+    }
+
     /// Takes the next number. It is in flight until [`Requests::end`].
     pub fn begin(&mut self) -> u64 {
         self.last += 1;
         self.in_flight.insert(self.last);
         self.last
+    }
+
+    /// A number of the attachment before goes on: it is in flight again.
+    pub fn resume(&mut self, request: u64) {
+        self.in_flight.insert(request);
     }
 
     /// This number is over: it will never be sent again.
@@ -91,9 +120,36 @@ impl Requests {
         self.in_flight.is_empty()
     }
 
-    /// The watermark: every number up to it is over.
-    pub fn acknowledged(&self) -> u64 {
-        self.in_flight.first().map_or(self.last, |first| first - 1)
+    /// What is sent with a request: its number, and the word for those that are over,
+    /// which costs next to nothing as long as no request stays behind for long.
+    pub fn number(&self, request: u64) -> RequestNumber {
+        let watermark = self.in_flight.first().map_or(self.last, |first| first - 1);
+        let open = self.in_flight.len();
+        let over = usize::try_from(self.last - watermark).map_or(usize::MAX, |all| all - open);
+        let mut number = RequestNumber {
+            attachment: self.attachment,
+            request,
+            acknowledged: watermark,
+            unfinished: Vec::new(),
+        };
+        if over > OVER_MAX.max(open) {
+            let beyond = self.in_flight.iter().nth(UNFINISHED_MAX);
+            number.acknowledged = beyond.map_or(self.last, |beyond| beyond - 1);
+            let unfinished = self.in_flight.iter().take(UNFINISHED_MAX);
+            number.unfinished = unfinished.copied().collect();
+        }
+        number
+    }
+}
+
+impl<T, R> Outcome<T, R> {
+    /// What follows for a numbered request, which may always be sent again.
+    pub fn next(self) -> Next<T, R> {
+        match self {
+            Outcome::Answered(answer) => Next::Done(Ok(answer)),
+            Outcome::Refused(refusal) => Next::Done(Err(refusal)),
+            Outcome::NotApplied | Outcome::Unknown => Next::Repeat,
+        }
     }
 }
 
@@ -129,49 +185,15 @@ impl Acquire {
     /// An attempt to acquire ended. Once withdrawn, only a cancel ends it.
     pub fn acquire_ended<R>(&self, outcome: Outcome<Granted, R>) -> Next<Granted, R> {
         match outcome {
-            Outcome::Answered(_) | Outcome::Refused(_) if self.withdrawn => Next::Repeat,
-            Outcome::Answered(granted) => Next::Done(Ok(granted)),
-            Outcome::Refused(refusal) => Next::Done(Err(refusal)),
-            Outcome::NotApplied | Outcome::Unknown => Next::Repeat,
+            _ if self.withdrawn => Next::Repeat,
+            outcome => outcome.next(),
         }
     }
 
     /// An attempt to cancel ended. A refusal ends it too: the number is over,
     /// or the session is.
     pub fn cancel_ended<R>(&self, outcome: Outcome<(), R>) -> Next<(), R> {
-        match outcome {
-            Outcome::Answered(()) => Next::Done(Ok(())),
-            Outcome::Refused(refusal) => Next::Done(Err(refusal)),
-            Outcome::NotApplied | Outcome::Unknown => Next::Repeat,
-        }
-    }
-}
-
-impl Release {
-    /// A release that was not sent yet.
-    pub fn new() -> Release {
-        Release::default()
-    }
-
-    /// An attempt to release ended. If an earlier one may have had its effect,
-    /// then a refusal for not being the holder any more *is* that effect.
-    pub fn ended<R>(
-        &mut self,
-        outcome: Outcome<(), R>,
-        is_not_holder: impl FnOnce(&R) -> bool,
-    ) -> Next<(), R> {
-        match outcome {
-            Outcome::Answered(()) => Next::Done(Ok(())),
-            Outcome::Refused(refusal) if self.may_have_applied && is_not_holder(&refusal) => {
-                Next::Done(Ok(()))
-            }
-            Outcome::Refused(refusal) => Next::Done(Err(refusal)),
-            Outcome::NotApplied => Next::Repeat,
-            Outcome::Unknown => {
-                self.may_have_applied = true;
-                Next::Repeat
-            }
-        }
+        outcome.next()
     }
 }
 
@@ -182,15 +204,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_repeated_release_that_finds_nothing_has_released() {
-        let mut release = Release::new();
-        let mut ended = |outcome| release.ended(outcome, |refusal| *refusal == "not holder");
-        assert_eq!(ended(Outcome::NotApplied), Next::Repeat);
-        let not_holder = Outcome::Refused("not holder");
-        assert_eq!(ended(not_holder.clone()), Next::Done(Err("not holder")));
-        assert_eq!(ended(Outcome::Unknown), Next::Repeat);
-        assert_eq!(ended(Outcome::Refused("over")), Next::Done(Err("over")));
-        assert_eq!(ended(not_holder), Next::Done(Ok(())));
+    fn whatever_may_not_have_been_done_is_sent_again() {
+        assert_eq!(Outcome::<(), ()>::NotApplied.next(), Next::Repeat);
+        assert_eq!(Outcome::<(), ()>::Unknown.next(), Next::Repeat);
+        assert_eq!(Outcome::<_, ()>::Answered(1).next(), Next::Done(Ok(1)));
+        assert_eq!(Outcome::<(), _>::Refused(1).next(), Next::Done(Err(1)));
+    }
+
+    #[test]
+    fn one_long_request_does_not_keep_all_others_from_being_over() {
+        let mut requests = Requests::default();
+        let long = requests.begin();
+        for _ in 0..OVER_MAX {
+            let short = requests.begin();
+            assert_eq!(requests.number(short).acknowledged, 0);
+            requests.end(short);
+        }
+        let next = requests.begin();
+        assert_eq!(requests.number(next).unfinished, []);
+        requests.end(next);
+        let next = requests.begin();
+        let number = requests.number(next);
+        assert_eq!(number.acknowledged, next);
+        assert_eq!(number.unfinished, [long, next]);
+    }
+
+    #[test]
+    fn an_attachment_goes_on_where_the_one_before_was() {
+        let mut requests = Requests::attached(3, 7);
+        requests.resume(5);
+        let next = requests.begin();
+        let number = requests.number(next);
+        assert_eq!((number.attachment, number.request), (3, 8));
+        assert_eq!(number.acknowledged, 4);
+        requests.end(5);
+        assert_eq!(requests.number(next).acknowledged, 7);
     }
 
     #[test]
@@ -223,27 +271,31 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_watermark_covers_exactly_what_is_over_and_in_the_end_all(
-            steps in prop::collection::vec(prop::option::of(0..8_usize), 1..200),
+        fn what_is_acknowledged_is_over_and_in_the_end_all_is(
+            steps in prop::collection::vec(prop::option::of(0..90_usize), 1..400),
         ) {
             let mut requests = Requests::default();
             let mut open: Vec<u64> = Vec::new();
-            let mut before = 0;
+            let mut kept = BTreeSet::new();
             for step in steps {
                 match step {
                     Some(which) if which < open.len() => requests.end(open.swap_remove(which)),
                     _ => open.push(requests.begin()),
                 }
-                let watermark = requests.acknowledged();
-                prop_assert!(watermark >= before, "the watermark went down");
-                prop_assert!(open.iter().all(|request| *request > watermark));
-                prop_assert!(open.is_empty() || open.contains(&(watermark + 1)));
-                before = watermark;
+                let number = requests.number(requests.last);
+                let is_over = |request: &u64| {
+                    *request <= number.acknowledged && !number.unfinished.contains(request)
+                };
+                prop_assert!(!open.iter().any(is_over));
+                prop_assert!(number.unfinished.is_sorted());
+                kept.extend(1..=requests.last);
+                kept.retain(|request| !is_over(request));
+                prop_assert!(kept.len() <= 2 * open.len() + OVER_MAX + 1);
             }
             let last = requests.begin();
             requests.end(last);
             open.into_iter().for_each(|request| requests.end(request));
-            prop_assert_eq!(requests.acknowledged(), last);
+            prop_assert_eq!(requests.number(0).acknowledged, last);
         }
     }
 }

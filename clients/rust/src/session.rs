@@ -9,16 +9,20 @@ use std::{
     time::Duration,
 };
 
-use conclave_proto::v1::{CloseSessionRequest, OpenSessionRequest, RenewSessionRequest};
+use conclave_proto::v1::{
+    CloseSessionRequest, OpenSessionRequest, RenewSessionRequest, RequestNumber,
+    WatchSessionsRequest,
+};
 use tokio::{
     sync::{Notify, watch},
     task::JoinSet,
-    time::sleep,
+    time::{Instant, sleep},
 };
 
 use crate::{
     client::{Client, PATIENCE, incomplete},
     clock,
+    credentials::{Credentials, Secret},
     error::{Error, Failure},
     events::Events,
     grants::Grants,
@@ -74,6 +78,8 @@ struct Handle {
 pub(crate) struct Core {
     id: i64,
     ttl: Duration,
+    attachment: u64,
+    credentials: Credentials,
     transport: Arc<Transport>,
     events: Arc<Events>,
     life: Mutex<Life>,
@@ -116,36 +122,84 @@ impl Default for SessionOptions {
 }
 
 impl Session {
+    /// Opens a session, once: attempts are repeated with the same secret. If there
+    /// is no answer until such a session may be over again, the next attempt opens
+    /// another one; the first is never renewed and expires.
     pub(crate) async fn open(client: &Client, options: SessionOptions) -> Result<Session, Error> {
+        let give_up = Instant::now() + PATIENCE;
+        loop {
+            let left = give_up.saturating_duration_since(Instant::now());
+            let patience = left.min(options.ttl / 2);
+            let opened = Session::open_with(client, &options, Secret::random(), patience).await;
+            let is_done = match &opened {
+                Ok(session) => session.core().lost_now().is_none(),
+                Err(Error::SessionLost(_)) => false,
+                Err(error) => !error.is_retryable(),
+            };
+            if is_done || Instant::now() >= give_up {
+                return opened;
+            }
+        }
+    }
+
+    async fn open_with(
+        client: &Client,
+        options: &SessionOptions,
+        secret: Secret,
+        patience: Duration,
+    ) -> Result<Session, Error> {
         let request = OpenSessionRequest {
             // Zero would mean the default; let the server refuse it instead.
             ttl_ms: u64::try_from(options.ttl.as_millis())
                 .unwrap_or(u64::MAX)
                 .max(1),
-            name: options.name,
-            metadata: options.metadata.into_iter().collect(),
+            name: options.name.clone(),
+            metadata: options.metadata.clone().into_iter().collect(),
+            secret: secret.to_bytes(),
         };
-        // If an attempt is repeated although it had its effect, a session
-        // without anything bound to it expires unused.
-        let mut sent = 0;
-        let attempt = || {
-            sent = clock::now();
-            request.clone()
-        };
-        let opened = client.transport.repeat_call(PATIENCE, attempt).await?;
+        // Of the first attempt, since that may be the one that opened it.
+        let sent = clock::now();
+        let opening = client
+            .transport
+            .repeat_call(patience, || request.clone())
+            .await;
+        let opened = opening?;
         if opened.session_id == 0 || opened.ttl_ms == 0 {
             return Err(incomplete("session_id"));
         }
-        let ttl = Duration::from_millis(opened.ttl_ms);
+        let credentials = Credentials {
+            session_id: opened.session_id,
+            secret,
+        };
         let state = SessionState::opened(sent, opened.ttl_ms.saturating_mul(1_000));
-        let core = Arc::new(Core {
-            id: opened.session_id,
+        let ttl = Duration::from_millis(opened.ttl_ms);
+        Ok(Session::start(
+            client,
+            credentials,
             ttl,
+            state,
+            Requests::default(),
+        ))
+    }
+
+    /// Keeps a session alive from now on.
+    pub(crate) fn start(
+        client: &Client,
+        credentials: Credentials,
+        ttl: Duration,
+        state: SessionState,
+        requests: Requests,
+    ) -> Session {
+        let core = Arc::new(Core {
+            id: credentials.session_id,
+            ttl,
+            attachment: requests.attachment(),
+            credentials,
             transport: Arc::clone(&client.transport),
             events: Arc::clone(&client.events),
             life: Mutex::new(Life {
                 state,
-                requests: Requests::default(),
+                requests,
                 grants: Grants::default(),
                 leaving: BTreeMap::new(),
             }),
@@ -157,14 +211,20 @@ impl Session {
         // In this order: the task removes a session that is lost already.
         core.events.add(&core.transport, &core);
         core.transport.runtime().spawn(Arc::clone(&core).live());
-        Ok(Session {
+        Session {
             handle: Arc::new(Handle { core }),
-        })
+        }
     }
 
     /// The id, which is also an etcd lease id. People see it in hexadecimal.
     pub fn id(&self) -> i64 {
         self.core().id
+    }
+
+    /// What another start of this program needs to go on with the session; see
+    /// [`Client::resume`]. Who has them can act for the session.
+    pub fn credentials(&self) -> Credentials {
+        self.core().credentials.clone()
     }
 
     /// The TTL that the cluster granted.
@@ -238,6 +298,18 @@ impl Core {
         self.id
     }
 
+    pub(crate) fn attachment(&self) -> u64 {
+        self.attachment
+    }
+
+    /// Asks for the events of this session.
+    pub(crate) fn watch_request(&self) -> WatchSessionsRequest {
+        WatchSessionsRequest {
+            session_id: self.id,
+            attachment: self.attachment,
+        }
+    }
+
     pub(crate) fn transport(&self) -> &Arc<Transport> {
         &self.transport
     }
@@ -251,9 +323,9 @@ impl Core {
         }
     }
 
-    /// Every request up to this one is over.
-    pub(crate) fn acknowledged(&self) -> u64 {
-        self.life().requests.acknowledged()
+    /// What is sent with a request.
+    pub(crate) fn number(&self, request: u64) -> RequestNumber {
+        self.life().requests.number(request)
     }
 
     /// The request is over, without a grant.
@@ -266,6 +338,11 @@ impl Core {
         let mut life = self.life();
         life.grants.granted(token, revision);
         life.end_request(request);
+    }
+
+    /// A grant that was there before this attachment, as of this revision.
+    pub(crate) fn adopted(&self, token: u64, revision: u64) {
+        self.life().grants.granted(token, revision);
     }
 
     pub(crate) fn grant_released(&self, token: u64) {
@@ -386,7 +463,7 @@ impl Core {
                 Some(_) = renewals.join_next() => {}
             }
         }
-        self.events.remove(self.id);
+        self.events.remove(&self);
     }
 
     async fn renew(self: Arc<Self>, attempt: Attempt) {
@@ -395,6 +472,7 @@ impl Core {
         let limit = Duration::from_micros(2 * self.life().state.attempt_timeout());
         let request = RenewSessionRequest {
             session_id: self.id,
+            attachment: self.attachment,
         };
         let result = self.transport.call(limit, request).await;
         let now = clock::now();
@@ -418,8 +496,11 @@ impl Core {
     async fn close(&self) -> Result<(), Error> {
         let request = CloseSessionRequest {
             session_id: self.id,
+            attachment: self.attachment,
         };
         match self.transport.repeat_call(PATIENCE, || request).await {
+            // It goes on, for another process.
+            Err(error @ Error::SessionLost(LossReason::Superseded)) => Err(error),
             Ok(_) | Err(Error::SessionLost(_)) => Ok(()),
             Err(error) => Err(error),
         }

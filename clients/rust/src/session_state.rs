@@ -88,6 +88,8 @@ pub enum LossReason {
     },
     /// Someone deleted the key that the grant stands for.
     KeyDeleted,
+    /// Another process attached to the session, with its credentials.
+    Superseded,
 }
 
 impl SessionState {
@@ -236,6 +238,7 @@ impl LossReason {
             LossReason::Revoked => "revoked",
             LossReason::Forced { .. } => "forced",
             LossReason::KeyDeleted => "key_deleted",
+            LossReason::Superseded => "superseded",
         }
     }
 }

@@ -98,6 +98,7 @@ macro_rules! answers {
 
 answers!(
     OpenSessionResponse,
+    AttachSessionResponse,
     RenewSessionResponse,
     CloseSessionResponse,
     ListSessionsResponse,

@@ -5,9 +5,9 @@
 
 use bytes::Bytes;
 use conclave_proto::internal::{
-    CheckpointEnded, CheckpointForced, CheckpointManifest, CheckpointMember, CheckpointPair,
-    CheckpointRecord, CheckpointSession, CheckpointSystem, CheckpointVersion, checkpoint_ended,
-    checkpoint_record::Record as Body,
+    self, CheckpointEnded, CheckpointManifest, CheckpointMember, CheckpointPair, CheckpointRecord,
+    CheckpointRequest, CheckpointSession, CheckpointSystem, CheckpointVersion, checkpoint_ended,
+    checkpoint_record::Record as Body, checkpoint_request,
 };
 use prost::Message as _;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -17,8 +17,9 @@ use crate::{
     APPLY_VERSION,
     ids::{NodeId, Revision, SessionId},
     keyspace::{Picture, Record},
-    session::{EndReason, RequestWindow, Session, Sessions},
-    system::{ForcedRelease, PublishedMember, System},
+    requests::{Answered, KeptReply, Requests, Slot},
+    session::{EndReason, Secret, Session, Sessions},
+    system::{Ended, ForcedRelease, PublishedMember, System},
 };
 
 /// The version of the format that this code writes, and the only one it reads.
@@ -184,7 +185,7 @@ impl Reader {
                 if self.sessions.get(id).is_some() {
                     return None;
                 }
-                self.sessions.insert(id, session_of(session));
+                self.sessions.insert(id, session_of(session)?);
             }
             Body::System(system) => self.system.restore_counts(system),
             Body::Member(member) => {
@@ -202,8 +203,11 @@ impl Reader {
                 self.system.members.insert(NodeId(node), member);
             }
             Body::Ended(ended) => {
-                let reason = end_reason(ended.reason())?;
-                self.system.record_end(SessionId(ended.session_id), reason);
+                self.system.record_end(Ended {
+                    session: SessionId(ended.session_id),
+                    reason: end_reason(ended.reason())?,
+                    secret: secret_of(&ended.secret)?,
+                });
             }
             Body::Forced(forced) => self.system.record_forced(forced_release(forced)),
             Body::Manifest(_) => return None,
@@ -302,10 +306,22 @@ fn session(id: SessionId, session: Session) -> Body {
         metadata,
         opened_revision,
         opened_at,
+        secret,
         requests,
     } = session;
     let metadata = metadata.into_iter();
-    let (acknowledged_request, cancelled) = requests.parts();
+    #[cfg(conclave_plant)]
+    let requests = match crate::plant::is("requests-left-out-of-checkpoint") {
+        true => Requests::default(),
+        false => requests,
+    };
+    let Requests {
+        attachment,
+        nonce,
+        watermark,
+        slots,
+        bytes: _,
+    } = requests;
     Body::Session(CheckpointSession {
         id: id.0,
         ttl_ms,
@@ -315,12 +331,15 @@ fn session(id: SessionId, session: Session) -> Body {
             .collect(),
         opened_revision,
         opened_at_ms: opened_at,
-        acknowledged_request,
-        cancelled_requests: cancelled.collect(),
+        secret: secret_bytes(secret),
+        attachment,
+        attached_by: nonce,
+        watermark,
+        requests: slots.into_iter().map(request).collect(),
     })
 }
 
-fn session_of(session: CheckpointSession) -> Session {
+fn session_of(session: CheckpointSession) -> Option<Session> {
     let CheckpointSession {
         id: _,
         ttl_ms,
@@ -328,19 +347,80 @@ fn session_of(session: CheckpointSession) -> Session {
         metadata,
         opened_revision,
         opened_at_ms,
-        acknowledged_request,
-        cancelled_requests,
+        secret,
+        attachment,
+        attached_by: nonce,
+        watermark,
+        requests: slots,
     } = session;
     let metadata = metadata.into_iter();
-    let cancelled = cancelled_requests.into_iter();
-    Session {
+    let mut requests = Requests {
+        attachment,
+        nonce,
+        watermark,
+        ..Requests::default()
+    };
+    for slot in slots {
+        let (number, slot) = slot_of(slot)?;
+        requests.set(number, slot);
+    }
+    Some(Session {
         ttl_ms,
         name,
         metadata: metadata.map(|pair| (pair.key, pair.value)).collect(),
         opened_revision,
         opened_at: opened_at_ms,
-        requests: RequestWindow::from_parts(acknowledged_request, cancelled),
+        secret: secret_of(&secret)?,
+        requests,
+    })
+}
+
+fn request((number, slot): (u64, Slot)) -> CheckpointRequest {
+    use checkpoint_request::Slot as Code;
+    let (slot, revision) = match slot {
+        Slot::Expected => (Code::Expected(true), 0),
+        Slot::Waiting(place) => (Code::WaitingAt(place), 0),
+        Slot::Answered(Answered { revision, reply }) => match reply {
+            KeptReply::Machine(reply) => (Code::Reply(reply), revision),
+            KeptReply::NoSpace => (Code::NoSpace(true), revision),
+        },
+    };
+    CheckpointRequest {
+        number,
+        slot: Some(slot),
+        revision,
     }
+}
+
+fn slot_of(request: CheckpointRequest) -> Option<(u64, Slot)> {
+    use checkpoint_request::Slot as Code;
+    let CheckpointRequest {
+        number,
+        slot,
+        revision,
+    } = request;
+    let answered = |reply| Slot::Answered(Answered { revision, reply });
+    let slot = match slot? {
+        Code::Expected(_) => Slot::Expected,
+        Code::WaitingAt(place) => Slot::Waiting(place),
+        Code::Reply(reply) => answered(KeptReply::Machine(reply)),
+        Code::NoSpace(_) => answered(KeptReply::NoSpace),
+    };
+    Some((number, slot))
+}
+
+fn secret_bytes(secret: Option<Secret>) -> Bytes {
+    secret.map_or(Bytes::new(), |secret| {
+        Bytes::copy_from_slice(secret.bytes())
+    })
+}
+
+/// `None` if it is neither a secret nor none.
+fn secret_of(bytes: &Bytes) -> Option<Option<Secret>> {
+    if bytes.is_empty() {
+        return Some(None);
+    }
+    Secret::new(bytes).map(Some)
 }
 
 fn system_records(system: System) -> impl Iterator<Item = Body> {
@@ -354,6 +434,7 @@ fn system_records(system: System) -> impl Iterator<Item = Body> {
         is_out_of_space,
         ended,
         ended_by_id: _,
+        ended_by_secret: _,
         forced,
     } = system;
     let counts = Body::System(CheckpointSystem {
@@ -377,10 +458,16 @@ fn system_records(system: System) -> impl Iterator<Item = Body> {
             apply_version,
         })
     });
-    let ended = ended.into_iter().map(|(id, reason)| {
+    let ended = ended.into_iter().map(|ended| {
+        let Ended {
+            session,
+            reason,
+            secret,
+        } = ended;
         Body::Ended(CheckpointEnded {
-            session_id: id.0,
+            session_id: session.0,
             reason: reason_code(reason).into(),
+            secret: secret_bytes(secret),
         })
     });
     let forced = forced.into_values().map(forced_record);
@@ -398,7 +485,7 @@ fn forced_record(release: ForcedRelease) -> Body {
         owner,
         reason,
     } = release;
-    Body::Forced(CheckpointForced {
+    Body::Forced(internal::ForcedRelease {
         session_id: session.0,
         token,
         lock,
@@ -407,8 +494,8 @@ fn forced_record(release: ForcedRelease) -> Body {
     })
 }
 
-fn forced_release(forced: CheckpointForced) -> ForcedRelease {
-    let CheckpointForced {
+fn forced_release(forced: internal::ForcedRelease) -> ForcedRelease {
+    let internal::ForcedRelease {
         session_id,
         token,
         lock,
@@ -447,6 +534,21 @@ fn end_reason(reason: checkpoint_ended::Reason) -> Option<EndReason> {
 mod tests {
     use super::*;
 
+    fn requests() -> Requests {
+        let mut requests = Requests {
+            attachment: 2,
+            nonce: 8,
+            watermark: 3,
+            ..Requests::default()
+        };
+        let answered = |reply| Slot::Answered(Answered { revision: 4, reply });
+        requests.set(2, Slot::Expected);
+        requests.set(4, Slot::Waiting(3));
+        requests.set(5, answered(KeptReply::Machine("reply".into())));
+        requests.set(7, answered(KeptReply::NoSpace));
+        requests
+    }
+
     fn image() -> Image {
         let record = |key: &'static str, lease| Record {
             key: key.into(),
@@ -463,14 +565,20 @@ mod tests {
             metadata: [("k".to_owned(), "v".to_owned())].into(),
             opened_revision: 1,
             opened_at: 5,
-            requests: RequestWindow::from_parts(3, [5, 9].into_iter()),
+            secret: Secret::new(&[3; 16]),
+            requests: requests(),
         };
         sessions.insert(SessionId(7), opened);
         let mut system = System::default();
         system.stamp(90, 80);
         system.count_session();
-        system.record_end(SessionId(6), EndReason::Expired);
-        system.record_end(SessionId(5), EndReason::Closed);
+        for (session, secret) in [(6, None), (5, Secret::new(&[5; 16]))] {
+            system.record_end(Ended {
+                session: SessionId(session),
+                reason: EndReason::Expired,
+                secret,
+            });
+        }
         Image {
             cluster: 1,
             applied: 10,

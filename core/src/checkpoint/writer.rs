@@ -274,10 +274,12 @@ mod tests {
         sync::Mutex,
     };
 
+    use conclave_proto::internal::Request;
+
     use super::*;
     use crate::{
         checkpoint::SimCheckpoints,
-        ids::LogTime,
+        ids::{LogTime, SessionId},
         keyspace::{Change, Keyspace, Picture, Record},
         machine::{Cause, Context, Executed, Place, Settled, View},
         session::{EndReason, Sessions},
@@ -335,6 +337,18 @@ mod tests {
             None
         }
 
+        fn request(command: &Infallible) -> Option<(SessionId, &Request)> {
+            match *command {}
+        }
+
+        fn keep(answer: &Result<Infallible, Infallible>) -> Bytes {
+            match *answer {}
+        }
+
+        fn recall(_: &Bytes) -> Result<Infallible, Infallible> {
+            unreachable!("nothing is kept")
+        }
+
         fn execute(
             &self,
             _: &mut Context<'_>,
@@ -353,6 +367,12 @@ mod tests {
 
         fn outlives(&self, _: &Record, _: EndReason, _: LogTime) -> Option<Bytes> {
             None
+        }
+
+        fn withdraw(&self, _: &mut Context<'_>, _: SessionId, _: &[u64]) {}
+
+        fn holdings(&self, _: View<'_>, _: SessionId) -> Infallible {
+            unreachable!("nobody attaches")
         }
 
         fn settle(&mut self, _: &[Change], _: Cause<'_, Infallible>) -> Settled<Self> {

@@ -6,13 +6,14 @@ use conclave_proto::internal::{PeerMessage, command};
 
 use super::{compaction::Retention, install::Fetch};
 use crate::{
-    ids::{Index, NodeId, RequestNumber, Revision, SessionId, Term},
+    ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId, Term},
     keyspace::{
         KeyRange, Record, RevisionError,
         txn::{TxnError, TxnReply},
     },
     log::Batch,
     machine::Machine,
+    requests::NotRun,
     session::{EndReason, Session},
     state::State,
 };
@@ -83,8 +84,9 @@ pub enum Input<M: Machine> {
     Renew {
         /// Names the answer.
         number: RequestNumber,
-        /// Whom to renew.
-        session: SessionId,
+        /// Which session, and on behalf of which attachment; one that is older than
+        /// the present one renews nothing.
+        of: Attachment,
     },
     /// What became of a [`Fetch`]: the state of a checkpoint that is durable and
     /// verified, or nothing.
@@ -143,6 +145,17 @@ pub enum AnswerBody<M: Machine> {
         /// Its TTL, within the limits.
         ttl_ms: u64,
     },
+    /// A client attached to its session, or asked how that stands.
+    SessionAttached {
+        /// The present attachment.
+        attachment: u64,
+        /// The highest number that any request of the session has had.
+        last_request: u64,
+        /// The TTL of the session. Attaching does not renew it.
+        ttl_ms: u64,
+        /// What it has and waits for.
+        holdings: M::Answer,
+    },
     /// A session was renewed.
     Renewed {
         /// How long it lives from when the renewal was sent, at least.
@@ -150,6 +163,8 @@ pub enum AnswerBody<M: Machine> {
     },
     /// The session named is not alive.
     SessionEnded(EndReason),
+    /// It was not run, for what is known of its session's requests.
+    NotRun(NotRun),
     /// To `Query::Session`: it lives, with this many keys.
     Session {
         /// The session.
@@ -186,6 +201,7 @@ impl<M: Machine> AnswerBody<M> {
         matches!(
             self,
             Self::SessionEnded(_)
+                | Self::NotRun(_)
                 | Self::NoSpace
                 | Self::Compacted(Err(_))
                 | Self::Txn(Err(_))
@@ -239,6 +255,11 @@ pub struct Event<E> {
 pub enum EventBody<E> {
     /// The session ended.
     SessionEnded(EndReason),
+    /// A client attached to it; all older attachments are over.
+    SessionAttached {
+        /// The present attachment.
+        attachment: u64,
+    },
     /// Of the machine.
     Machine(E),
 }

@@ -11,7 +11,7 @@ use prost::Message as _;
 use super::{Arrived, Failure, Pending, Replica, reads::Renewer, to};
 use crate::{
     APPLY_VERSION,
-    ids::{NodeId, RequestNumber, SessionId},
+    ids::{Attachment, NodeId, RequestNumber, SessionId},
     limits,
     machine::Machine,
 };
@@ -54,8 +54,8 @@ impl<M: Machine> Replica<M> {
         for (from, forward) in arrived.forwarded {
             self.take_forwarded(from, forward, &mut commands);
         }
-        for (from, session) in arrived.renewals {
-            self.take_renewal(from, session);
+        for (from, of) in arrived.renewals {
+            self.take_renewal(from, of);
         }
         let keyspace = self.state.keyspace();
         let closed = |command: &Command| match &command.body {
@@ -248,7 +248,7 @@ impl<M: Machine> Replica<M> {
         &mut self,
         leader: Option<NodeId>,
         commands: Vec<(RequestNumber, command::Body)>,
-        renewals: Vec<(Renewer, SessionId)>,
+        renewals: Vec<(Renewer, Attachment)>,
     ) {
         let failure = Failure::NotLeader { leader };
         for (number, _) in commands {
@@ -354,6 +354,7 @@ fn may_be_forwarded<M: Machine>(from: NodeId, boot: u64, command: &Command) -> b
         Some(command::Body::PublishMember(member)) => member.node == from.0,
         Some(
             command::Body::OpenSession(_)
+            | command::Body::AttachSession(_)
             | command::Body::CloseSession(_)
             | command::Body::Txn(_)
             | command::Body::Compact(_)

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 
 use super::api::Query;
 use crate::{
-    ids::{Index, NodeId, RequestNumber, SessionId, Term},
+    ids::{Attachment, Index, NodeId, RequestNumber, Term},
     machine::Machine,
 };
 
@@ -43,7 +43,7 @@ impl<M: Machine> Ask<M> {
 /// A renewal, with who is to be answered.
 #[derive(Debug)]
 pub(super) struct RenewalAsk {
-    pub(super) session: SessionId,
+    pub(super) of: Attachment,
     pub(super) from: Renewer,
     /// When it arrived, by the clock of this leader.
     pub(super) arrived_us: u64,

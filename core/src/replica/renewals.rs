@@ -13,9 +13,10 @@ use super::{
     to,
 };
 use crate::{
-    ids::{NodeId, SessionId, Term},
+    ids::{Attachment, NodeId, RequestNumber, Term},
     liveness::Liveness,
     machine::Machine,
+    requests::NotRun,
     state::Life,
 };
 
@@ -25,23 +26,16 @@ impl<M: Machine> Replica<M> {
         if replies.boot != self.config.boot {
             return;
         }
-        for RenewalReply {
-            number,
-            outcome,
-            ttl_ms,
-            applied,
-        } in replies.replies
-        {
-            match Outcome::try_from(outcome) {
-                Ok(Outcome::Renewed) if self.renewals.remove(&number).is_some() => {
-                    self.answer(number, AnswerBody::Renewed { ttl_ms });
-                }
-                Ok(Outcome::Refused) if self.renewals.remove(&number).is_some() => {
-                    let leader = self.consensus.leader();
-                    self.fail(number, Failure::NotLeader { leader });
-                }
+        for reply in replies.replies {
+            let RenewalReply {
+                number, applied, ..
+            } = reply;
+            match Outcome::try_from(reply.outcome) {
                 Ok(Outcome::Ended) if self.renewals.contains_key(&number) => {
                     self.renewals_ended.insert((applied, number));
+                }
+                Ok(_) if self.renewals.remove(&number).is_some() => {
+                    self.settle_renewal(number, &reply);
                 }
                 // Not waited for any more, or of a newer version.
                 _ => {}
@@ -49,12 +43,30 @@ impl<M: Machine> Replica<M> {
         }
     }
 
+    /// Answers a renewal of this node's client.
+    fn settle_renewal(&mut self, number: RequestNumber, reply: &RenewalReply) {
+        use renewal_reply::Outcome;
+        match reply.outcome() {
+            Outcome::Renewed => {
+                let ttl_ms = reply.ttl_ms;
+                self.answer(number, AnswerBody::Renewed { ttl_ms });
+            }
+            Outcome::Superseded => {
+                self.answer(number, AnswerBody::NotRun(NotRun::Superseded));
+            }
+            Outcome::Refused | Outcome::Ended => {
+                let leader = self.consensus.leader();
+                self.fail(number, Failure::NotLeader { leader });
+            }
+        }
+    }
+
     /// A leader takes a renewal.
-    pub(super) fn take_renewal(&mut self, from: Renewer, session: SessionId) {
+    pub(super) fn take_renewal(&mut self, from: Renewer, of: Attachment) {
         let arrived_us = self.clock.micros();
         let deadline_us = self.request_deadline_us();
         let renewal = RenewalAsk {
-            session,
+            of,
             from,
             arrived_us,
         };
@@ -64,7 +76,7 @@ impl<M: Machine> Replica<M> {
             .expect("only a leader takes renewals");
         match &mut leadership.liveness {
             Some(liveness) => {
-                liveness.renewal_arrived(session);
+                liveness.renewal_arrived(of.session);
                 #[cfg(conclave_plant)]
                 if crate::plant::is("renew-without-confirmation") {
                     return self.renew(renewal);
@@ -78,22 +90,23 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    pub(super) fn forward_renewals(&mut self, leader: NodeId, arrived: Vec<(Renewer, SessionId)>) {
+    pub(super) fn forward_renewals(&mut self, leader: NodeId, arrived: Vec<(Renewer, Attachment)>) {
         let deadline_us = self.request_deadline_us();
         let mut renewals = Vec::new();
-        for (from, session) in arrived {
+        for (from, of) in arrived {
             match from {
                 Renewer::Here(number) => {
                     let under = (leader, self.consensus.term());
                     let renewal = PendingRenewal {
-                        session,
+                        session: of.session,
                         under,
                         deadline_us,
                     };
                     self.renewals.insert(number, renewal);
                     renewals.push(Renewal {
                         number,
-                        session_id: session.0,
+                        session_id: of.session.0,
+                        attachment: of.number,
                     });
                 }
                 Renewer::There { .. } => self.refuse_renewal(from),
@@ -115,14 +128,21 @@ impl<M: Machine> Replica<M> {
             return self.refuse_renewal(renewal.from);
         };
         let liveness = leadership.liveness.as_mut().expect("renewals wait for it");
-        if liveness.is_expiring(renewal.session) {
-            let parked = leadership.parked.entry(renewal.session).or_default();
-            parked.push(renewal);
+        let Attachment {
+            session: id,
+            number,
+        } = renewal.of;
+        if liveness.is_expiring(id) {
+            leadership.parked.entry(id).or_default().push(renewal);
             return;
         }
-        match self.state.sessions().get(renewal.session) {
+        match self.state.sessions().get(id) {
+            Some(session) if session.requests.fences(number) => {
+                liveness.renewal_over(id, None);
+                self.reply_renewal(renewal.from, superseded());
+            }
             Some(session) => {
-                liveness.renewal_over(renewal.session, Some(renewal.arrived_us));
+                liveness.renewal_over(id, Some(renewal.arrived_us));
                 let ttl_ms = session.ttl_ms;
                 self.reply_renewal(renewal.from, renewed(ttl_ms));
             }
@@ -133,7 +153,7 @@ impl<M: Machine> Replica<M> {
     fn renewal_ended(&mut self, renewal: &RenewalAsk) {
         match renewal.from {
             Renewer::Here(number) => {
-                let reason = self.state.system().end_reason(renewal.session);
+                let reason = self.state.system().end_reason(renewal.of.session);
                 self.answer(number, AnswerBody::SessionEnded(reason));
             }
             Renewer::There { .. } => {
@@ -156,18 +176,7 @@ impl<M: Machine> Replica<M> {
 
     pub(super) fn reply_renewal(&mut self, from: Renewer, reply: RenewalReply) {
         match from {
-            Renewer::Here(number) if reply.outcome() == renewal_reply::Outcome::Renewed => {
-                self.answer(
-                    number,
-                    AnswerBody::Renewed {
-                        ttl_ms: reply.ttl_ms,
-                    },
-                );
-            }
-            Renewer::Here(number) => {
-                let leader = self.consensus.leader();
-                self.fail(number, Failure::NotLeader { leader });
-            }
+            Renewer::Here(number) => self.settle_renewal(number, &reply),
             Renewer::There { node, boot, number } => {
                 let replies = self.renewal_replies.entry((node, boot)).or_default();
                 replies.push(RenewalReply { number, ..reply });
@@ -217,7 +226,7 @@ impl<M: Machine> Replica<M> {
         let leadership = self.leadership.as_mut().expect("called by a leader");
         leadership.liveness = Some(liveness);
         for renewal in mem::take(&mut leadership.early) {
-            self.take_renewal(renewal.from, renewal.session);
+            self.take_renewal(renewal.from, renewal.of);
         }
     }
 
@@ -240,6 +249,13 @@ impl<M: Machine> Replica<M> {
 fn refused() -> RenewalReply {
     RenewalReply {
         outcome: renewal_reply::Outcome::Refused.into(),
+        ..RenewalReply::default()
+    }
+}
+
+fn superseded() -> RenewalReply {
+    RenewalReply {
+        outcome: renewal_reply::Outcome::Superseded.into(),
         ..RenewalReply::default()
     }
 }

@@ -50,10 +50,11 @@ impl Acknowledged {
         self.sessions.insert(session, Promise::Closed);
     }
 
-    /// A node acknowledges a release. A second one of the same grant is stale and
-    /// must not be acknowledged.
+    /// A node acknowledges a release, or does so again for a copy of the request. A
+    /// second release of the same grant is stale and must not be acknowledged.
     pub(crate) fn released(&mut self, token: u64, revision: u64) -> Verdict {
-        if self.released.insert(token, revision).is_none() {
+        let released = *self.released.entry(token).or_insert(revision);
+        if released == revision {
             return Ok(());
         }
         broken(NAME, format!("token {token} released twice"))
@@ -161,7 +162,9 @@ mod tests {
         let mut checker = Acknowledged::default();
         checker.released(5, 9).unwrap();
         checker.released(6, 10).unwrap();
-        assert!(checker.released(5, 9).is_err());
+        // The answer to a copy of the request.
+        checker.released(5, 9).unwrap();
+        assert!(checker.released(5, 11).is_err());
     }
 
     #[test]

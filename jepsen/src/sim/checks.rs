@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use conclave_core::{
-    ids::NodeId,
+    ids::{NodeId, SessionId},
     keyspace::{KeyRange, Keyspace},
     machine::Machine as _,
     replica::{Answer, AnswerBody, Event, EventBody, Replica},
@@ -24,6 +24,7 @@ use crate::checkers::{
     linearizable::{ABSENT, Action, Linearizable, Operation},
     liveness::Liveness,
     lock_delay::LockDelay,
+    once::Once,
     one_holder::OneHolder,
     tokens_grow::TokensGrow,
     wakeups::Wakeups,
@@ -41,6 +42,7 @@ pub(crate) struct Checks {
     pub(crate) acknowledged: Acknowledged,
     pub(crate) liveness: Liveness,
     pub(crate) lock_delay: LockDelay,
+    pub(crate) once: Once,
     /// The first.
     violation: Option<Violation>,
 }
@@ -112,7 +114,7 @@ impl Checks {
                 let verdict = self.early_expiry.expired(session, at, led_since(since));
                 self.note(verdict);
             }
-            EventBody::SessionEnded(_) => {}
+            EventBody::SessionEnded(_) | EventBody::SessionAttached { .. } => {}
             EventBody::Machine(LockEvent::GrantLost { grant, reason }) => {
                 if matches!(reason, LossReason::Forced(_)) {
                     self.forced(grant.token);
@@ -127,7 +129,7 @@ impl Checks {
         self.acknowledged.forced(token);
     }
 
-    /// A node answers a call.
+    /// A node answers a call. Whether it is a numbered one that was answered before.
     pub(crate) fn answered(
         &mut self,
         about: About,
@@ -135,11 +137,12 @@ impl Checks {
         answer: &Answer<Primitives>,
         now_us: u64,
         state: &State<Primitives>,
-    ) {
+    ) -> bool {
+        let is_again = self.answered_once(about, answer, state);
         let verdict = match (about, &answer.body) {
-            (About::Open, AnswerBody::SessionOpened { session, ttl_ms }) => {
+            (About::Open { first_sent }, AnswerBody::SessionOpened { session, ttl_ms }) => {
                 self.acknowledged.opened(session.0);
-                self.early_expiry.renewed(session.0, sent, *ttl_ms)
+                self.early_expiry.renewed(session.0, first_sent, *ttl_ms)
             }
             (About::Renew { session }, AnswerBody::Renewed { ttl_ms }) => {
                 self.early_expiry.renewed(session, sent, *ttl_ms)
@@ -157,12 +160,46 @@ impl Checks {
                 self.note(verdict);
                 self.granted(lock, session, *token, answer.revision, state.keyspace())
             }
-            (About::Release { token }, AnswerBody::Machine(Ok(LockReply::Released))) => {
+            (About::Release { token, .. }, AnswerBody::Machine(Ok(LockReply::Released))) => {
                 self.acknowledged.released(token, answer.revision)
             }
             _ => Ok(()),
         };
         self.note(verdict);
+        is_again
+    }
+
+    /// Of a session that has ended nothing is remembered.
+    fn answered_once(
+        &mut self,
+        about: About,
+        answer: &Answer<Primitives>,
+        state: &State<Primitives>,
+    ) -> bool {
+        let (session, number) = match about {
+            About::Acquire {
+                session, request, ..
+            }
+            | About::Release {
+                session, request, ..
+            } if request != 0 => (session, request),
+            _ => return false,
+        };
+        let id = SessionId(session);
+        let AnswerBody::Machine(result) = &answer.body else {
+            return false;
+        };
+        if state.sessions().get(id).is_none() {
+            return false;
+        }
+        let said = format!("{result:?}");
+        match self.once.answered(session, number, answer.revision, said) {
+            Ok(is_again) => is_again,
+            Err(violation) => {
+                self.note(Err(violation));
+                true
+            }
+        }
     }
 
     fn granted(
@@ -274,7 +311,7 @@ impl Checks {
     fn nothing_is_forgotten(&mut self, now_us: u64, locks: usize, replica: &Replica<Primitives>) {
         let state = replica.state();
         let known = |session| {
-            let session = conclave_core::ids::SessionId(session);
+            let session = SessionId(session);
             if state.sessions().get(session).is_some() {
                 Known::Alive
             } else if state.system().end_reason(session) == EndReason::Unknown {

@@ -1,13 +1,17 @@
 //! A client that uses locks: it opens a session, then acquires, holds and
 //! releases, with the session and request logic of the client library. It may
-//! give up, ask twice, send what is stale, close its session, or vanish.
+//! give up, ask twice, send what is stale, close its session, or vanish, and come
+//! back to its session with the secret.
 
+mod comeback;
+
+use bytes::Bytes;
 use conclave_client::{
-    requests::{Acquire, Granted, Message, Next, Outcome, Release, Requests},
+    requests::{Acquire, Granted, Message, Next, Outcome, Requests},
     session_state::{Attempt, LossReason, SessionState},
 };
 use conclave_core::{
-    ids::SessionId,
+    ids::{Attachment, SessionId},
     replica::{Answer, AnswerBody, EventBody, Query},
     session::EndReason,
 };
@@ -16,17 +20,21 @@ use conclave_primitives::{
     Rejection, Reply as LockReply,
 };
 use conclave_proto::internal::{
-    CloseSession, LockAcquire, LockCancel, LockRelease, OpenSession, command, primitive_command,
+    CloseSession, LockAcquire, LockCancel, LockRelease, OpenSession, Request, command,
+    primitive_command,
 };
+use conclave_proto::v1::RequestNumber;
 
 use super::{
     alarm::{Alarm, Owner},
     checks::lock_name,
     clock::Clock,
     ground::{About, CallBody, Ground, Reply},
-    link::{CallOutcome, Link, Pending, outcome},
+    link::{CallOutcome, Link, Pending, Refusal, outcome},
     tally::{Fault, Operation},
 };
+use crate::checkers::early_expiry::Moment;
+use comeback::{Attaching, Before};
 
 /// See the module.
 #[derive(Debug)]
@@ -48,11 +56,22 @@ pub(crate) struct LockClient {
     aside: Option<(u64, Aside)>,
     /// What it released last.
     released: Option<(usize, u64)>,
+    opening: Option<Opening>,
+}
+
+/// The session that is being opened.
+#[derive(Clone, Debug)]
+struct Opening {
+    secret: Bytes,
+    first_sent: Moment,
+    /// The same by the client's clock.
+    sent: u64,
 }
 
 #[derive(Debug)]
 struct Session {
     id: i64,
+    secret: Bytes,
     state: SessionState,
     requests: Requests,
     /// When its state wants to be asked again, by the client's clock.
@@ -74,13 +93,17 @@ enum Step {
     Release {
         lock: usize,
         token: u64,
-        release: Release,
+        request: u64,
     },
     Close,
-    /// It vanished without a word; another takes its place later.
+    /// It vanished without a word. Later it comes back to its session, or opens
+    /// another.
     Gone {
         until_us: u64,
+        before: Option<Before>,
     },
+    /// It is back.
+    Attach(Attaching),
     /// Nothing more to do.
     Rest,
 }
@@ -98,8 +121,14 @@ struct Acquiring {
 /// What a call beside the step is for.
 #[derive(Clone, Copy, Debug)]
 enum Aside {
-    Check { token: u64 },
+    Check {
+        token: u64,
+    },
     StaleRelease,
+    /// A renewal for the attachment before.
+    OldRenewal {
+        session: i64,
+    },
 }
 
 impl LockClient {
@@ -120,6 +149,7 @@ impl LockClient {
             renewals: Vec::new(),
             aside: None,
             released: None,
+            opening: None,
         };
         client.alarm.set(ground.rng.below(200_000), ground);
         client
@@ -174,7 +204,7 @@ impl LockClient {
         let step_us = match (&self.step, self.pending) {
             (Step::Rest, _) => u64::MAX,
             (
-                Step::Gone { until_us } | Step::Idle { until_us } | Step::Hold { until_us, .. },
+                Step::Gone { until_us, .. } | Step::Idle { until_us } | Step::Hold { until_us, .. },
                 _,
             ) => *until_us,
             (Step::Acquire(acquiring), Some(pending)) if !acquiring.is_withdrawn() => {
@@ -205,7 +235,10 @@ impl LockClient {
                 self.link.move_on(None, ground);
                 ground.attach(id, self.link.actor, self.link.node);
             }
-            let body = CallBody::Renew(SessionId(id));
+            let body = CallBody::Renew(Attachment {
+                session: SessionId(id),
+                number: session.requests.attachment(),
+            });
             let call = self.link.send(body, About::Renew { session: id }, ground);
             self.renewals.push((call, attempt));
             if self.renewals.len() > 8 {
@@ -233,7 +266,7 @@ impl LockClient {
                     ground.did(Operation::Renewed);
                 }
             }
-            (Outcome::Refused(Rejection::SessionEnded(reason)), _) => {
+            (Outcome::Refused(Refusal::Rejected(Rejection::SessionEnded(reason))), _) => {
                 session.state.ended(now, loss(reason));
             }
             (_, hint) => {
@@ -247,6 +280,8 @@ impl LockClient {
     fn told(&mut self, of: i64, body: EventBody<LockEvent>, ground: &mut Ground) {
         let now = self.clock.local(ground.now_us);
         match body {
+            // What it hears is told to its newest attachment.
+            EventBody::SessionAttached { .. } => {}
             EventBody::SessionEnded(reason) => {
                 if let Some(session) = self.session.as_mut().filter(|session| session.id == of) {
                     session.state.ended(now, loss(reason));
@@ -295,10 +330,20 @@ impl LockClient {
     fn die(&mut self, ground: &mut Ground) {
         ground.tally.fault(Fault::ClientDeath);
         ground.tell(format_args!("client {} dies", self.actor()));
+        let before = self.session.as_ref().map(|session| Before {
+            id: session.id,
+            secret: session.secret.clone(),
+        });
+        let comes_back = ground.rng.chance(600_000);
         self.lose_session(ground);
         ground.checks.liveness.gone(self.actor());
-        let until_us = ground.now_us + ground.rng.between(100_000, 3_000_000);
-        self.step = Step::Gone { until_us };
+        let until_us = ground.now_us
+            + match comes_back {
+                true => ground.rng.between(1_000, 600_000),
+                false => ground.rng.between(100_000, 3_000_000),
+            };
+        let before = before.filter(|_| comes_back);
+        self.step = Step::Gone { until_us, before };
     }
 
     // --- the steps --------------------------------------------------------
@@ -306,11 +351,12 @@ impl LockClient {
     /// Does what is due, if anything is.
     fn act(&mut self, ground: &mut Ground) {
         match &mut self.step {
-            Step::Gone { until_us } if *until_us <= ground.now_us => {
-                self.step = if ground.draining {
-                    Step::Rest
-                } else {
-                    Step::Open
+            Step::Gone { until_us, before } if *until_us <= ground.now_us => {
+                let before = before.take();
+                self.step = match before {
+                    _ if ground.draining => Step::Rest,
+                    Some(before) => Step::Attach(Attaching::begin(before)),
+                    None => Step::Open,
                 };
             }
             Step::Acquire(acquiring)
@@ -337,6 +383,7 @@ impl LockClient {
             Step::Acquire(_) => self.acquire(ground),
             Step::Hold { until_us, .. } if *until_us <= ground.now_us => self.let_go(ground),
             Step::Release { .. } => self.release(ground),
+            Step::Attach(_) => self.attach(ground),
             Step::Close => self.close(ground),
             Step::Idle { .. } | Step::Hold { .. } | Step::Gone { .. } | Step::Rest => {}
         }
@@ -347,8 +394,9 @@ impl LockClient {
         let Some(pending) = self.pending.take() else {
             return;
         };
+        let has_space = !is_no_space(&reply);
         let (outcome, hint) = outcome(reply);
-        if let Outcome::Refused(Rejection::SessionEnded(reason)) = &outcome
+        if let Outcome::Refused(Refusal::Rejected(Rejection::SessionEnded(reason))) = &outcome
             && let Some(session) = &mut self.session
         {
             session
@@ -363,11 +411,18 @@ impl LockClient {
                 ground.attach(session.id, self.link.actor, self.link.node);
             }
         }
+        if let (Outcome::Refused(Refusal::NotRun(why)), Some(session)) = (&outcome, &self.session) {
+            let verdict = ground.checks.once.refused(session.id, &format!("{why:?}"));
+            ground.checks.note(verdict);
+        }
         match &self.step {
-            Step::Open => self.opened(pending, &outcome, ground),
+            Step::Open => self.opened(&outcome, ground),
+            Step::Attach(_) => self.attach_ended(pending, outcome, ground),
             Step::Acquire(acquiring) if acquiring.is_withdrawn() => {
                 self.cancel_ended(outcome, ground);
             }
+            // That is the answer to this number, also later.
+            Step::Acquire(_) if !has_space => self.request_over(ground),
             Step::Acquire(_) => self.acquire_ended(outcome, ground),
             Step::Release { .. } => self.release_ended(outcome, ground),
             Step::Close => self.closed(&outcome, ground),
@@ -389,28 +444,57 @@ impl LockClient {
 
     fn open(&mut self, ground: &mut Ground) {
         ground.checks.liveness.begins(self.actor(), ground.now_us);
+        // A session that may be over before it is heard of is of no use.
+        let now = self.clock.local(ground.now_us);
+        let is_old = |opening: &Opening| now > opening.sent + self.ttl_ms * 500;
+        let opening = self.opening.take().filter(|opening| !is_old(opening));
+        let opening = opening.unwrap_or_else(|| Opening {
+            secret: secret(ground),
+            first_sent: ground.moment(),
+            sent: now,
+        });
         let body = command::Body::OpenSession(OpenSession {
             ttl_ms: self.ttl_ms,
             name: format!("client-{}", self.actor()),
             metadata: [("seed".to_owned(), "simulated".to_owned())].into(),
+            secret: opening.secret.clone(),
         });
+        let about = About::Open {
+            first_sent: opening.first_sent,
+        };
+        self.opening = Some(opening);
         let patience_us = ground.rng.between(200_000, 1_000_000);
+        self.copy_sometimes(&body, about, ground);
         let call = CallBody::Command(body);
-        self.pending = Some(self.link.call(call, About::Open, patience_us, ground));
+        self.pending = Some(self.link.call(call, about, patience_us, ground));
     }
 
-    fn opened(&mut self, pending: Pending, outcome: &CallOutcome, ground: &mut Ground) {
-        let Outcome::Answered(Answer {
-            body: AnswerBody::SessionOpened { session, ttl_ms },
-            ..
-        }) = outcome
+    /// Sends a copy of a call that must not be done twice, now and then.
+    fn copy_sometimes(&mut self, body: &command::Body, about: About, ground: &mut Ground) {
+        if is_copied(ground) {
+            self.link.send_copy(body.clone(), about, ground);
+        }
+    }
+
+    fn opened(&mut self, outcome: &CallOutcome, ground: &mut Ground) {
+        let answered = match outcome {
+            Outcome::Answered(answer) => answer,
+            // It was opened, and ended before it was heard of.
+            Outcome::Refused(_) => {
+                self.opening = None;
+                return;
+            }
+            Outcome::NotApplied | Outcome::Unknown => return,
+        };
+        let (AnswerBody::SessionOpened { session, ttl_ms }, Some(opening)) =
+            (&answered.body, self.opening.take())
         else {
             return;
         };
-        let sent = self.clock.local(pending.sent_us);
         self.session = Some(Session {
             id: session.0,
-            state: SessionState::opened(sent, ttl_ms * 1_000),
+            secret: opening.secret,
+            state: SessionState::opened(opening.sent, ttl_ms * 1_000),
             requests: Requests::default(),
             wake_at: None,
         });
@@ -467,6 +551,11 @@ impl LockClient {
             return;
         };
         acquiring.attempts += 1;
+        let attachment = session.requests.attachment();
+        // Nobody can tell which of two copies is the first to wait. And what an earlier
+        // attachment sent in vain may have had the same number.
+        let is_copied = is_copied(ground);
+        let is_first = acquiring.attempts == 1 && !is_copied && attachment == 1;
         let (name, owner) = (lock_name(acquiring.lock), self.owner.clone());
         let (session_id, request) = (session.id, acquiring.acquire.request());
         let (command, about, patience_us) = match acquiring.acquire.message() {
@@ -475,8 +564,8 @@ impl LockClient {
                     name,
                     session_id,
                     owner,
-                    request,
-                    acknowledged: session.requests.acknowledged(),
+                    request: Some(internal(session.requests.number(request))),
+                    tag: 0,
                     wait_ms: acquiring.wait_ms,
                     delay_ms: acquiring.delay_ms,
                     reentrant: false,
@@ -485,7 +574,7 @@ impl LockClient {
                     lock: acquiring.lock,
                     session: session_id,
                     request,
-                    first: acquiring.attempts == 1,
+                    first: is_first,
                 },
                 // A call that waits may break at any time; one that does not
                 // should be answered soon.
@@ -496,14 +585,21 @@ impl LockClient {
                     name,
                     session_id,
                     owner,
-                    request,
-                    place: 0,
+                    entry: request,
+                    request: Some(Request {
+                        attachment,
+                        ..Request::default()
+                    }),
                 }),
                 About::Other,
                 ground.rng.between(200_000, 1_000_000),
             ),
         };
-        let call = CallBody::Command(conclave_primitives::command(command));
+        let body = conclave_primitives::command(command);
+        if is_copied {
+            self.link.send_copy(body.clone(), about, ground);
+        }
+        let call = CallBody::Command(body);
         self.pending = Some(self.link.call(call, about, patience_us, ground));
     }
 
@@ -544,6 +640,9 @@ impl LockClient {
                 self.guard(lock, granted.token, delay_ms, ground);
             }
             Next::Done(Err(rejection)) => {
+                let Refusal::Rejected(rejection) = rejection else {
+                    return;
+                };
                 match rejection {
                     Rejection::Held => ground.did(Operation::Held),
                     Rejection::WaitTimedOut => ground.did(Operation::WaitTimedOut),
@@ -633,10 +732,13 @@ impl LockClient {
             && before == lock
             && ground.rng.chance(50_000)
         {
-            let body = self.release_of(lock, stale);
-            let call = self
-                .link
-                .send(body, About::Release { token: stale }, ground);
+            let about = About::Release {
+                token: stale,
+                session: 0,
+                request: 0,
+            };
+            let body = CallBody::Command(self.release_of(lock, stale, 0));
+            let call = self.link.send(body, about, ground);
             self.aside = Some((call, Aside::StaleRelease));
         }
     }
@@ -657,7 +759,17 @@ impl LockClient {
                     ground.checks.note(verdict);
                 }
             }
-            (Aside::StaleRelease, Outcome::Refused(Rejection::NotHolder { .. })) => {
+            (Aside::OldRenewal { session }, Outcome::Answered(_)) => {
+                let verdict = ground.checks.once.served(session, "a renewal");
+                ground.checks.note(verdict);
+            }
+            (Aside::OldRenewal { .. }, Outcome::Refused(Refusal::NotRun(_))) => {
+                ground.did(Operation::OldAttachmentRefused);
+            }
+            (
+                Aside::StaleRelease,
+                Outcome::Refused(Refusal::Rejected(Rejection::NotHolder { .. })),
+            ) => {
                 ground.did(Operation::StaleReleaseRefused);
             }
             _ => {}
@@ -681,37 +793,59 @@ impl LockClient {
         }
         ground.checks.one_holder.gives_up(lock, token);
         ground.checks.lock_delay.gives_up(lock, token);
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        let request = session.requests.begin();
         ground.checks.liveness.begins(self.actor(), ground.now_us);
         self.step = Step::Release {
             lock,
             token,
-            release: Release::new(),
+            request,
         };
         self.release(ground);
     }
 
-    fn release_of(&self, lock: usize, token: u64) -> CallBody {
+    /// With this number; 0 for none.
+    fn release_of(&self, lock: usize, token: u64, request: u64) -> command::Body {
+        let session = self.session.as_ref();
         let command = LockRelease {
             name: lock_name(lock),
-            session_id: self.session.as_ref().map_or(0, |session| session.id),
+            session_id: session.map_or(0, |session| session.id),
             owner: self.owner.clone(),
             token,
             entry: 0,
+            request: session.map(|session| internal(session.requests.number(request))),
         };
-        let command = primitive_command::Command::LockRelease(command);
-        CallBody::Command(conclave_primitives::command(command))
+        conclave_primitives::command(primitive_command::Command::LockRelease(command))
     }
 
     fn release(&mut self, ground: &mut Ground) {
-        let Step::Release { lock, token, .. } = self.step else {
+        let (
+            Step::Release {
+                lock,
+                token,
+                request,
+            },
+            Some(session),
+        ) = (&self.step, &self.session)
+        else {
             return;
         };
-        let body = self.release_of(lock, token);
+        let (lock, token, request) = (*lock, *token, *request);
+        let about = About::Release {
+            token,
+            session: session.id,
+            request,
+        };
+        let body = self.release_of(lock, token, request);
         let patience_us = ground.rng.between(200_000, 1_000_000);
-        self.pending = Some(
-            self.link
-                .call(body, About::Release { token }, patience_us, ground),
-        );
+        self.pending =
+            Some(
+                self.link
+                    .call(CallBody::Command(body.clone()), about, patience_us, ground),
+            );
+        self.copy_sometimes(&body, about, ground);
     }
 
     fn release_ended(&mut self, outcome: CallOutcome, ground: &mut Ground) {
@@ -719,30 +853,28 @@ impl LockClient {
         let Step::Release {
             lock,
             token,
-            release,
-            ..
-        } = &mut self.step
+            request,
+        } = self.step
         else {
             return;
         };
-        let (lock, token) = (*lock, *token);
-        let is_not_holder =
-            |rejection: &Rejection| matches!(rejection, Rejection::NotHolder { .. });
-        match release.ended(without_answer(outcome), is_not_holder) {
+        match without_answer(outcome).next() {
             Next::Repeat => return,
             Next::Done(Ok(())) => {
                 ground.did(Operation::Released);
                 self.released = Some((lock, token));
             }
-            Next::Done(Err(rejection)) => {
-                if is_not_holder(&rejection) && trusts_session {
-                    let verdict = ground
-                        .checks
-                        .acknowledged
-                        .denied(token, "its release is refused");
+            Next::Done(Err(Refusal::Rejected(Rejection::NotHolder { .. }))) => {
+                if trusts_session {
+                    let how = "its release is refused";
+                    let verdict = ground.checks.acknowledged.denied(token, how);
                     ground.checks.note(verdict);
                 }
             }
+            Next::Done(Err(_)) => {}
+        }
+        if let Some(session) = &mut self.session {
+            session.requests.end(request);
         }
         ground
             .checks
@@ -752,11 +884,13 @@ impl LockClient {
     }
 
     fn close(&mut self, ground: &mut Ground) {
-        let Some(session) = self.session.as_ref().map(|session| session.id) else {
+        let Some(live) = &self.session else {
             return;
         };
+        let session = live.id;
         let body = command::Body::CloseSession(CloseSession {
             session_id: session,
+            attachment: live.requests.attachment(),
         });
         let patience_us = ground.rng.between(200_000, 1_000_000);
         let call = CallBody::Command(body);
@@ -780,7 +914,38 @@ impl Acquiring {
     }
 }
 
-fn without_answer(outcome: CallOutcome) -> Outcome<(), Rejection> {
+fn is_no_space(reply: &Reply) -> bool {
+    matches!(reply, Reply::Answer(answer) if matches!(answer.body, AnswerBody::NoSpace))
+}
+
+/// Whether a call is sent twice.
+fn is_copied(ground: &mut Ground) -> bool {
+    ground.troubled() && ground.rng.chance(50_000)
+}
+
+/// A secret of 16 bytes.
+fn secret(ground: &mut Ground) -> Bytes {
+    let halves = [ground.rng.next(), ground.rng.next()];
+    halves.map(u64::to_le_bytes).concat().into()
+}
+
+/// As a server passes it on.
+fn internal(number: RequestNumber) -> Request {
+    let RequestNumber {
+        attachment,
+        request: number,
+        acknowledged,
+        unfinished,
+    } = number;
+    Request {
+        attachment,
+        number,
+        acknowledged,
+        unfinished,
+    }
+}
+
+fn without_answer(outcome: CallOutcome) -> Outcome<(), Refusal> {
     match outcome {
         Outcome::Answered(_) => Outcome::Answered(()),
         Outcome::Refused(rejection) => Outcome::Refused(rejection),

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, fmt};
 
 use conclave_core::{
-    ids::SessionId,
+    ids::Attachment,
     replica::{Answer, EventBody, Failure, Query},
 };
 use conclave_primitives::{Event as LockEvent, Primitives};
@@ -83,14 +83,19 @@ pub(crate) struct Call {
 #[derive(Debug)]
 pub(crate) enum CallBody {
     Command(command::Body),
-    Renew(SessionId),
+    Renew(Attachment),
     Read(Query<Primitives>),
 }
 
 /// What a call means to the checkers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum About {
-    Open,
+    Open {
+        /// When the first call for this session was sent: a repeated opening is as
+        /// old as the first.
+        first_sent: Moment,
+    },
+    Attach,
     Close {
         session: i64,
     },
@@ -105,6 +110,9 @@ pub(crate) enum About {
     },
     Release {
         token: u64,
+        session: i64,
+        /// 0 for none.
+        request: u64,
     },
     Other,
 }

@@ -3,10 +3,15 @@
 use super::{
     alarm::{Alarm, Owner},
     ground::{About, Call, CallBody, Ground, Reply},
+    tally::Fault,
 };
 use conclave_client::requests::Outcome;
-use conclave_core::replica::{Answer, AnswerBody, Failure};
+use conclave_core::{
+    replica::{Answer, AnswerBody, Failure},
+    requests::NotRun,
+};
 use conclave_primitives::{Primitives, Rejection};
+use conclave_proto::internal::command;
 
 /// A client's way to the servers.
 #[derive(Debug)]
@@ -40,6 +45,18 @@ impl Link {
 
     /// Sends a call to the server in use and says under which number.
     pub(crate) fn send(&mut self, body: CallBody, about: About, ground: &mut Ground) -> u64 {
+        self.send_to(self.node, body, about, ground)
+    }
+
+    /// Sends a copy of a numbered call to any server, and does not wait for what it
+    /// comes to.
+    pub(crate) fn send_copy(&mut self, body: command::Body, about: About, ground: &mut Ground) {
+        ground.tally.fault(Fault::CallRepeated);
+        let node = ground.rng.index(ground.settings.nodes);
+        self.send_to(node, CallBody::Command(body), about, ground);
+    }
+
+    fn send_to(&mut self, node: usize, body: CallBody, about: About, ground: &mut Ground) -> u64 {
         self.calls += 1;
         let call = Call {
             actor: self.actor,
@@ -50,9 +67,9 @@ impl Link {
         };
         ground.tell(format_args!(
             "client {}.{} calls node {}: {:?}",
-            self.actor, self.calls, self.node, call.body
+            self.actor, self.calls, node, call.body
         ));
-        ground.send_call(self.node, call);
+        ground.send_call(node, call);
         self.calls
     }
 
@@ -177,7 +194,16 @@ impl Pace {
 
 /// What became of a call: an answer, a refusal that stands, or whether it may
 /// have had its effect.
-pub(crate) type CallOutcome = Outcome<Answer<Primitives>, Rejection>;
+pub(crate) type CallOutcome = Outcome<Answer<Primitives>, Refusal>;
+
+/// A refusal that stands.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Refusal {
+    /// By the primitives.
+    Rejected(Rejection),
+    /// For what is known of the session's requests.
+    NotRun(NotRun),
+}
 
 /// What a reply means, and where the leader is, as far as the reply says.
 pub(crate) fn outcome(reply: Reply) -> (CallOutcome, Option<usize>) {
@@ -191,13 +217,16 @@ pub(crate) fn outcome(reply: Reply) -> (CallOutcome, Option<usize>) {
         Reply::Broken | Reply::Event { .. } => return (Outcome::Unknown, None),
     };
     let outcome = match answer.body {
-        // Others must be acknowledged first, or room be made; the client tries again,
-        // as it does when servers are overloaded.
-        AnswerBody::Machine(Err(Rejection::TooManyCancelled)) | AnswerBody::NoSpace => {
-            Outcome::NotApplied
+        // Others must be over first, or room be made; the client tries again, as it does
+        // when servers are overloaded.
+        AnswerBody::NoSpace => Outcome::NotApplied,
+        AnswerBody::NotRun(NotRun::TooMany)
+        | AnswerBody::Machine(Err(Rejection::TooManyRequests)) => Outcome::NotApplied,
+        AnswerBody::NotRun(why) => Outcome::Refused(Refusal::NotRun(why)),
+        AnswerBody::Machine(Err(rejection)) => Outcome::Refused(Refusal::Rejected(rejection)),
+        AnswerBody::SessionEnded(reason) => {
+            Outcome::Refused(Refusal::Rejected(Rejection::SessionEnded(reason)))
         }
-        AnswerBody::Machine(Err(rejection)) => Outcome::Refused(rejection),
-        AnswerBody::SessionEnded(reason) => Outcome::Refused(Rejection::SessionEnded(reason)),
         _ => Outcome::Answered(answer),
     };
     (outcome, None)

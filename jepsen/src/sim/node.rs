@@ -469,7 +469,7 @@ impl Node {
         running.callers.insert(number, caller);
         let input = match call.body {
             CallBody::Command(body) => Input::Command { number, body },
-            CallBody::Renew(session) => Input::Renew { number, session },
+            CallBody::Renew(of) => Input::Renew { number, of },
             CallBody::Read(query) => Input::Read { number, query },
         };
         self.take_in(input, ground);
@@ -713,9 +713,11 @@ impl Running {
                         ground.did(Operation::NoSpace);
                     }
                     let (now_us, state) = (ground.now_us, self.replica.state());
-                    ground
-                        .checks
-                        .answered(caller.about, caller.sent, &answer, now_us, state);
+                    let about = caller.about;
+                    let checks = &mut ground.checks;
+                    if checks.answered(about, caller.sent, &answer, now_us, state) {
+                        ground.did(Operation::AnsweredAgain);
+                    }
                     Reply::Answer(Box::new(answer))
                 }
                 Err(failure) => Reply::Failure(failure),

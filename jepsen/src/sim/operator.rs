@@ -9,7 +9,7 @@ use conclave_proto::internal::{Compact, LockForceRelease, NoSpace, command, prim
 use super::{
     checks::lock_name,
     ground::{CallBody, Ground, Reply},
-    link::{Due, Pace, outcome},
+    link::{Due, Pace, Refusal, outcome},
     tally::Operation,
 };
 
@@ -125,7 +125,8 @@ impl Operator {
                 }),
                 _,
             ) => ground.did(Operation::Disarmed),
-            (Outcome::Answered(_) | Outcome::Refused(Rejection::NotHeld), _) => {}
+            (Outcome::Answered(_) | Outcome::Refused(Refusal::Rejected(Rejection::NotHeld)), _) => {
+            }
             (_, hint) => {
                 ground.checks.liveness.gone(self.pace.link.actor);
                 self.pace.link.move_on(hint, ground);

@@ -54,6 +54,8 @@ counted! {
         ConnectionLost = "client_connection_lost",
         ClientCut = "client_partition",
         ClientDeath = "client_death",
+        ClientReturn = "client_return",
+        CallRepeated = "client_call_repeated",
     }
 }
 
@@ -62,6 +64,11 @@ counted! {
     Operation {
         SessionOpened = "session_opened",
         SessionClosed = "session_closed",
+        SessionAttached = "session_attached",
+        WaitResumed = "wait_resumed",
+        GrantResumed = "grant_resumed",
+        OldAttachmentRefused = "old_attachment_refused",
+        AnsweredAgain = "answered_again",
         Renewed = "renewed",
         SessionExpired = "session_expired",
         GrantedByTry = "granted_by_try",
@@ -133,6 +140,7 @@ impl Tally {
             Fault::MessageReordered,
             Fault::CallLost,
             Fault::ReplyLost,
+            Fault::CallRepeated,
             Fault::PacketsAfterPause,
         ];
         let injected = Fault::ALL.iter().filter(|fault| !weather.contains(fault));
@@ -149,6 +157,7 @@ impl Tally {
             Operation::Restored,
             Operation::Installed,
             Operation::InstalledUnderAnother,
+            Operation::AnsweredAgain,
             Operation::NoSpace,
             Operation::IndexRebuilt,
         ];

@@ -10,7 +10,7 @@ use conclave_core::{
 };
 use conclave_primitives::Primitives;
 use conclave_proto::internal::{
-    CloseSession, Command, Entry, ExpireSessions, OpenSession, Origin, Stamp, command,
+    Command, Entry, ExpireSessions, OpenSession, Origin, Stamp, command,
 };
 use prost::Message as _;
 
@@ -59,24 +59,23 @@ impl Driver {
         self.apply(Vec::new())
     }
 
-    pub(crate) fn open(&mut self, name: &str) -> SessionId {
-        let open = OpenSession {
-            ttl_ms: 10_000,
-            name: name.to_owned(),
-            ..OpenSession::default()
-        };
-        match self.run(command::Body::OpenSession(open)).outcome {
+    /// Opens a session, and says which.
+    pub(crate) fn open(&mut self, name: &str, secret: Bytes) -> Option<SessionId> {
+        match self.open_with(name, secret).outcome {
             Outcome::Done(Answer {
                 body: AnswerBody::SessionOpened { session, .. },
                 ..
-            }) => session,
-            other => panic!("opening a session gave {other:?}"),
+            }) => Some(session),
+            _ => None,
         }
     }
 
-    pub(crate) fn close(&mut self, session: SessionId) -> Step {
-        self.run(command::Body::CloseSession(CloseSession {
-            session_id: session.0,
+    fn open_with(&mut self, name: &str, secret: Bytes) -> Step {
+        self.run(command::Body::OpenSession(OpenSession {
+            ttl_ms: 10_000,
+            name: name.to_owned(),
+            secret,
+            ..OpenSession::default()
         }))
     }
 

@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use conclave_core::{ids::NodeId, node::Handle};
 use conclave_primitives::Primitives;
 use conclave_proto::internal::{
-    CheckpointRequest, PeerFrame, PeerGreeting,
+    FetchRequest, PeerFrame, PeerGreeting,
     peer_server::{Peer, PeerServer},
 };
 use tokio::{sync::mpsc, time};
@@ -98,8 +98,8 @@ impl Peer for PeerService {
 
     type FetchStream = Chunks;
 
-    async fn fetch(&self, request: Request<CheckpointRequest>) -> Result<Response<Chunks>, Status> {
-        let CheckpointRequest { greeting, at_least } = request.into_inner();
+    async fn fetch(&self, request: Request<FetchRequest>) -> Result<Response<Chunks>, Status> {
+        let FetchRequest { greeting, at_least } = request.into_inner();
         let from = self
             .check(greeting)
             .inspect_err(|refusal| self.log_refusal(refusal))?;

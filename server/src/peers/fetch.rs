@@ -22,7 +22,7 @@ use conclave_core::{
 };
 use conclave_primitives::Primitives;
 use conclave_proto::internal::{
-    CheckpointChunk, CheckpointRequest, PeerGreeting, peer_client::PeerClient,
+    CheckpointChunk, FetchRequest, PeerGreeting, peer_client::PeerClient,
 };
 use tokio::{
     runtime::Builder,
@@ -81,7 +81,7 @@ async fn receive(
     fetch: Fetch,
     sink: &Sink,
 ) -> Result<usize, LinkError> {
-    let request = CheckpointRequest {
+    let request = FetchRequest {
         greeting: Some(greeting),
         at_least: fetch.at_least,
     };

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use conclave_client::{Client, SessionOptions};
+use conclave_client::{Client, Error, LockGuard, LossReason, SessionOptions};
 use tokio::{task::JoinSet, time::sleep};
 
 use crate::support::{Cluster, eventually};
@@ -201,4 +201,122 @@ async fn what_was_acknowledged_survives_the_death_of_all_under_load() {
     held.release().await.expect("the holder holds it still");
     let again = session.lock("held").await.unwrap();
     assert!(again.token() > given_up_token);
+}
+
+/// A lock whose grants are counted: one that nobody had asked for again would be seen
+/// as a holder that no client knows, and so nobody else would ever be granted it.
+#[tokio::test]
+async fn nothing_runs_twice_while_leaders_are_killed_and_clients_repeat() {
+    let mut cluster = Cluster::start("once", 3);
+    let ready = cluster
+        .session(&cluster.client(), Duration::from_secs(5))
+        .await;
+    ready.close().await.unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut tasks = JoinSet::new();
+    for worker in 0..CLIENTS {
+        tasks.spawn(count(worker, cluster.client(), Arc::clone(&stop)));
+    }
+    for _ in 0..4 {
+        sleep(Duration::from_millis(700)).await;
+        let leader = cluster.leader().await;
+        cluster.kill(leader);
+        sleep(Duration::from_millis(700)).await;
+        cluster.spawn(leader);
+    }
+    stop.store(true, Ordering::Relaxed);
+    let mut done = Vec::new();
+    while let Some(ended) = tasks.join_next().await {
+        done.push(ended.unwrap());
+    }
+    let client = cluster.client();
+    let sessions = eventually("a list", || async { client.sessions().await.ok() }).await;
+    assert!(
+        sessions.is_empty(),
+        "each session was opened once and closed: {sessions:?}"
+    );
+    for (worker, pairs) in done.into_iter().enumerate() {
+        assert!(pairs > 20, "worker {worker} did {pairs} pairs only");
+    }
+}
+
+/// Takes and gives up a lock of its own in one session, until it is told to stop. A
+/// second run of an acquire would say that the session contends already, and one of a
+/// release that it does not hold.
+async fn count(worker: usize, client: Client, stop: Arc<AtomicBool>) -> usize {
+    let options = SessionOptions {
+        ttl: Duration::from_secs(60),
+        name: format!("worker-{worker}"),
+        ..SessionOptions::default()
+    };
+    let session = client.session(options).await.unwrap();
+    let lock = format!("of-{worker}");
+    let mut newest = 0;
+    for pairs in 0.. {
+        if stop.load(Ordering::Relaxed) {
+            eventually("a close", || async { session.clone().close().await.ok() }).await;
+            return pairs;
+        }
+        let guard = session.lock(&lock).await.expect("nobody else wants it");
+        assert!(guard.token() > newest, "an old grant came back");
+        newest = guard.token();
+        guard.release().await.expect("it was held");
+    }
+    unreachable!("there are more numbers than time")
+}
+
+#[tokio::test]
+async fn a_program_that_was_started_again_goes_on_with_its_session() {
+    let mut cluster = Cluster::start("resume", 3);
+    let client = cluster.client();
+    let session = cluster.session(&client, Duration::from_secs(60)).await;
+    let credentials = session.credentials().to_string();
+    let held = session.lock("held").await.unwrap();
+    let other = cluster.session(&client, Duration::from_secs(60)).await;
+    let busy = other.lock("busy").await.unwrap();
+    let waits = |owner: &'static str| {
+        let request = session.lock("busy").owner(owner);
+        tokio::spawn(async move { request.await })
+    };
+    let (kept, dropped) = (waits("kept"), waits("dropped"));
+    eventually("two who wait", || async {
+        let busy = client.lock_info("busy").await.ok()??;
+        (busy.waiters.len() == 2).then_some(())
+    })
+    .await;
+    let leader = cluster.leader().await;
+    cluster.kill(leader);
+
+    // As another process would.
+    let again = cluster.client();
+    let credentials = credentials.parse().unwrap();
+    let resumed = eventually("to resume", || async {
+        again
+            .resume(&credentials, |_, owner| owner == "kept")
+            .await
+            .ok()
+    })
+    .await;
+    assert_eq!(resumed.session.id(), session.id());
+    let tokens: Vec<_> = resumed.guards.iter().map(LockGuard::token).collect();
+    assert_eq!(tokens, [held.token()]);
+    assert_eq!(session.lost().await, LossReason::Superseded);
+    assert!(kept.await.unwrap().is_err() && dropped.await.unwrap().is_err());
+    let fenced = held.release().await.unwrap_err();
+    assert!(matches!(fenced, Error::SessionLost(LossReason::Superseded)));
+
+    cluster.spawn(leader);
+    let [waiting] = <[_; 1]>::try_from(resumed.waiting).unwrap();
+    busy.release().await.unwrap();
+    let granted = waiting.await.unwrap();
+    assert!(client.check("busy", granted.token()).await.unwrap());
+    granted.release().await.unwrap();
+    let [held] = <[_; 1]>::try_from(resumed.guards).unwrap();
+    held.release().await.unwrap();
+    resumed.session.close().await.unwrap();
+    assert!(
+        session.close().await.is_err(),
+        "it is not this one's any more"
+    );
+    other.close().await.unwrap();
 }

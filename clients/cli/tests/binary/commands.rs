@@ -301,7 +301,10 @@ async fn a_cluster_at_its_quota_is_made_room_in_and_disarmed() {
     assert_ne!(refused.code, 0, "{refused:?}");
 
     for session_id in sessions {
-        let request = CloseSessionRequest { session_id };
+        let request = CloseSessionRequest {
+            session_id,
+            attachment: 0,
+        };
         SessionClient::new(channel.clone())
             .close(request)
             .await

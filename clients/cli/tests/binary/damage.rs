@@ -96,6 +96,7 @@ impl Server {
                     let opened = sessions.open(request).await.unwrap().into_inner();
                     let request = CloseSessionRequest {
                         session_id: opened.session_id,
+                        attachment: 0,
                     };
                     sessions.close(request).await.unwrap();
                 }

@@ -189,6 +189,7 @@ async fn a_client_that_reads_nothing_disturbs_nobody() {
     let session = open(&channel).await;
     let requests = tokio_stream::iter([WatchSessionsRequest {
         session_id: session,
+        attachment: 0,
     }]);
     let mut sessions = SessionClient::new(channel.clone());
     let unread = sessions.watch(requests).await.unwrap();

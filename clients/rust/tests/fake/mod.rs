@@ -56,6 +56,8 @@ pub(crate) struct State {
         BTreeMap<i64, Option<mpsc::UnboundedSender<Result<v1::SessionEvent, Status>>>>,
     pub(crate) holders: BTreeMap<String, Holder>,
     pub(crate) cancelled: HashSet<(i64, u64)>,
+    /// By session and number.
+    released: HashSet<(i64, u64)>,
 }
 
 /// All servers.
@@ -200,16 +202,12 @@ impl Server {
         if !state.sessions.contains_key(&request.session_id) {
             return Err(refusal("SESSION_EXPIRED"));
         }
-        if state
-            .cancelled
-            .contains(&(request.session_id, request.request))
-        {
+        let number = number(request.number.as_ref());
+        if state.cancelled.contains(&(request.session_id, number)) {
             return Err(refusal("CANCELLED"));
         }
         match state.holders.get(&request.name) {
-            Some(holder)
-                if (holder.session, holder.request) == (request.session_id, request.request) =>
-            {
+            Some(holder) if (holder.session, holder.request) == (request.session_id, number) => {
                 return Ok(Some(holder.token));
             }
             Some(_) if request.wait_ms == Some(0) => return Err(refusal("LOCK_HELD")),
@@ -221,12 +219,19 @@ impl Server {
         let holder = Holder {
             session: request.session_id,
             owner: request.owner.clone(),
-            request: request.request,
+            request: number,
             token: state.last,
         };
         state.holders.insert(request.name.clone(), holder);
         Ok(Some(state.last))
     }
+}
+
+/// The client numbers everything.
+fn number(number: Option<&v1::RequestNumber>) -> u64 {
+    let number = number.map_or(0, |number| number.request);
+    assert!(number > 0, "a request without a number");
+    number
 }
 
 fn error(code: Code, reason: &str, metadata: HashMap<String, String>) -> Status {
@@ -270,6 +275,13 @@ impl session_server::Session for Server {
             header: self.header(),
             ttl_ms: 0,
         }))
+    }
+
+    async fn attach(
+        &self,
+        _request: Request<v1::AttachSessionRequest>,
+    ) -> Result<Response<v1::AttachSessionResponse>, Status> {
+        Err(Status::unimplemented("not needed"))
     }
 
     async fn close(
@@ -348,12 +360,15 @@ impl lock_server::Lock for Server {
     ) -> Result<Response<v1::ReleaseResponse>, Status> {
         self.enter().await?;
         let request = request.into_inner();
+        let once = (request.session_id, number(request.number.as_ref()));
         {
             let mut state = self.shared.state();
             match state.holders.get(&request.name) {
+                _ if state.released.contains(&once) => {}
                 Some(holder) if holder.token == request.token => {
                     assert_eq!(holder.owner, request.owner);
                     state.holders.remove(&request.name);
+                    state.released.insert(once);
                 }
                 _ => return Err(refusal("NOT_HOLDER")),
             }
