@@ -313,10 +313,10 @@ async fn a_program_that_was_started_again_goes_on_with_its_session() {
     granted.release().await.unwrap();
     let [held] = <[_; 1]>::try_from(resumed.guards).unwrap();
     held.release().await.unwrap();
-    resumed.session.close().await.unwrap();
     assert!(
         session.close().await.is_err(),
         "it is not this one's any more"
     );
+    resumed.session.close().await.unwrap();
     other.close().await.unwrap();
 }
