@@ -342,7 +342,9 @@ mod tests {
         }
 
         fn keep(answer: &Result<Infallible, Infallible>) -> Bytes {
-            match *answer {}
+            match *answer {
+                Ok(never) | Err(never) => match never {},
+            }
         }
 
         fn recall(_: &Bytes) -> Result<Infallible, Infallible> {
