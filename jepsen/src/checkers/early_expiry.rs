@@ -11,9 +11,12 @@
 //! 2. A leader's own stall expires nobody: its clock adds, each turn, what
 //!    passed since the turn before, but at most one election timeout. Let
 //!    `A(t)` be that sum for the node that proposed the expiry, by its own
-//!    clock; then `A(T) - A(S) >= TTL`. Who proposed it is not visible from
-//!    outside, but it led at some time between S and T: if no node that led
-//!    satisfies the bound, it is broken.
+//!    clock, up to `t` (with no more than one election timeout for the turn that
+//!    has not come yet); then `A(T) - A(S) >= TTL`. For that, `A` must never go
+//!    back: it stands still while the node is down and goes on from there when it
+//!    starts, after which the leader counts every TTL from no earlier than its
+//!    start. Who proposed it is not visible from outside, but it led at some time
+//!    between S and T: if no node that led satisfies the bound, it is broken.
 //!
 //! Both less [`SLACK_US`], since clocks of sessions count in milliseconds. The
 //! client may count on 0.85 TTL by its own clock, at most 0.85 / 0.95 = 0.895

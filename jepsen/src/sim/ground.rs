@@ -135,38 +135,50 @@ pub(crate) enum Reply {
     },
 }
 
-/// A node's time without its own stalls, as its session clock may count it.
+/// A node's time without its own stalls, as its session clock may count it. It
+/// stands still while the node is down, and never goes back: what was counted at one
+/// moment is counted at every later one.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StallFree {
-    pub(crate) clock: Clock,
+    clock: Clock,
     counted_us: u64,
-    turn_us: u64,
+    /// When its last turn began, by its clock; none while it is down.
+    turn_us: Option<u64>,
 }
 
 impl StallFree {
-    pub(crate) fn new(clock: Clock, true_us: u64) -> Self {
+    /// Of a node that has not started yet.
+    pub(crate) fn new(clock: Clock) -> Self {
         Self {
             clock,
             counted_us: 0,
-            turn_us: clock.local(true_us),
+            turn_us: None,
         }
     }
 
     fn at(&self, true_us: u64) -> u64 {
-        let passed = self.clock.local(true_us).saturating_sub(self.turn_us);
+        let passed = self
+            .turn_us
+            .map_or(0, |turn_us| self.clock.local(true_us) - turn_us);
         self.counted_us + passed.min(ELECTION_MS * 1_000)
     }
 
     /// The node begins a turn.
     pub(crate) fn turn(&mut self, true_us: u64) {
         self.counted_us = self.at(true_us);
-        self.turn_us = self.clock.local(true_us);
+        self.turn_us = Some(self.clock.local(true_us));
     }
 
-    /// The node starts again.
-    pub(crate) fn restart(&mut self, clock: Clock, true_us: u64) {
+    /// The node, which was down, starts; its clock may be set anew.
+    pub(crate) fn start(&mut self, clock: Clock, true_us: u64) {
         self.clock = clock;
-        self.turn_us = clock.local(true_us);
+        self.turn_us = Some(clock.local(true_us));
+    }
+
+    /// The node goes down.
+    pub(crate) fn stop(&mut self, true_us: u64) {
+        self.counted_us = self.at(true_us);
+        self.turn_us = None;
     }
 }
 
@@ -377,5 +389,43 @@ impl Ground {
 
     pub(crate) fn did(&mut self, operation: Operation) {
         self.tally.operation(operation);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RATE: u64 = 1_030_000;
+
+    #[test]
+    fn a_stall_counts_as_one_election_timeout() {
+        let mut node = StallFree::new(Clock::new(0, 7, 1_000_000));
+        node.start(node.clock, 0);
+        node.turn(100_000);
+        assert_eq!(node.at(300_000), 300_000);
+        assert_eq!(node.at(900_000), 600_000);
+        node.turn(900_000);
+        assert_eq!(node.at(1_000_000), 700_000);
+    }
+
+    /// A session is opened by a call sent while the node is down, and expires under
+    /// that node once a TTL has passed since it started.
+    #[test]
+    fn what_is_counted_at_a_moment_is_no_more_than_what_is_counted_later() {
+        let clock = Clock::new(0, 1_000_000, RATE);
+        let mut node = StallFree::new(clock);
+        assert_eq!(node.at(10_000), 0, "not started yet");
+        node.start(clock, 20_000);
+        node.turn(50_000);
+        node.stop(60_000);
+        let sent = node.at(2_000_000);
+        assert_eq!(sent, 41_200, "it ran for 40 ms");
+        node.start(clock.restarted(2_500_000, 3), 2_500_000);
+        assert_eq!(node.at(2_500_000), sent);
+        for turn_us in (2_510_000..3_700_000).step_by(10_000) {
+            node.turn(turn_us);
+        }
+        assert_eq!(node.at(3_700_000) - sent, 1_200_000 * RATE / 1_000_000);
     }
 }

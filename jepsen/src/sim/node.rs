@@ -113,7 +113,7 @@ impl Node {
         let rate = 1_000_000 - super::clock::RATE_ERROR_PPM
             + ground.rng.below(2 * super::clock::RATE_ERROR_PPM + 1);
         let clock = Clock::new(0, ground.rng.below(1 << 40), rate);
-        ground.stall_free.push(StallFree::new(clock, 0));
+        ground.stall_free.push(StallFree::new(clock));
         let disk = SimDisk::new();
         let identity = Identity {
             cluster: 0xC0_9C1A,
@@ -186,7 +186,6 @@ impl Node {
                 .clock
                 .restarted(ground.now_us, ground.rng.below(10_000_000));
         }
-        ground.stall_free[self.index].restart(self.clock, ground.now_us);
         self.damage_checkpoint(ground);
         self.damage_log(ground);
         let (log, recovered) = match Log::open_with(self.disk.clone(), LAYOUT) {
@@ -223,6 +222,7 @@ impl Node {
             quota_bytes: ground.settings.quota_bytes,
         };
         let replica = Replica::new(config, recovered, state, self.clocks(ground));
+        ground.stall_free[self.index].start(self.clock, ground.now_us);
         self.running = Some(Running {
             replica,
             log,
@@ -339,6 +339,7 @@ impl Node {
             return;
         };
         ground.tell(format_args!("node {} crashes", self.index));
+        ground.stall_free[self.index].stop(ground.now_us);
         if running.sync == Sync::UnderWay {
             ground.tally.fault(Fault::CrashDuringSync);
         }
