@@ -218,9 +218,9 @@ impl Sessions {
         self.change(id, |requests| requests.set(number, Slot::Waiting(place)));
     }
 
-    /// Whether a numbered request waits at a place.
-    pub(crate) fn is_waited_at(&self, place: Place) -> bool {
-        self.waiting.contains_key(&place)
+    /// The numbered request that waits at a place.
+    pub(crate) fn waits_at(&self, place: Place) -> Option<(SessionId, u64)> {
+        self.waiting.get(&place).copied()
     }
 
     /// The request that waits at a place is decided.

@@ -466,7 +466,7 @@ impl<M: Machine> State<M> {
         let Settled { resolved, events } = self.machine.settle(changes, cause);
         let revision = self.keyspace.revision();
         for (place, result) in &resolved {
-            if self.sessions.is_waited_at(*place) {
+            if self.sessions.waits_at(*place).is_some() {
                 let answered = self.answered_now(KeptReply::Machine(M::keep(result)));
                 self.sessions.resolve(*place, answered);
             }

@@ -16,7 +16,7 @@ use std::{
     thread,
 };
 
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
 use conclave_core::{
     APPLY_VERSION,
     checkpoint::{SimCheckpoints, Writer},
@@ -44,7 +44,8 @@ use raft::eraftpb::{Entry, MessageType};
 
 /// Appends letters to the key `register`. Who appends `?` waits, all at one
 /// place, until somebody appends `.`; and `~` sets a timer for the end of time. It
-/// has a defect: member 3 takes `#` for another letter.
+/// has a defect: member 3 takes `#` for another letter. A letter may be a request of
+/// a session: its id and the number follow.
 #[derive(Debug, PartialEq)]
 struct Register {
     is_timed: bool,
@@ -52,7 +53,7 @@ struct Register {
 }
 
 impl Machine for Register {
-    type Command = Bytes;
+    type Command = (Bytes, Option<(SessionId, Request)>);
     type Reply = Bytes;
     type Rejection = &'static str;
     type Note = ();
@@ -68,12 +69,25 @@ impl Machine for Register {
         }
     }
 
-    fn decode(bytes: Bytes) -> Option<Bytes> {
-        (bytes.len() == 1).then_some(bytes)
+    fn decode(mut bytes: Bytes) -> Option<Self::Command> {
+        let letter = bytes.split_to(bytes.len().min(1));
+        let of = match bytes.len() {
+            0 => None,
+            _ => {
+                let session = SessionId(bytes.try_get_i64().ok()?);
+                let number = bytes.try_get_u64().ok()?;
+                let request = Request {
+                    number,
+                    ..Request::default()
+                };
+                Some((session, request))
+            }
+        };
+        (letter.len() == 1 && bytes.is_empty()).then_some((letter, of))
     }
 
-    fn request(_: &Bytes) -> Option<(SessionId, &Request)> {
-        None
+    fn request((_, of): &Self::Command) -> Option<(SessionId, &Request)> {
+        of.as_ref().map(|(session, request)| (*session, request))
     }
 
     fn keep(answer: &Result<Bytes, &'static str>) -> Bytes {
@@ -89,7 +103,7 @@ impl Machine for Register {
     fn execute(
         &self,
         context: &mut Context<'_>,
-        letter: Bytes,
+        (letter, _): Self::Command,
     ) -> Result<Executed<Self>, &'static str> {
         if letter == "!" {
             return Err("not a letter");
@@ -366,6 +380,18 @@ impl Cluster {
             node,
             command::Body::Machine(Bytes::from_static(letter.as_bytes())),
         )
+    }
+
+    /// The same, as a numbered request of a session.
+    fn append_once(
+        &mut self,
+        node: NodeId,
+        letter: &'static str,
+        (session, number): (SessionId, u64),
+    ) -> RequestNumber {
+        let (session, number) = (session.0.to_be_bytes(), number.to_be_bytes());
+        let command = [letter.as_bytes(), &session, &number].concat();
+        self.send(node, command::Body::Machine(command.into()))
     }
 
     /// Puts a value of this size.

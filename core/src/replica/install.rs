@@ -7,12 +7,12 @@
 //! What its clients wait for is looked up in the new state; of what happened in
 //! between, nobody can tell them more.
 
-use std::{collections::BTreeSet, mem};
+use std::mem;
 
 use super::{Answer, AnswerBody, Failure, Replica};
 use crate::{
-    ids::{Index, NodeId},
-    machine::Machine,
+    ids::{Index, NodeId, RequestNumber, SessionId},
+    machine::{Machine, Outcome, Place},
     state::State,
 };
 
@@ -33,6 +33,15 @@ pub(super) struct Install {
     is_under_way: bool,
     /// After a failure: when to try again.
     retry_us: u64,
+}
+
+/// Those who wait at a place.
+#[derive(Debug)]
+struct Waiting {
+    place: Place,
+    /// What they wait for, if it has a number.
+    request: Option<(SessionId, u64)>,
+    asked_by: Vec<RequestNumber>,
 }
 
 impl Install {
@@ -99,43 +108,58 @@ impl<M: Machine> Replica<M> {
         if !holds {
             self.base = Some(at);
         }
+        let waiting = self.take_waiting();
         self.state = state;
         self.install.wanted = None;
         self.clock.follow(self.state.system().log_time());
         self.fail_pending(|_| true);
-        self.look_after_places();
+        self.look_after(waiting);
         self.output.installed = Some(at.0);
     }
 
+    /// Who waits, as the state names them that is about to go.
+    fn take_waiting(&mut self) -> Vec<Waiting> {
+        let waiting = mem::take(&mut self.waiting).into_iter();
+        let sessions = self.state.sessions();
+        waiting
+            .map(|(place, asked_by)| Waiting {
+                place,
+                request: sessions.waits_at(place),
+                asked_by,
+            })
+            .collect()
+    }
+
     /// Answers requests that waited for what has happened by now.
-    fn look_after_places(&mut self) {
-        let asked: BTreeSet<_> = self.waiting.keys().copied().collect();
-        if asked.is_empty() {
-            return;
-        }
-        let mut found = self.state.machine().places(&asked);
-        for (place, numbers) in mem::take(&mut self.waiting) {
-            match found.remove(&place) {
-                Some(None) => drop(self.waiting.insert(place, numbers)),
-                Some(Some(reply)) => {
-                    for number in numbers {
-                        self.output.answers.push((
-                            number,
-                            Ok(Answer {
-                                revision: self.state.keyspace().revision(),
-                                term: self.state.term(),
-                                body: AnswerBody::Machine(Ok(reply.clone())),
-                            }),
-                        ));
+    fn look_after(&mut self, waiting: Vec<Waiting>) {
+        let places = waiting.iter().map(|waiting| waiting.place).collect();
+        let mut found = self.state.machine().places(&places);
+        for waiting in waiting {
+            let reply = found.remove(&waiting.place);
+            for asked in waiting.asked_by {
+                let outcome = match (waiting.request, &reply) {
+                    (Some((session, number)), _) => self.state.outcome_of(session, number),
+                    (None, Some(Some(reply))) => {
+                        Some(Outcome::Done(self.answer_by_state(reply.clone())))
                     }
-                }
-                // It may have been granted and be over.
-                None => {
-                    for number in numbers {
-                        self.fail(number, Failure::OutcomeUnknown);
-                    }
+                    (None, Some(None)) => Some(Outcome::Waiting(waiting.place)),
+                    (None, None) => None,
+                };
+                match outcome {
+                    Some(Outcome::Done(answer)) => self.output.answers.push((asked, Ok(answer))),
+                    Some(Outcome::Waiting(place)) => self.wait_at(place, asked),
+                    // It may have been granted and be over.
+                    None => self.fail(asked, Failure::OutcomeUnknown),
                 }
             }
+        }
+    }
+
+    fn answer_by_state(&self, reply: M::Reply) -> Answer<M> {
+        Answer {
+            revision: self.state.keyspace().revision(),
+            term: self.state.term(),
+            body: AnswerBody::Machine(Ok(reply)),
         }
     }
 }

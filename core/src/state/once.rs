@@ -48,6 +48,16 @@ impl<M: Machine> State<M> {
         Outcome::Done(self.answer(term, body))
     }
 
+    /// What a numbered request that was waiting comes to by this state; `None` if
+    /// nobody can tell any more.
+    pub(crate) fn outcome_of(&self, id: SessionId, number: u64) -> Option<Outcome<Answer<M>>> {
+        match self.sessions.get(id)?.requests.standing(number) {
+            Standing::Waiting(place) => Some(Outcome::Waiting(place)),
+            Standing::Answered(answered) => Some(Outcome::Done(answer_again(self.term, answered))),
+            Standing::New | Standing::Over => None,
+        }
+    }
+
     /// Takes note of what a request of a live session says. Its number, if the
     /// command is to run; else what it comes to without.
     fn admit(

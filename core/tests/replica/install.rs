@@ -173,6 +173,27 @@ fn who_installs_a_checkpoint_answers_who_waits_from_its_state() {
 }
 
 #[test]
+fn who_waits_with_a_number_gets_the_answer_that_was_kept_for_it() {
+    let (mut cluster, leader, away) = Cluster::with_one_away();
+    let session = cluster.open(leader, 60_000);
+    let waits = cluster.append_once(away, "?", (session, 1));
+    cluster.run_ms(100);
+    cluster.leave(away);
+    cluster.append(leader, ".");
+    // By the state alone, nobody could tell any more that it was granted.
+    cluster.append_some(leader, 3);
+    let again = cluster.append_once(leader, "?", (session, 1));
+    cluster.run_ms(100);
+    let kept = cluster.outcome(leader, again);
+    assert!(kept.ends_with(".\")))"), "{kept}");
+    cluster.cut_logs();
+    cluster.come_back();
+    cluster.fetched(away);
+    assert_eq!(cluster.outcome(away, waits), kept);
+    cluster.assert_equal_states();
+}
+
+#[test]
 fn what_was_on_its_way_may_have_happened_and_what_comes_is_sent_elsewhere() {
     let (mut cluster, leader, away) = Cluster::with_one_away();
     let other = *cluster

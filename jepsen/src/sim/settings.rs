@@ -104,7 +104,7 @@ impl Settings {
             log_bytes_max: *pick(rng, &[32 << 10, 128 << 10, 1 << 30]),
             // A small one is reached again and again.
             quota_bytes: match rng.chance(150_000) {
-                true => *pick(rng, &[100 << 10, 200 << 10]),
+                true => *pick(rng, &[40 << 10, 60 << 10]),
                 false => limits::QUOTA_BYTES_DEFAULT,
             },
             fault_gap_us: *pick(rng, &[500_000, 1_000_000, 2_000_000]),
