@@ -692,17 +692,7 @@ fn plain(hard_state: &RaftHardState) -> HardState {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
-    fn entries(sizes: &[usize]) -> Vec<Entry> {
-        let entry = |(index, size): (u64, &usize)| Entry {
-            index,
-            term: index,
-            data: vec![0; *size].into(),
-            ..Entry::default()
-        };
-        (1..).zip(sizes).map(entry).collect()
-    }
+    use super::{memory::tests::entries, *};
 
     #[test]
     fn a_long_append_goes_in_parts_that_join() {

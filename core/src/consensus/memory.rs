@@ -208,12 +208,12 @@ fn raft_entry(entry: LogEntry) -> Entry {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use bytes::Bytes;
 
     use super::*;
 
-    fn entries(sizes: &[usize]) -> Vec<Entry> {
+    pub(in crate::consensus) fn entries(sizes: &[usize]) -> Vec<Entry> {
         let entry = |(index, size): (u64, &usize)| Entry {
             index,
             term: index,

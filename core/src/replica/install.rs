@@ -7,7 +7,10 @@
 //! What its clients wait for is looked up in the new state; of what happened in
 //! between, nobody can tell them more.
 
-use std::mem;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+};
 
 use super::{Answer, AnswerBody, Failure, Replica};
 use crate::{
@@ -132,8 +135,13 @@ impl<M: Machine> Replica<M> {
 
     /// Answers requests that waited for what has happened by now.
     fn look_after(&mut self, waiting: Vec<Waiting>) {
-        let places = waiting.iter().map(|waiting| waiting.place).collect();
-        let mut found = self.state.machine().places(&places);
+        // The machine looks at everyone for this: only if someone has no number.
+        let unnumbered = waiting.iter().filter(|waiting| waiting.request.is_none());
+        let places: BTreeSet<_> = unnumbered.map(|waiting| waiting.place).collect();
+        let mut found = match places.is_empty() {
+            true => BTreeMap::new(),
+            false => self.state.machine().places(&places),
+        };
         for waiting in waiting {
             let reply = found.remove(&waiting.place);
             for asked in waiting.asked_by {
