@@ -367,6 +367,7 @@ impl<M: Machine> State<M> {
         let mut overlay = self.keyspace.overlay();
         match txn::execute(&mut overlay, &self.sessions, txn) {
             Ok(reply) => {
+                M::follow(&mut overlay);
                 let writes = overlay.into_writes();
                 if self.lacks_space_for(&writes) {
                     return AnswerBody::NoSpace;

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, SessionId},
-    keyspace::{Change, Keyspace, Record},
+    keyspace::{Change, Keyspace, Overlay, Record},
     machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
     session::EndReason,
     state::State,
@@ -62,6 +62,8 @@ impl Machine for Notes {
     }
 
     fn withdraw(&self, _: &mut Context<'_>, _: SessionId, _: &[u64]) {}
+
+    fn follow(_: &mut Overlay<'_>) {}
 
     fn holdings(&self, _: View<'_>, _: SessionId) {}
 

@@ -20,7 +20,10 @@ use conclave_core::{
     keyspace::{Change, KeyRange, Keyspace, Record},
 };
 
-use crate::{name, value::Standing};
+use crate::{
+    name,
+    value::{self, Standing},
+};
 
 /// A place in a queue. The order of these fields is the rule: tickets of one name
 /// follow each other, the holder first.
@@ -39,6 +42,10 @@ pub(crate) struct Ticket {
 pub(crate) struct Contenders {
     /// Every contender, and every delay that runs.
     tickets: BTreeMap<Ticket, Standing>,
+    /// How many candidates an election has; by what lies beside their keys.
+    elections: BTreeMap<Bytes, usize>,
+    /// When candidates wait no longer.
+    deadlines: BTreeMap<Ticket, LogTime>,
     /// The waits and delays that end. A holder waits no more and is not here.
     timers: BTreeSet<(LogTime, Ticket)>,
 }
@@ -51,6 +58,8 @@ pub(crate) struct Shift {
     pub(crate) gone: Vec<Gone>,
     /// Who holds now and did not before, in order of name.
     pub(crate) granted: Vec<Ticket>,
+    /// The keys of those who were candidates before the command and are no more.
+    pub(crate) campaigns_over: BTreeSet<Bytes>,
 }
 
 /// A contender that is no more.
@@ -103,6 +112,7 @@ impl Contenders {
         let mut contenders = Self::default();
         for record in keyspace.range(&KeyRange::prefix(b""), None) {
             contenders.insert(record);
+            contenders.insert_beside(record);
         }
         let mut next = contenders.firsts_after(Bytes::new()).next().cloned();
         while let Some(first) = next {
@@ -118,12 +128,20 @@ impl Contenders {
         let mut shift = Shift::default();
         let mut holders = BTreeMap::<Bytes, Option<Ticket>>::new();
         for change in changes {
-            let Some(lock) = name::lock_of(&change.key) else {
+            let candidate = name::candidate_of(&change.key);
+            let Some(lock) = name::lock_of(candidate.as_ref().unwrap_or(&change.key)) else {
                 continue;
             };
             let holder = holders
                 .entry(lock)
                 .or_insert_with_key(|lock| self.holder(lock).cloned());
+            if let Some(candidate) = candidate {
+                self.update_beside(change);
+                if change.after.is_none() {
+                    shift.campaigns_over.insert(candidate);
+                }
+                continue;
+            }
             let removed = change
                 .before
                 .as_ref()
@@ -194,9 +212,45 @@ impl Contenders {
         })
     }
 
+    /// The elections behind this name that have candidates of this API, in order.
+    pub(crate) fn elections_after(&self, name: Bytes) -> impl Iterator<Item = &Bytes> {
+        let behind = (Bound::Excluded(name), Bound::Unbounded);
+        self.elections.range(behind).map(|(name, _)| name)
+    }
+
     /// The wait or delay that ends first, and when.
     pub(crate) fn first_timer(&self) -> Option<&(LogTime, Ticket)> {
         self.timers.first()
+    }
+
+    /// Takes note of what is beside a candidate's key.
+    fn update_beside(&mut self, change: &Change) {
+        if let Some((ticket, end)) = change.before.as_ref().and_then(beside) {
+            if let Some(end) = end {
+                self.deadlines.remove(&ticket);
+                self.timers.remove(&(end, ticket.clone()));
+            }
+            let candidates = self.elections.get_mut(&ticket.lock);
+            let candidates = candidates.expect("it was counted when it came");
+            *candidates -= 1;
+            if *candidates == 0 {
+                self.elections.remove(&ticket.lock);
+            }
+        }
+        if let Some(record) = &change.after {
+            self.insert_beside(record);
+        }
+    }
+
+    fn insert_beside(&mut self, record: &Record) {
+        let Some((ticket, end)) = beside(record) else {
+            return;
+        };
+        *self.elections.entry(ticket.lock.clone()).or_default() += 1;
+        if let Some(end) = end {
+            self.timers.insert((end, ticket.clone()));
+            self.deadlines.insert(ticket, end);
+        }
     }
 
     /// The ticket, if it contends.
@@ -224,5 +278,20 @@ impl Contenders {
         if let Some(Standing::Contends(Some(end))) = self.tickets.get(ticket) {
             self.timers.remove(&(*end, ticket.clone()));
         }
+        if let Some(end) = self.deadlines.get(ticket) {
+            self.timers.remove(&(*end, ticket.clone()));
+        }
     }
+}
+
+/// Whose request is beside a key, and when its wait ends.
+fn beside(record: &Record) -> Option<(Ticket, Option<LogTime>)> {
+    let key = name::candidate_of(&record.key)?;
+    let ticket = Ticket {
+        lock: name::lock_of(&key)?,
+        create_revision: record.create_revision,
+        key,
+    };
+    let end = value::campaign(record)?.wait_until_ms;
+    Some((ticket, (end != 0).then_some(end)))
 }

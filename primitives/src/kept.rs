@@ -41,6 +41,8 @@ pub(crate) fn keep(answer: &Result<Reply, Rejection>) -> Bytes {
         }),
         Ok(Reply::Released) => Answer::Released(true),
         Ok(Reply::Cancelled) => Answer::Cancelled(true),
+        Ok(Reply::Proclaimed) => Answer::Proclaimed(true),
+        Ok(Reply::Resigned) => Answer::Resigned(true),
         Ok(Reply::ForceReleased(_)) => unreachable!("no session asks for it, so it has no number"),
         Err(rejection) => Answer::Refused(Refusal {
             refusal: Some(refusal(rejection)),
@@ -88,6 +90,8 @@ fn answer(answer: Answer) -> Option<Result<Reply, Rejection>> {
         Answer::Granted(Granted { key, token }) => Ok(Reply::Granted { key, token }),
         Answer::Released(_) => Ok(Reply::Released),
         Answer::Cancelled(_) => Ok(Reply::Cancelled),
+        Answer::Proclaimed(_) => Ok(Reply::Proclaimed),
+        Answer::Resigned(_) => Ok(Reply::Resigned),
         Answer::Refused(refusal) => Err(rejection(refusal.refusal?)?),
     })
 }
@@ -175,6 +179,8 @@ mod tests {
             Ok(Reply::Granted { key, token: 3 }),
             Ok(Reply::Released),
             Ok(Reply::Cancelled),
+            Ok(Reply::Proclaimed),
+            Ok(Reply::Resigned),
             Err(Rejection::Held),
             Err(Rejection::WaitTimedOut),
             Err(Rejection::Cancelled),
