@@ -326,7 +326,7 @@ pub(crate) fn contender(
         .map(|delay| delay.delay_until_ms.saturating_sub(now));
     let beside = beside_of(keyspace, &record.key);
     let is_candidate = is_candidate(keyspace, &record.key);
-    let native = native(record).filter(|_| !is_candidate);
+    let native = native(record);
     let entries = native.as_ref().map(|value| value::entries(value).count());
     let asked = native.or(delay).map(|value| value.asked_ms);
     let asked = beside.map(|campaign| campaign.asked_ms).or(asked);

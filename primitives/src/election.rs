@@ -22,18 +22,18 @@
 use bytes::Bytes;
 use conclave_core::{
     ids::{Revision, SessionId},
-    keyspace::{Keyspace, Record},
+    keyspace::Record,
     limits,
     machine::{Context, View},
 };
 use conclave_proto::internal::{Campaign, ElectCampaign, ElectProclaim, ElectResign};
 
 use crate::{
-    Answer, Rejection, Reply,
+    Answer, Invalid, Rejection, Reply,
     contenders::Contenders,
     contention::{
-        Contender, Executed, Note, done, entry_of, found, holds, is_candidate, listed, live,
-        not_holder, put_beside, remove, session_name, waits_at,
+        Contender, Executed, Note, done, entry_of, found, holds, listed, live, not_holder,
+        put_beside, remove, session_name, waits_at,
     },
     name::{campaign_key, contender_key, owner_of},
     value,
@@ -81,6 +81,7 @@ pub(crate) fn campaign(
     let id = SessionId(command.session_id);
     let key = contender_key(&command.name, id, &command.owner)?;
     context.session(id).map_err(Rejection::SessionEnded)?;
+    validate_value(&command.value)?;
     let request = entry_of(command.request.as_ref(), command.tag);
     let ElectCampaign {
         name,
@@ -151,6 +152,7 @@ pub(crate) fn proclaim(
         request: _,
     } = command;
     let key = contender_key(&name, SessionId(session_id), &owner)?;
+    validate_value(&value)?;
     let lock = Bytes::from(name);
     let leader = leading(contenders, context, &lock, &key, token)?;
     context.overlay.put(key, value, leader.lease);
@@ -186,9 +188,7 @@ fn leading(
     token: Revision,
 ) -> Result<Record, Rejection> {
     let record = context.overlay.get(key).filter(|record| {
-        record.create_revision == token
-            && holds(contenders, lock, record)
-            && leads(context.overlay.base(), record)
+        record.create_revision == token && holds(contenders, lock, record) && leads(record)
     });
     #[cfg(conclave_plant)]
     let record = match context.overlay.get(key) {
@@ -201,8 +201,17 @@ fn leading(
 }
 
 /// Whether the holder of a name is its leader, and not the holder of a lock.
-fn leads(keyspace: &Keyspace, holder: &Record) -> bool {
-    value::native(holder).is_none() || is_candidate(keyspace, &holder.key)
+fn leads(holder: &Record) -> bool {
+    value::native(holder).is_none()
+}
+
+/// What a candidate says never makes its key that of a lock. How long it is at most is
+/// the business of servers: etcd's clients may say more than others.
+fn validate_value(value: &Bytes) -> Result<(), Invalid> {
+    match value::is_of_lock(value) {
+        true => Err(Invalid::ValueOfLock),
+        false => Ok(()),
+    }
 }
 
 /// Who leads.
@@ -213,7 +222,7 @@ pub(crate) fn leader(contenders: &Contenders, view: View<'_>, name: String) -> A
 fn leader_of(contenders: &Contenders, view: View<'_>, lock: &Bytes) -> Option<Leader> {
     let holder = contenders.holder(lock)?;
     let record = live(view.keyspace.get(&holder.key));
-    leads(view.keyspace, record).then(|| Leader {
+    leads(record).then(|| Leader {
         key: record.key.clone(),
         term: record.create_revision,
         value: record.value.clone(),
@@ -248,11 +257,22 @@ pub(crate) fn elections(
         0 => limits::LIST_LOCKS_MAX,
         limit => limit.min(limits::LIST_LOCKS_MAX),
     };
-    let mut names = contenders.elections_after(Bytes::from(after)).cloned();
-    let elections = names.by_ref().take(limit).map(&mut info).collect();
+    let mut names = contenders.elections_after(Bytes::from(after)).peekable();
+    let (mut elections, mut bytes) = (Vec::new(), 0);
+    while elections.len() < limit
+        && bytes < limits::LIST_VALUES_BYTES_MAX
+        && let Some(name) = names.next()
+    {
+        let election = info(name.clone());
+        bytes += election
+            .leader
+            .as_ref()
+            .map_or(0, |leader| leader.value.len());
+        elections.push(election);
+    }
     Answer::Elections {
         elections,
-        more: names.next().is_some(),
+        more: names.peek().is_some(),
     }
 }
 

@@ -22,7 +22,7 @@ const END_REASONS: [EndReason; 4] = [
     EndReason::Revoked,
 ];
 /// What can be wrong with an argument, by its code.
-const INVALID: [Invalid; 7] = [
+const INVALID: [Invalid; 9] = [
     Invalid::NameEmpty,
     Invalid::NameTooLong,
     Invalid::NameWithZero,
@@ -30,6 +30,8 @@ const INVALID: [Invalid; 7] = [
     Invalid::OwnerTooLong,
     Invalid::ReasonEmpty,
     Invalid::ReasonTooLong,
+    Invalid::ValueTooLong,
+    Invalid::ValueOfLock,
 ];
 
 /// The bytes for an answer.

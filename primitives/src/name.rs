@@ -15,7 +15,7 @@ use std::fmt::Write as _;
 use bytes::Bytes;
 use conclave_core::{
     ids::SessionId,
-    limits::{NAME_BYTES_MAX, OWNER_BYTES_MAX, REASON_BYTES_MAX},
+    limits::{ELECTION_VALUE_BYTES_MAX, NAME_BYTES_MAX, OWNER_BYTES_MAX, REASON_BYTES_MAX},
 };
 
 /// Where all state lies that is not a contender; keys under it, with a `/`
@@ -50,6 +50,12 @@ pub enum Invalid {
     /// The reason is too long.
     #[error("reason is longer than {REASON_BYTES_MAX} bytes")]
     ReasonTooLong,
+    /// What a candidate proclaims is too long.
+    #[error("value is longer than {ELECTION_VALUE_BYTES_MAX} bytes")]
+    ValueTooLong,
+    /// What a candidate proclaims would make its key that of a lock.
+    #[error("value is that of a lock")]
+    ValueOfLock,
 }
 
 /// Whether a lock or election can have this name: 1 to 1,024 bytes without a zero byte,

@@ -114,12 +114,21 @@ pub(crate) fn end_of(now: LogTime, ms: u64) -> LogTime {
     now.saturating_add(ms).saturating_add(1)
 }
 
+/// Whether this is what a native contender for a lock writes.
+pub(crate) fn is_of_lock(value: &Bytes) -> bool {
+    lock_value(value).is_some()
+}
+
 fn decode(record: &Record) -> Option<LockContender> {
-    if record.value.is_empty() {
+    lock_value(&record.value)
+}
+
+fn lock_value(bytes: &Bytes) -> Option<LockContender> {
+    if bytes.is_empty() {
         return None;
     }
-    let value = LockContender::decode(record.value.clone()).ok()?;
-    let is_ours = value.mark == MARK && value.encoded_len() == record.value.len();
+    let value = LockContender::decode(bytes.clone()).ok()?;
+    let is_ours = value.mark == MARK && value.encoded_len() == bytes.len();
     is_ours.then_some(value)
 }
 

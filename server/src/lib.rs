@@ -8,7 +8,7 @@
 //! - [`storage`], [`inspect`], [`net`], [`shutdown`]: the data directory, a look at
 //!   it, sockets, signals;
 //! - `routes`: everything that is served on the client addresses, which is
-//!   `session`, `lock` and `cluster` (the native API), `channel` (the same, many
+//!   `session`, `lock`, `election` and `cluster` (the native API), `channel` (the same, many
 //!   calls on one stream) and `http` (health, metrics);
 //! - `gateway`: the way from all of these to the replica, and `mailbox`: the way
 //!   back;
@@ -27,6 +27,7 @@
 mod channel;
 mod cluster;
 mod convert;
+mod election;
 mod events;
 mod gateway;
 mod http;

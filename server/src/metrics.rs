@@ -153,6 +153,12 @@ pub(crate) enum Method {
     LockForceRelease,
     LockList,
     LockCheck,
+    ElectionCampaign,
+    ElectionProclaim,
+    ElectionResign,
+    ElectionCancel,
+    ElectionLeader,
+    ElectionList,
     ClusterStatus,
     ClusterCompact,
     ClusterDisarm,
@@ -160,7 +166,7 @@ pub(crate) enum Method {
 }
 
 impl Method {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 22] = [
         Self::SessionOpen,
         Self::SessionRenew,
         Self::SessionAttach,
@@ -173,6 +179,12 @@ impl Method {
         Self::LockForceRelease,
         Self::LockList,
         Self::LockCheck,
+        Self::ElectionCampaign,
+        Self::ElectionProclaim,
+        Self::ElectionResign,
+        Self::ElectionCancel,
+        Self::ElectionLeader,
+        Self::ElectionList,
         Self::ClusterStatus,
         Self::ClusterCompact,
         Self::ClusterDisarm,
@@ -194,6 +206,12 @@ impl Method {
             Self::LockForceRelease => "Lock/ForceRelease",
             Self::LockList => "Lock/List",
             Self::LockCheck => "Lock/Check",
+            Self::ElectionCampaign => "Election/Campaign",
+            Self::ElectionProclaim => "Election/Proclaim",
+            Self::ElectionResign => "Election/Resign",
+            Self::ElectionCancel => "Election/Cancel",
+            Self::ElectionLeader => "Election/Leader",
+            Self::ElectionList => "Election/List",
             Self::ClusterStatus => "Cluster/Status",
             Self::ClusterCompact => "Cluster/Compact",
             Self::ClusterDisarm => "Cluster/Disarm",

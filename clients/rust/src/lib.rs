@@ -1,4 +1,4 @@
-//! The Rust client of Conclave: sessions that renew themselves, and locks with
+//! The Rust client of Conclave: sessions that renew themselves, locks and elections with
 //! fencing tokens.
 //!
 //! ```no_run
@@ -21,7 +21,8 @@
 //!
 //! - `client`: [`Client`], the calls without a session;
 //! - `session`: [`Session`], kept alive in the background;
-//! - `lock`: [`LockRequest`] and [`LockGuard`];
+//! - `lock`: [`LockRequest`] and [`LockGuard`]; `election`: [`Campaign`],
+//!   [`Leadership`] and [`stand_by`]; `contention`: what they have in common;
 //! - `credentials`, `resume`: [`Resumed`], a session after a restart of its program;
 //! - [`session_state`] and [`requests`]: the decisions behind those two, without
 //!   clock or I/O, so that a simulator runs the very same code;
@@ -41,7 +42,9 @@
 mod calls;
 mod client;
 mod clock;
+mod contention;
 mod credentials;
+mod election;
 mod error;
 mod events;
 mod grants;
@@ -54,10 +57,13 @@ pub mod session_state;
 mod transport;
 
 pub use client::{Client, ServerStatus};
-pub use conclave_proto::v1::{Contender, LockInfo, Member, SessionInfo, StatusResponse};
+pub use conclave_proto::v1::{
+    Contender, ElectionInfo, Leader, LockInfo, Member, SessionInfo, StatusResponse,
+};
 pub use credentials::Credentials;
+pub use election::{Campaign, Leadership, stand_by};
 pub use error::Error;
 pub use lock::{LockGuard, LockRequest};
-pub use resume::{Resumed, Waiting};
+pub use resume::{Candidacy, Resumed, Waiting};
 pub use session::{Session, SessionOptions};
 pub use session_state::{LossReason, Status};

@@ -13,10 +13,12 @@ use tokio::time::Instant;
 use crate::{
     client::{Client, PATIENCE, incomplete},
     clock,
+    contention::{Contended, Held, Pending},
     credentials::{Credentials, nonce},
+    election::Leadership,
     error::Error,
-    lock::{Contended, LockGuard, Pending},
-    requests::Requests,
+    lock::LockGuard,
+    requests::{Granted, Requests},
     session::Session,
     session_state::SessionState,
     transport::ATTEMPT_TIMEOUT,
@@ -28,10 +30,14 @@ use crate::{
 pub struct Resumed {
     /// The session.
     pub session: Session,
-    /// What it held when this program attached.
+    /// The locks that it held when this program attached.
     pub guards: Vec<LockGuard>,
-    /// What it still waits for, of what was to be kept.
+    /// The elections in which it led then.
+    pub leaderships: Vec<Leadership>,
+    /// The locks that it still waits for, of what was to be kept.
     pub waiting: Vec<Waiting>,
+    /// The elections in which it is still a candidate, of what was to be kept.
+    pub campaigns: Vec<Candidacy>,
 }
 
 /// A place in the queue of a lock that an earlier start of this program took; await
@@ -46,12 +52,12 @@ pub struct Waiting {
 impl Waiting {
     /// The name of the lock.
     pub fn name(&self) -> &str {
-        self.pending.lock().name()
+        &self.pending.contended().name
     }
 
     /// The owner inside the session; mostly empty.
     pub fn owner(&self) -> &str {
-        self.pending.lock().owner()
+        &self.pending.contended().owner
     }
 }
 
@@ -60,10 +66,47 @@ impl IntoFuture for Waiting {
     type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
 
     fn into_future(self) -> Self::IntoFuture {
-        Box::pin(
-            self.pending
-                .granted_within(self.session, None, Instant::now()),
-        )
+        Box::pin(async {
+            let granted = self
+                .pending
+                .granted_within(self.session, None, Instant::now());
+            granted.await.map(LockGuard)
+        })
+    }
+}
+
+/// A candidate that an earlier start of this program made; await it to lead. Dropped
+/// before, it is withdrawn.
+#[derive(Debug)]
+#[must_use = "dropped, it is withdrawn"]
+pub struct Candidacy {
+    session: Session,
+    pending: Pending,
+}
+
+impl Candidacy {
+    /// The name of the election.
+    pub fn name(&self) -> &str {
+        &self.pending.contended().name
+    }
+
+    /// The owner inside the session; mostly empty.
+    pub fn owner(&self) -> &str {
+        &self.pending.contended().owner
+    }
+}
+
+impl IntoFuture for Candidacy {
+    type Output = Result<Leadership, Error>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async {
+            let granted = self
+                .pending
+                .granted_within(self.session, None, Instant::now());
+            granted.await.map(Leadership::new)
+        })
     }
 }
 
@@ -142,44 +185,50 @@ async fn confirm(
 
 /// Guards for what is held, and requests for what is waited for. One that was wanted
 /// and has no place any more is decided, so it is asked for its answer, too.
-fn take_up(session: Session, attached: AttachSessionResponse, wanted: Vec<u64>) -> Resumed {
+fn take_up(session: Session, attached: AttachSessionResponse, mut wanted: Vec<u64>) -> Resumed {
     let revision = attached.header.map_or(u64::MAX, |header| header.revision);
-    let guards = attached.grants.into_iter().map(|grant| {
+    let mut resumed = Resumed {
+        session,
+        guards: Vec::new(),
+        leaderships: Vec::new(),
+        waiting: Vec::new(),
+        campaigns: Vec::new(),
+    };
+    for grant in attached.grants {
         let v1::Grant {
             lock,
             owner,
             key,
             token,
+            candidate,
         } = grant;
-        LockGuard::adopted(
-            session.clone(),
-            Contended::new(lock, owner),
+        let granted = Granted {
             key,
             token,
             revision,
-        )
-    });
-    let guards = guards.collect();
-    let mut waiting = Vec::new();
-    for Place { contends, request } in attached.places {
-        if let Some(grant) = contends.filter(|_| wanted.contains(&request)) {
-            let lock = Contended::new(grant.lock, grant.owner);
-            let pending = Pending::resumed(session.core(), lock, request);
-            waiting.push(Waiting {
-                session: session.clone(),
-                pending,
-            });
+        };
+        let contended = Contended::new(lock, owner);
+        let held = Held::adopted(resumed.session.clone(), contended, candidate, granted);
+        match candidate {
+            true => resumed.leaderships.push(Leadership::new(held)),
+            false => resumed.guards.push(LockGuard(held)),
         }
     }
-    let decided = wanted.into_iter().filter(|request| {
-        !waiting
-            .iter()
-            .any(|waiting| waiting.pending.request_number() == *request)
-    });
-    decided.for_each(|request| session.core().end_request(request));
-    Resumed {
-        session,
-        guards,
-        waiting,
+    for Place { contends, request } in attached.places {
+        let Some(grant) = contends.filter(|_| wanted.contains(&request)) else {
+            continue;
+        };
+        wanted.retain(|other| *other != request);
+        let session = resumed.session.clone();
+        let contended = Contended::new(grant.lock, grant.owner);
+        let pending = Pending::resumed(session.core(), contended, grant.candidate, request);
+        match grant.candidate {
+            true => resumed.campaigns.push(Candidacy { session, pending }),
+            false => resumed.waiting.push(Waiting { session, pending }),
+        }
     }
+    for decided in wanted {
+        resumed.session.core().end_request(decided);
+    }
+    resumed
 }

@@ -108,6 +108,11 @@ answers!(
     ForceReleaseResponse,
     ListLocksResponse,
     CheckResponse,
+    CampaignResponse,
+    ProclaimResponse,
+    ResignResponse,
+    LeaderResponse,
+    ListElectionsResponse,
     CompactResponse,
     DisarmResponse,
     StatusResponse
