@@ -53,6 +53,11 @@ impl KeyRange {
         RangeBounds::<[u8]>::contains(&self.bounds(), key)
     }
 
+    /// The key, if it was made for one.
+    pub fn as_single(&self) -> Option<&Bytes> {
+        matches!(self.end, Bound::Included(_)).then_some(&self.start)
+    }
+
     pub(super) fn start(&self) -> &Bytes {
         &self.start
     }
