@@ -99,9 +99,13 @@ impl Keyspace {
         entries.map(|entry| self.event(entry))
     }
 
-    /// The keys that a revision changed, which must be known; some twice.
-    pub fn changed_by(&self, revision: Revision) -> impl Iterator<Item = &Bytes> {
-        self.changes.of(revision).map(|entry| &entry.key)
+    /// The same as keys, some of them twice, each with a way to its event.
+    pub(crate) fn changed_by(
+        &self,
+        revision: Revision,
+    ) -> impl Iterator<Item = (&Bytes, impl FnOnce() -> Event)> {
+        let entries = self.changes.of(revision);
+        entries.map(|entry| (&entry.key, || self.event(entry)))
     }
 
     /// The events from revision `from` on, of which all must be known. Looks at some

@@ -58,8 +58,12 @@ impl KeyRange {
         matches!(self.end, Bound::Included(_)).then_some(&self.start)
     }
 
-    pub(super) fn start(&self) -> &Bytes {
+    pub(crate) fn start(&self) -> &Bytes {
         &self.start
+    }
+
+    pub(crate) fn end(&self) -> Bound<&Bytes> {
+        self.end.as_ref()
     }
 
     /// For a map that is ordered by key.
