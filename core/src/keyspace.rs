@@ -13,6 +13,8 @@
 //! readable. Keys and values are reference-counted: an index on top costs a
 //! handle, not a copy.
 
+mod changes;
+mod events;
 mod history;
 mod overlay;
 mod picture;
@@ -27,13 +29,18 @@ use std::{
 use bytes::Bytes;
 use xxhash_rust::xxh3::Xxh3;
 
-use self::{history::History, picture::Drawing};
+use self::{
+    changes::{Changes, Entry, Kind},
+    history::History,
+    picture::Drawing,
+};
 use crate::{
     ids::{Revision, SessionId},
     limits,
     picture::UnderWay,
 };
 
+pub use events::{Event, Excerpt, Selection};
 pub use overlay::{Overlay, Writes};
 pub(crate) use picture::Picture;
 pub use range::KeyRange;
@@ -112,6 +119,8 @@ pub struct Keyspace {
     /// Versions that are no more. A version made and ended inside one revision is
     /// never seen by a read, and not here.
     past: History,
+    /// Both, by revision.
+    changes: Changes,
     /// The live keys of each session that has any.
     bound: BTreeMap<SessionId, BTreeSet<Bytes>>,
     digest: u64,
@@ -126,6 +135,7 @@ impl Keyspace {
             live: BTreeMap::new(),
             live_bytes: 0,
             past: History::default(),
+            changes: Changes::default(),
             bound: BTreeMap::new(),
             digest: 0,
             drawing: UnderWay::default(),
@@ -193,11 +203,13 @@ impl Keyspace {
         }
         self.check_reached(revision)?;
         self.past.compact(revision);
+        self.changes.compact(revision);
         Ok(())
     }
 
     /// Drops what compactions have given up, `max` versions at most.
     pub fn sweep(&mut self, max: usize) {
+        self.changes.sweep(max);
         let mut drawing = self.drawing.0.as_mut();
         self.past.sweep(max, |ended, record| {
             if let Some(drawing) = &mut drawing {
@@ -249,7 +261,7 @@ impl Keyspace {
     ///
     /// Panics if the writes were not made on this state of the keyspace.
     pub fn keep(&mut self, writes: Writes) -> Vec<Change> {
-        let changes = writes.into_changes();
+        let (changes, has_repeats) = writes.into_changes();
         let Some(first) = changes.first() else {
             return changes;
         };
@@ -261,6 +273,12 @@ impl Keyspace {
         self.revision = first.revision;
         for change in &changes {
             self.apply(change);
+        }
+        match has_repeats {
+            true => self.index_net(&changes),
+            false => changes.iter().for_each(|change| {
+                self.index(change, change.after.is_some());
+            }),
         }
         changes
     }
@@ -302,11 +320,14 @@ impl Keyspace {
         }
         let live_bytes = live.iter().map(Record::bytes).sum();
         let live = live.into_iter().map(|record| (record.key.clone(), record));
+        let live = live.collect();
+        let past = History::restore(compacted, past);
         Self {
             revision,
-            live: live.collect(),
+            changes: Changes::restore(compacted, versions(&live, &past)),
+            live,
             live_bytes,
-            past: History::restore(compacted, past),
+            past,
             bound,
             digest,
             drawing: UnderWay::default(),
@@ -330,6 +351,34 @@ impl Keyspace {
             && replaced.mod_revision < change.revision
         {
             self.past.add(change.revision, replaced);
+        }
+    }
+
+    fn index(&mut self, change: &Change, is_put: bool) {
+        self.changes.add(Entry {
+            revision: change.revision,
+            kind: if is_put { Kind::Put } else { Kind::Delete },
+            key: change.key.clone(),
+        });
+    }
+
+    /// Of a command that wrote some key more than once: what readers see of each.
+    fn index_net(&mut self, changes: &[Change]) {
+        let last = changes.iter().enumerate();
+        let last: BTreeMap<&Bytes, usize> = last.map(|(at, change)| (&change.key, at)).collect();
+        for (at, change) in changes.iter().enumerate() {
+            if last[&change.key] != at {
+                continue;
+            }
+            let was_there = self.past.ended_at(&change.key, change.revision).is_some();
+            let made = change.after.as_ref();
+            let is_new = made.is_none_or(|made| made.create_revision == change.revision);
+            if was_there && is_new {
+                self.index(change, false);
+            }
+            if made.is_some() {
+                self.index(change, true);
+            }
         }
     }
 
@@ -383,6 +432,24 @@ impl fmt::Debug for Keyspace {
             .field("digest", &format_args!("{:016x}", self.digest))
             .finish()
     }
+}
+
+/// All versions in order of key, those of one key in their order; the past ones with
+/// the revision that ended them.
+fn versions<'a>(
+    live: &'a BTreeMap<Bytes, Record>,
+    past: &'a History,
+) -> impl Iterator<Item = (Option<Revision>, &'a Record)> {
+    let mut live = live.values().peekable();
+    let mut past = past.all().peekable();
+    std::iter::from_fn(move || match (past.peek(), live.peek()) {
+        (Some(((key, ended), record)), other) if other.is_none_or(|other| *key <= other.key) => {
+            let version = (Some(*ended), *record);
+            past.next();
+            Some(version)
+        }
+        _ => live.next().map(|record| (None, record)),
+    })
 }
 
 /// Two sequences in order of key as one.

@@ -37,6 +37,7 @@ use crate::{
         Status,
     },
     state::State,
+    watch,
 };
 
 /// How long nothing is written before the newest batch gets a mark behind it.
@@ -64,6 +65,8 @@ pub struct Outlets<M: Machine> {
     pub publish: Outlet<Event<M::Event>>,
     /// Told that sessions have missed events, before later ones are published.
     pub missed: Box<dyn FnMut() + Send>,
+    /// Tells readers of events, in order.
+    pub notify: Outlet<(watch::StreamId, watch::Notice)>,
     /// Gets a checkpoint from another member, record by record, into the sink; dropping
     /// that ends the attempt.
     pub fetch: Box<dyn FnMut(Fetch, Sink) + Send>,
@@ -132,6 +135,7 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         send,
         publish,
         missed,
+        notify,
         fetch,
     } = outlets;
     let newest = state.as_ref().map_or(0, State::applied);
@@ -159,6 +163,7 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         send,
         publish,
         missed,
+        notify,
         fetch,
         is_fetch_refused: false,
         shared,
@@ -197,6 +202,16 @@ impl<M: Machine> Handle<M> {
     /// Renews a session for one of its attachments; otherwise as [`Handle::command`].
     pub fn renew(&self, of: Attachment, respond: Responder<M>) -> Result<(), Failure> {
         self.shared.request(Request::Renew(of), respond)
+    }
+
+    /// Hands over what a reader of events asks for; it is told by notices.
+    ///
+    /// # Errors
+    ///
+    /// If a new watcher or a question is too much at the moment, or the node is
+    /// stopping.
+    pub fn watch(&self, request: watch::Request) -> Result<(), Failure> {
+        self.shared.watch(request)
     }
 
     /// Hands over what a peer sent, in one go, so that one turn takes it all.
@@ -284,6 +299,7 @@ struct Inbox<M: Machine> {
     renewals: Vec<(Attachment, Responder<M>)>,
     endings: Vec<(command::Body, Responder<M>)>,
     work: Vec<(Request<M>, Responder<M>)>,
+    watches: Vec<watch::Request>,
     stopping: bool,
 }
 
@@ -301,6 +317,7 @@ impl<M: Machine> Default for Inbox<M> {
             renewals: Vec::new(),
             endings: Vec::new(),
             work: Vec::new(),
+            watches: Vec::new(),
             stopping: false,
         }
     }
@@ -312,6 +329,7 @@ impl<M: Machine> Inbox<M> {
             && self.renewals.is_empty()
             && self.endings.is_empty()
             && self.work.is_empty()
+            && self.watches.is_empty()
     }
 }
 
@@ -336,6 +354,24 @@ impl<M: Machine> Shared<M> {
             }
             _ => return Err(Failure::Overloaded),
         }
+        drop(inbox);
+        self.wake_if(was_empty);
+        Ok(())
+    }
+
+    fn watch(&self, request: watch::Request) -> Result<(), Failure> {
+        use watch::Request::{Create, Progress, ProgressOf};
+        let mut inbox = unpoisoned(self.inbox.lock());
+        if inbox.stopping {
+            return Err(Failure::ShuttingDown);
+        }
+        let was_empty = inbox.is_empty();
+        // The others give something back, and are no more than there are of these.
+        let is_more = matches!(request, Create { .. } | Progress { .. } | ProgressOf { .. });
+        if is_more && inbox.watches.len() >= limits::QUEUED_WATCHES_MAX {
+            return Err(Failure::Overloaded);
+        }
+        inbox.watches.push(request);
         drop(inbox);
         self.wake_if(was_empty);
         Ok(())
@@ -368,6 +404,7 @@ impl<M: Machine> Shared<M> {
             renewals: first(&mut inbox.renewals, limits::RENEWALS_PER_TURN_MAX),
             endings: first(&mut inbox.endings, limits::REQUESTS_PER_TURN_MAX),
             work: first(&mut inbox.work, limits::REQUESTS_PER_TURN_MAX),
+            watches: first(&mut inbox.watches, limits::REQUESTS_PER_TURN_MAX),
             stopping,
         };
         Taken {
@@ -411,6 +448,7 @@ pub struct Node<M: Machine, D: Disk> {
     send: Outlet<(NodeId, PeerMessage)>,
     publish: Outlet<Event<M::Event>>,
     missed: Box<dyn FnMut() + Send>,
+    notify: Outlet<(watch::StreamId, watch::Notice)>,
     fetch: Box<dyn FnMut(Fetch, Sink) + Send>,
     /// A checkpoint of its own is being written: it must ask again.
     is_fetch_refused: bool,
@@ -486,6 +524,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             messages,
             answers,
             events,
+            notices,
             fetch,
             installed,
         } = self.replica.finish()?;
@@ -505,6 +544,9 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         }
         if !events.is_empty() {
             (self.publish)(events);
+        }
+        if !notices.is_empty() {
+            (self.notify)(notices);
         }
         match fetch {
             Some(_) if self.schedule.is_busy() => self.is_fetch_refused = true,
@@ -628,6 +670,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
                 Request::Renew(of) => Input::Renew { number, of },
             });
         }
+        inputs.extend(inbox.watches.into_iter().map(Input::Watch));
         inputs
     }
 

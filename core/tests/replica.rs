@@ -8,6 +8,8 @@
 
 #[path = "replica/install.rs"]
 mod install;
+#[path = "replica/watch.rs"]
+mod watch;
 
 use std::{
     cell::Cell,
@@ -33,6 +35,7 @@ use conclave_core::{
     },
     session::EndReason,
     state::State,
+    watch::Notice,
 };
 use conclave_proto::internal::{
     AttachSession, CloseSession, Command, Compact, Forward, Hello, NoSpace, OpenSession, Operation,
@@ -196,6 +199,7 @@ struct Node {
     /// The last that it has installed.
     installed: Option<Index>,
     fatal: Option<Fatal>,
+    notices: Vec<Notice>,
 }
 
 /// Nodes 1 to n, with a common clock.
@@ -558,6 +562,7 @@ impl Node {
             inbox: VecDeque::new(),
             outcomes: BTreeMap::new(),
             events: Vec::new(),
+            notices: Vec::new(),
             fetch: None,
             installed: None,
             fatal: None,
@@ -587,9 +592,12 @@ impl Node {
             messages,
             answers,
             events,
+            notices,
             fetch,
             installed,
         } = self.replica.finish()?;
+        self.notices
+            .extend(notices.into_iter().map(|(_, notice)| notice));
         assert!(self.fetch.is_none() || fetch.is_none(), "asks twice");
         self.fetch = self.fetch.or(fetch);
         self.installed = installed.or(self.installed);
@@ -858,6 +866,23 @@ fn a_stall_of_the_leader_expires_nobody() {
             .get(session)
             .is_none()
     );
+}
+
+#[test]
+fn many_sessions_expire_by_and_by() {
+    let mut cluster = Cluster::ready(1);
+    let full = limits::EXPIRY_WORK_PER_COMMAND_MAX;
+    for _ in 0..2 * full + 1 {
+        cluster.open(NodeId(1), 1_000);
+    }
+    let left = |cluster: &Cluster| cluster.nodes[&NodeId(1)].replica.state().sessions().len();
+    let mut seen = Vec::new();
+    for _ in 0..150 {
+        cluster.run_ms(10);
+        seen.push(left(&cluster));
+    }
+    seen.dedup();
+    assert_eq!(seen, [2 * full + 1, full + 1, 1, 0]);
 }
 
 #[test]
@@ -1444,6 +1469,7 @@ impl Member {
             }),
             publish: Box::new(|_| ()),
             missed: Box::new(|| ()),
+            notify: Box::new(|_| ()),
             fetch: Box::new(|_, _| ()),
         };
         let config = Config {

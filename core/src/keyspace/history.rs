@@ -47,6 +47,23 @@ impl History {
         self.past.range((from, Bound::Unbounded))
     }
 
+    /// All versions; see [`Self::after`].
+    pub(super) fn all(&self) -> impl Iterator<Item = (&(Bytes, Revision), &Record)> {
+        self.past.iter()
+    }
+
+    /// The version of a key that a revision ended.
+    pub(super) fn ended_at(&self, key: &Bytes, revision: Revision) -> Option<&Record> {
+        self.past.get(&(key.clone(), revision))
+    }
+
+    /// The first version of a key that ended at `from` or later, and when.
+    pub(super) fn first_of(&self, key: &Bytes, from: Revision) -> Option<(Revision, &Record)> {
+        let from = (key.clone(), from);
+        let ((found, ended), record) = self.past.range(from..).next()?;
+        (found == key).then_some((*ended, record))
+    }
+
     /// The lowest revision that can be read, if it is not 0.
     pub(super) fn compacted(&self) -> Revision {
         self.compacted

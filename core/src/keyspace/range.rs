@@ -53,8 +53,17 @@ impl KeyRange {
         RangeBounds::<[u8]>::contains(&self.bounds(), key)
     }
 
-    pub(super) fn start(&self) -> &Bytes {
+    /// The key, if it was made for one.
+    pub fn as_single(&self) -> Option<&Bytes> {
+        matches!(self.end, Bound::Included(_)).then_some(&self.start)
+    }
+
+    pub(crate) fn start(&self) -> &Bytes {
         &self.start
+    }
+
+    pub(crate) fn end(&self) -> Bound<&Bytes> {
+        self.end.as_ref()
     }
 
     /// For a map that is ordered by key.
