@@ -350,7 +350,7 @@ pub(crate) fn live(record: Option<&Record>) -> &Record {
 }
 
 /// What people call the session of a record.
-pub(crate) fn session_name(sessions: &Sessions, record: &Record) -> String {
+fn session_name(sessions: &Sessions, record: &Record) -> String {
     let session = record.lease.and_then(|id| sessions.get(id));
     session
         .map(|session| session.name.clone())

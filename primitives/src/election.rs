@@ -33,7 +33,7 @@ use crate::{
     contenders::Contenders,
     contention::{
         Contender, Executed, Note, done, entry_of, found, holds, listed, live, not_holder,
-        put_beside, remove, session_name, waits_at,
+        put_beside, remove, waits_at,
     },
     name::{campaign_key, contender_key, owner_of},
     value,
@@ -50,12 +50,26 @@ pub struct Leader {
     pub value: Bytes,
     /// The revision at which it proclaimed that.
     pub proclaimed: Revision,
+    /// How often it has proclaimed something, the campaign included.
+    pub version: u64,
     /// The session the key is bound to, if any.
     pub session: Option<SessionId>,
-    /// What people call that session, while it is alive.
-    pub session_name: String,
     /// The owner inside the session.
     pub owner: String,
+}
+
+impl Leader {
+    pub(crate) fn of(record: &Record) -> Self {
+        Self {
+            key: record.key.clone(),
+            term: record.create_revision,
+            value: record.value.clone(),
+            proclaimed: record.mod_revision,
+            version: record.version,
+            session: record.lease,
+            owner: owner_of(&record.key),
+        }
+    }
 }
 
 /// An election with all who are in it.
@@ -201,7 +215,7 @@ fn leading(
 }
 
 /// Whether the holder of a name is its leader, and not the holder of a lock.
-fn leads(holder: &Record) -> bool {
+pub(crate) fn leads(holder: &Record) -> bool {
     value::native(holder).is_none()
 }
 
@@ -222,15 +236,7 @@ pub(crate) fn leader(contenders: &Contenders, view: View<'_>, name: String) -> A
 fn leader_of(contenders: &Contenders, view: View<'_>, lock: &Bytes) -> Option<Leader> {
     let holder = contenders.holder(lock)?;
     let record = live(view.keyspace.get(&holder.key));
-    leads(record).then(|| Leader {
-        key: record.key.clone(),
-        term: record.create_revision,
-        value: record.value.clone(),
-        proclaimed: record.mod_revision,
-        session: record.lease,
-        session_name: session_name(view.sessions, record),
-        owner: owner_of(&record.key),
-    })
+    leads(record).then(|| Leader::of(record))
 }
 
 /// Elections with all candidates: one, whoever contends for it, or in order of name

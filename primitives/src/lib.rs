@@ -9,6 +9,7 @@
 //! - [`contention`]: what locks and elections have in common;
 //! - [`mutex`]: the commands, rules and answers of the mutex;
 //! - [`election`]: those of the election, on the same contenders;
+//! - [`observer`]: who leads, told from the keys of an election;
 //! - `kept`: answers in the form in which they are kept for numbered commands.
 //!
 //! [`Primitives`] joins them into the one [`Machine`] that core replicates. It has
@@ -21,6 +22,7 @@ pub mod election;
 mod kept;
 pub mod mutex;
 pub mod name;
+pub mod observer;
 mod value;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use conclave_core::ids::SessionId;
 use conclave_core::limits;
-use conclave_primitives::{self as primitives, Reply, name::contender_key};
+use conclave_primitives::{self as primitives, Reply, name::contender_key, observer::Observation};
 use conclave_proto::{
     internal::{ElectCampaign, ElectProclaim, ElectResign, primitive_command::Command},
     v1::{self, election_server::Election},
 };
+use futures_util::stream::{BoxStream, StreamExt as _};
 use tonic::{Request, Response, Status};
 
 use crate::{
@@ -17,6 +18,7 @@ use crate::{
     gateway::Gateway,
     lock::{ANOTHER_REQUEST, cancel, query, run, run_unnumbered},
     metrics::Method,
+    observe,
     status::Refusal,
     validate::{self, Invalid},
 };
@@ -29,6 +31,8 @@ pub(crate) struct ElectionService(pub(crate) Arc<Gateway>);
 
 #[async_trait]
 impl Election for ElectionService {
+    type ObserveStream = BoxStream<'static, Result<v1::ObserveResponse, Status>>;
+
     async fn campaign(
         &self,
         request: Request<v1::CampaignRequest>,
@@ -67,6 +71,14 @@ impl Election for ElectionService {
     ) -> Result<Response<v1::LeaderResponse>, Status> {
         let work = leader(&self.0, request.into_inner());
         self.0.serve(Method::ElectionLeader, work).await
+    }
+
+    async fn observe(
+        &self,
+        request: Request<v1::ObserveRequest>,
+    ) -> Result<Response<Self::ObserveStream>, Status> {
+        let work = observe(Arc::clone(&self.0), request.into_inner());
+        self.0.serve(Method::ElectionObserve, work).await
     }
 
     async fn list(
@@ -184,6 +196,28 @@ async fn leader(
     };
     let leader = leader.map(convert::leader);
     Ok(v1::LeaderResponse { header, leader })
+}
+
+async fn observe(
+    gateway: Arc<Gateway>,
+    request: v1::ObserveRequest,
+) -> Result<BoxStream<'static, Result<v1::ObserveResponse, Status>>, Refusal> {
+    let v1::ObserveRequest {
+        name,
+        after_revision,
+    } = request;
+    validate::lock_name(&name)?;
+    let observations = observe::observe(&gateway, &name, after_revision).await?;
+    let told = move |observation: Result<Observation, Refusal>| {
+        let Observation { revision, leader } =
+            observation.map_err(|refusal| gateway.status_of(refusal))?;
+        Ok(v1::ObserveResponse {
+            header: gateway.header(revision, gateway.handle.status().term),
+            revision,
+            leader: leader.map(convert::leader),
+        })
+    };
+    Ok(observations.map(told).boxed())
 }
 
 async fn list(

@@ -5,23 +5,34 @@
 //!
 //! - here: what all of its services share;
 //! - `kv`: keys, transactions, compaction;
+//! - `lock`, `election`: the services of these names, over `contention`, on native locks
+//!   and elections;
 //! - `status`: every error, with etcd's code and text.
 //!
 //! A service asks for what etcd asks, in etcd's order, then takes the way of the
 //! native services: through the [`Gateway`] to the replica and back.
 
+mod contention;
+mod election;
 mod kv;
+mod lock;
 mod replies;
 pub(crate) mod status;
 
 use std::{future::Future, ops::Deref, sync::Arc, time::Duration};
 
 use conclave_core::ids::{Revision, Term};
-use conclave_proto::etcd::etcdserverpb::{ResponseHeader, kv_server::KvServer};
+use conclave_proto::etcd::{
+    etcdserverpb::{ResponseHeader, kv_server::KvServer},
+    v3electionpb::election_server::ElectionServer,
+    v3lockpb::lock_server::LockServer,
+};
 use tokio::time;
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::Routes};
 
-use self::{kv::KvService, replies::Replies, status::Error};
+use self::{
+    election::ElectionService, kv::KvService, lock::LockService, replies::Replies, status::Error,
+};
 use crate::{gateway::Gateway, metrics::Method, routes::REQUEST_OVERHEAD_BYTES};
 
 /// What etcd's log puts around a request, and counts against the limit of its size.
@@ -45,8 +56,13 @@ impl Deref for Etcd {
 pub(crate) fn add_services(routes: Routes, gateway: &Arc<Gateway>) -> Routes {
     let etcd = Etcd(Arc::clone(gateway));
     let bytes_max = etcd.settings.max_request_bytes + REQUEST_OVERHEAD_BYTES;
-    let kv = KvServer::new(KvService(etcd)).max_decoding_message_size(bytes_max);
-    routes.add_service(Replies(kv))
+    let kv = KvServer::new(KvService(etcd.clone())).max_decoding_message_size(bytes_max);
+    let lock = LockServer::new(LockService(etcd.clone()));
+    let election = ElectionServer::new(ElectionService(etcd));
+    routes
+        .add_service(Replies(kv))
+        .add_service(Replies(lock.max_decoding_message_size(bytes_max)))
+        .add_service(Replies(election.max_decoding_message_size(bytes_max)))
 }
 
 impl Etcd {

@@ -14,7 +14,7 @@
 //!   back;
 //! - `validate`, `convert`, `status`: requests are checked, answers converted,
 //!   and errors mapped to the wire, each in one place;
-//! - `events`: streams that follow sessions;
+//! - `events`: streams that follow sessions; `observe`: those that observe elections;
 //! - `turns`: the thread of the node, with `peers`, the links between members;
 //! - `metrics`: what is counted.
 //!
@@ -37,6 +37,7 @@ mod lock;
 mod mailbox;
 mod metrics;
 pub mod net;
+mod observe;
 pub mod options;
 mod peers;
 mod retention;

@@ -158,6 +158,7 @@ pub(crate) enum Method {
     ElectionResign,
     ElectionCancel,
     ElectionLeader,
+    ElectionObserve,
     ElectionList,
     ClusterStatus,
     ClusterCompact,
@@ -165,6 +166,13 @@ pub(crate) enum Method {
     ChannelConnect,
     KvRange,
     KvPut,
+    V3Lock,
+    V3Unlock,
+    V3Campaign,
+    V3Proclaim,
+    V3Leader,
+    V3Observe,
+    V3Resign,
 }
 
 impl Method {
@@ -186,6 +194,7 @@ impl Method {
         Self::ElectionResign,
         Self::ElectionCancel,
         Self::ElectionLeader,
+        Self::ElectionObserve,
         Self::ElectionList,
         Self::ClusterStatus,
         Self::ClusterCompact,
@@ -193,6 +202,13 @@ impl Method {
         Self::ChannelConnect,
         Self::KvRange,
         Self::KvPut,
+        Self::V3Lock,
+        Self::V3Unlock,
+        Self::V3Campaign,
+        Self::V3Proclaim,
+        Self::V3Leader,
+        Self::V3Observe,
+        Self::V3Resign,
     ];
 
     fn label(self) -> &'static str {
@@ -215,12 +231,20 @@ impl Method {
             Self::ElectionResign => "Election/Resign",
             Self::ElectionCancel => "Election/Cancel",
             Self::ElectionLeader => "Election/Leader",
+            Self::ElectionObserve => "Election/Observe",
             Self::ElectionList => "Election/List",
             Self::ClusterStatus => "Cluster/Status",
             Self::ClusterCompact => "Cluster/Compact",
             Self::ClusterDisarm => "Cluster/Disarm",
             Self::KvRange => "etcdserverpb.KV/Range",
             Self::KvPut => "etcdserverpb.KV/Put",
+            Self::V3Lock => "v3lockpb.Lock/Lock",
+            Self::V3Unlock => "v3lockpb.Lock/Unlock",
+            Self::V3Campaign => "v3electionpb.Election/Campaign",
+            Self::V3Proclaim => "v3electionpb.Election/Proclaim",
+            Self::V3Leader => "v3electionpb.Election/Leader",
+            Self::V3Observe => "v3electionpb.Election/Observe",
+            Self::V3Resign => "v3electionpb.Election/Resign",
         }
     }
 }

@@ -7,7 +7,11 @@
 //! not. The Go client repeats reads on UNAVAILABLE, and no write on any of these.
 #![deny(clippy::wildcard_enum_match_arm)]
 
-use conclave_core::{keyspace::RevisionError, replica::Failure};
+use conclave_core::{
+    keyspace::{RevisionError, txn::TxnError},
+    replica::Failure,
+    session::EndReason,
+};
 use tonic::{Code, Status};
 
 use crate::status::Refusal;
@@ -25,8 +29,35 @@ pub(crate) enum Error {
     RequestTooLarge,
     /// A revision that cannot be read or compacted.
     Revision(RevisionError),
+    /// The name of a lock or election cannot be one.
+    BadName,
+    /// The place of a contender went before it was first, with its lease or its key.
+    SessionExpired,
+    /// Nobody leads.
+    NobodyElected,
+    /// The candidate is none (any more).
+    NotElected,
+    /// A request of a leader that does not say which.
+    LeaderMissing,
+    /// What a service for locks or elections fails with, to which etcd gives no code.
+    InRecipe(Box<Self>),
     /// Everything that native calls fail with, too.
     Refused(Refusal),
+}
+
+impl From<TxnError> for Error {
+    fn from(error: TxnError) -> Self {
+        match error {
+            TxnError::EmptyKey => Self::EmptyKey,
+            TxnError::SessionNotAlive(_) => {
+                Self::Refused(Refusal::SessionEnded(EndReason::Unknown))
+            }
+            TxnError::Revision(error) => Self::Revision(error),
+            TxnError::DuplicateKey | TxnError::UnknownOperation => {
+                Self::Refused(Refusal::Internal("transaction"))
+            }
+        }
+    }
 }
 
 impl From<Refusal> for Error {
@@ -46,6 +77,15 @@ impl From<Refusal> for Error {
 }
 
 impl Error {
+    /// As the services for locks and elections tell it: all codes are UNKNOWN, but for
+    /// those of what may be tried again.
+    pub(super) fn in_recipe(self) -> Self {
+        match self {
+            failed @ Self::Refused(Refusal::Failed(_) | Refusal::Internal(_)) => failed,
+            error => Self::InRecipe(Box::new(error)),
+        }
+    }
+
     /// What the client is told.
     pub(crate) fn into_status(self) -> Status {
         let (code, text) = self.code_and_text();
@@ -70,6 +110,15 @@ impl Error {
                 Code::OutOfRange,
                 "etcdserver: mvcc: required revision is a future revision",
             ),
+            Self::BadName => (
+                Code::InvalidArgument,
+                "etcdserver: a name has 1 to 1024 bytes of UTF-8 and is not of the service",
+            ),
+            Self::SessionExpired => (Code::Unknown, "mutex: session is expired"),
+            Self::NobodyElected => (Code::Unknown, "election: no leader"),
+            Self::NotElected => (Code::Unknown, "election: not leader"),
+            Self::LeaderMissing => (Code::Unknown, "\"leader\" field must be provided"),
+            Self::InRecipe(error) => (Code::Unknown, error.code_and_text().1),
             Self::Refused(refusal) => refused(refusal),
         }
     }
@@ -136,8 +185,6 @@ pub(crate) fn too_long(told: &Status) -> Option<Status> {
 
 #[cfg(test)]
 mod tests {
-    use conclave_core::session::EndReason;
-
     use super::*;
 
     #[test]
