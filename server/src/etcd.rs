@@ -127,7 +127,6 @@ impl Etcd {
 
     /// Ends when no leader was known at each of three looks in a row, an election
     /// timeout apart.
-    #[expect(dead_code, reason = "the streams to come need it")]
     pub(crate) async fn leader_is_lost(&self) {
         let timeout = Duration::from_millis(self.settings.election_ms);
         let mut without = 0;

@@ -40,6 +40,7 @@ pub mod net;
 mod observe;
 pub mod options;
 mod peers;
+mod readers;
 mod retention;
 mod routes;
 pub mod server;

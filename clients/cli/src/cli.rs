@@ -67,7 +67,7 @@ pub(crate) enum Command {
     /// List locks, who holds them and who waits.
     #[command(after_help = LOCKS_HELP)]
     Locks(LocksArgs),
-    /// Run a command while leading.
+    /// Run a command while leading, or observe who leads.
     #[command(after_help = ELECT_HELP)]
     Elect(ElectArgs),
     /// List elections, who leads and who stands by.
@@ -167,6 +167,8 @@ SIGTERM. `conclave unlock NAME --force --reason ...` deposes a leader.
 Examples:
   conclave elect primary 10.0.0.7:5432 -- ./serve
   conclave elect nightly $HOSTNAME --try -- ./report.sh     leave at once if another leads
+  conclave elect --observe primary
+  conclave elect --observe primary -o json | jq -r '.leader.value // \"nobody\"'
 
 Exit codes:
   the command's own, or 128+n if signal n ended it
@@ -310,7 +312,11 @@ pub(crate) struct ElectArgs {
     /// The election; any name of 1 to 1,024 bytes.
     pub(crate) name: String,
     /// What the leader proclaims; at most 64 KiB.
+    #[arg(required_unless_present = "observe")]
     pub(crate) value: Option<String>,
+    /// Take no part: print a line for who leads, and for each change.
+    #[arg(long, conflicts_with_all = ["value", "ttl", "wait", "try_now", "command"])]
+    pub(crate) observe: bool,
     /// How long leadership outlives this program if it dies; from 500ms to 24h.
     #[arg(long, default_value = "10s", value_parser = duration::parse)]
     pub(crate) ttl: Duration,
@@ -460,7 +466,8 @@ mod tests {
             "unlock deploy --force --reason maintenance --skip-delay",
             "lock deploy --lock-delay 5s -- true",
             "elect primary 10.0.0.7:5432 --ttl 3s --try -- ./serve",
-            "elect primary",
+            "elect primary here",
+            "elect --observe primary -o json",
             "elections",
             "elections primary -o json",
             "bench election --clients 64 --seconds 10 --hot --connections 4 -o json",
@@ -485,7 +492,9 @@ mod tests {
             "lock",
             "lock deploy true",
             "elect",
+            "elect primary",
             "elect primary a b",
+            "elect --observe primary here",
             "bench election --held 5",
             "lock deploy --wait 5s --try",
             "lock deploy --ttl never",

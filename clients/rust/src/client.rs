@@ -14,6 +14,7 @@ use crate::{
     credentials::Credentials,
     error::{Error, Failure},
     events::Events,
+    observe::Observer,
     resume::{Resumed, resume},
     session::{Session, SessionOptions},
     transport::{ANSWER_BYTES_MAX, ATTEMPT_TIMEOUT, Transport},
@@ -147,6 +148,12 @@ impl Client {
             .repeat(PATIENCE, ATTEMPT_TIMEOUT, call)
             .await?;
         Ok(answer.leader)
+    }
+
+    /// Follows the election with this name: who leads, and what it proclaims. Nothing is
+    /// sent before [`Observer::next`].
+    pub fn observe(&self, name: impl Into<String>) -> Observer {
+        Observer::new(&self.transport, name.into())
     }
 
     /// All elections that have candidates of this API, in order of name, with leaders

@@ -137,10 +137,6 @@ impl Pending {
         &self.contended
     }
 
-    pub(crate) fn request_number(&self) -> u64 {
-        self.acquire.request()
-    }
-
     /// Repeats the request until it is answered or the wait is over.
     pub(crate) async fn granted_within(
         self,

@@ -23,6 +23,7 @@
 //! - `session`: [`Session`], kept alive in the background;
 //! - `lock`: [`LockRequest`] and [`LockGuard`]; `election`: [`Campaign`],
 //!   [`Leadership`] and [`stand_by`]; `contention`: what they have in common;
+//! - `observe`: [`Observer`], who leads;
 //! - `credentials`, `resume`: [`Resumed`], a session after a restart of its program;
 //! - [`session_state`] and [`requests`]: the decisions behind those two, without
 //!   clock or I/O, so that a simulator runs the very same code;
@@ -49,6 +50,7 @@ mod error;
 mod events;
 mod grants;
 mod lock;
+mod observe;
 pub mod requests;
 mod resume;
 mod routes;
@@ -64,6 +66,7 @@ pub use credentials::Credentials;
 pub use election::{Campaign, Leadership, stand_by};
 pub use error::Error;
 pub use lock::{LockGuard, LockRequest};
+pub use observe::{Observed, Observer};
 pub use resume::{Candidacy, Resumed, Waiting};
 pub use session::{Session, SessionOptions};
 pub use session_state::{LossReason, Status};
