@@ -14,7 +14,8 @@
 //!   force, or because its key was deleted.
 //! - Only the leader proclaims, and resigns, each fenced by the term.
 //! - A lock and an election of one name exclude each other, since there is one queue: a
-//!   candidate waits for whoever holds the lock, and there is no leader meanwhile.
+//!   candidate waits for whoever holds the lock, and there is no leader meanwhile. One
+//!   session and owner is in it once, as the one or the other.
 //!
 //! **Invariants.** At any revision there is at most one leader; a term has one leader
 //! and never returns; terms of one election grow.
@@ -106,13 +107,13 @@ pub(crate) fn campaign(
     } = command;
     let lock = Bytes::from(name);
     if let Some(record) = context.overlay.get(&key).cloned() {
-        let token = record.create_revision;
-        return match plain {
-            true => Ok(campaign_on(
+        if plain && leads(&record) {
+            return Ok(campaign_on(
                 contenders, context, &lock, &record, value, request,
-            )),
-            false => Err(Rejection::AlreadyContending { token }),
-        };
+            ));
+        }
+        let token = record.create_revision;
+        return Err(Rejection::AlreadyContending { token });
     }
     if wait_ms == Some(0) && contenders.first(&lock).is_some() {
         return Err(Rejection::Held);
@@ -214,7 +215,7 @@ fn leading(
         .ok_or_else(|| not_holder(context, lock, token))
 }
 
-/// Whether the holder of a name is its leader, and not the holder of a lock.
+/// Whether the holder of a name is its leader, and not the holder of a native lock.
 pub(crate) fn leads(holder: &Record) -> bool {
     value::native(holder).is_none()
 }

@@ -21,7 +21,7 @@
 //!   its copies. An acquire that is cancelled before it arrived has that for its
 //!   answer, so that it cannot hold a lock for nobody when it does.
 //! - A plain acquire, as etcd's lock service asks for it, has a key without a value,
-//!   and joins whatever contends under that key already.
+//!   and joins the lock or etcd client that contends under that key already.
 //!
 //! **Invariants.** At any revision at most one key holds a lock. Tokens of one lock
 //! grow. Of two who wait, the one that came first is granted first. A lock that
@@ -45,8 +45,8 @@ use crate::{
     Answer, Rejection, Reply,
     contenders::{Contenders, Ticket},
     contention::{
-        Contender, Executed, Note, asked_by, contender, done, entry_of, found, holds, is_first,
-        leave, listed, live, not_holder, put_beside, remove, rewrite, waits_at,
+        Contender, Executed, Note, asked_by, contender, done, entry_of, found, holds, is_candidate,
+        is_first, leave, listed, live, not_holder, put_beside, remove, rewrite, waits_at,
     },
     name::{contender_key, lock_of, plain_wait_key, validate_name, validate_reason},
     value::{self, native},
@@ -85,7 +85,7 @@ pub(crate) fn acquire(
     } = command;
     let lock = Bytes::from(name);
     if plain {
-        return Ok(acquire_plain(contenders, context, &lock, key, (id, entry)));
+        return acquire_plain(contenders, context, &lock, key, (id, entry));
     }
     if let Some(record) = context.overlay.get(&key).cloned() {
         let reply = join(contenders, context, &lock, &record, entry, reentrant)?;
@@ -118,8 +118,14 @@ fn acquire_plain(
     lock: &Bytes,
     key: Bytes,
     (session, request): (SessionId, u64),
-) -> Executed {
+) -> Result<Executed, Rejection> {
     let before = context.overlay.get(&key).cloned();
+    if let Some(record) = &before
+        && is_candidate(context.overlay.base(), &key)
+    {
+        let token = record.create_revision;
+        return Err(Rejection::AlreadyContending { token });
+    }
     let executed = match &before {
         Some(record) => found(contenders, lock, record),
         None => {
@@ -145,7 +151,7 @@ fn acquire_plain(
         };
         put_beside(context, plain_wait_key(&key), &campaign, session);
     }
-    executed
+    Ok(executed)
 }
 
 /// What an acquire finds whose key is there already: maybe a grant that it may share.

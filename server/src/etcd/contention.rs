@@ -192,6 +192,7 @@ pub(super) fn place_lost(error: Error) -> Error {
             Rejection::SessionEnded(_) | Rejection::PlaceLost(_) | Rejection::Cancelled => {
                 Error::SessionExpired
             }
+            Rejection::AlreadyContending { .. } => Error::OtherContender,
             rejection => Error::Refused(Refusal::Rejected(rejection)),
         },
         error => error,

@@ -33,6 +33,8 @@ pub(crate) enum Error {
     BadName,
     /// The place of a contender went before it was first, with its lease or its key.
     SessionExpired,
+    /// The lease has a candidate of the name and asks for the lock, or the other way round.
+    OtherContender,
     /// Nobody leads.
     NobodyElected,
     /// The candidate is none (any more).
@@ -115,6 +117,10 @@ impl Error {
                 "etcdserver: a name has 1 to 1024 bytes of UTF-8 and is not of the service",
             ),
             Self::SessionExpired => (Code::Unknown, "mutex: session is expired"),
+            Self::OtherContender => (
+                Code::FailedPrecondition,
+                "etcdserver: the lease contends for a lock and an election of one name",
+            ),
             Self::NobodyElected => (Code::Unknown, "election: no leader"),
             Self::NotElected => (Code::Unknown, "election: not leader"),
             Self::LeaderMissing => (Code::Unknown, "\"leader\" field must be provided"),
