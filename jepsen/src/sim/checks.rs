@@ -288,11 +288,12 @@ impl Checks {
         ));
     }
 
-    /// The end of a run in which all nodes have applied the same: what is left.
+    /// The end of a run: what is left, and whether all nodes have applied this entry.
     pub(crate) fn in_the_end(
         &mut self,
         now_us: u64,
         locks: usize,
+        upto: u64,
         replicas: &[(NodeId, Option<&Replica<Primitives>>)],
     ) {
         let applied: Vec<Option<u64>> = replicas
@@ -305,7 +306,7 @@ impl Checks {
             .take(1)
             .flat_map(|replica| contenders(replica.state().keyspace(), locks))
             .collect();
-        let verdict = self.liveness.drained(&contenders, &applied);
+        let verdict = self.liveness.drained(&contenders, &applied, upto);
         self.note(verdict);
         let running: Vec<&Replica<Primitives>> = replicas
             .iter()
