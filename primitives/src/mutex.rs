@@ -483,7 +483,7 @@ pub(crate) fn places(
             return None;
         }
         let key = ticket.key.clone();
-        let holds = contenders.holder(&ticket.lock) == Some(ticket);
+        let holds = contenders.holder(&ticket.lock()) == Some(ticket);
         Some((token, holds.then_some(Reply::Granted { key, token })))
     });
     still.collect()
@@ -524,7 +524,8 @@ fn lock_info(
     first: &Ticket,
     waiters_left: &mut usize,
 ) -> LockInfo {
-    let mut queue = contenders.queue(&first.lock).enumerate().skip(1);
+    let lock = first.lock();
+    let mut queue = contenders.queue(&lock).enumerate().skip(1);
     let waiters: Vec<Contender> = queue
         .by_ref()
         .take(*waiters_left)

@@ -16,7 +16,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{CheckpointStore, Image, Invalid, ReadError, Slot, read};
+use super::{CheckpointStore, Image, Invalid, ReadError, Slot, read, verify};
 use crate::{ids::Index, limits, machine::Machine, state::State};
 
 /// How often a thread that waits for records looks whether it is to end.
@@ -175,7 +175,7 @@ fn write<M: Machine>(
         store.remove(at.into())?;
         return Err(WriteError::Ended);
     }
-    read(store, at).map_err(WriteError::NotReadBack)?;
+    verify(store, at).map_err(WriteError::NotReadBack)?;
     keep_two(store, at)?;
     tracing::info!(checkpoint = at, records, "wrote a checkpoint");
     Ok(Done::Written(at))
@@ -298,7 +298,7 @@ mod tests {
             self.store.list()
         }
 
-        fn read(&self, slot: Slot, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
+        fn read(&self, slot: Slot, take: &mut dyn FnMut(&[u8]) -> bool) -> io::Result<()> {
             self.store.read(slot, take)
         }
 
