@@ -53,8 +53,9 @@ pub const TIMERS_PER_ENTRY_MAX: usize = 1_024;
 /// Changes of keys after which a turn applies no further entry: some ten milliseconds
 /// of work.
 pub const CHANGES_PER_TURN_MAX: usize = 4_096;
-/// Keys bound to the sessions that one entry closes, unless one session has more.
-pub const ENTRY_CLOSED_KEYS_MAX: usize = 4_096;
+/// Keys bound to the sessions that one entry closes, or hands over to who attaches,
+/// unless one session has more.
+pub const ENTRY_SESSION_KEYS_MAX: usize = 4_096;
 /// Sessions ended by one expiry command, with their keys: less than a millisecond of
 /// work, so that a turn has more time for others than for expiry, however many expire.
 pub const EXPIRY_WORK_PER_COMMAND_MAX: usize = 256;
@@ -86,6 +87,8 @@ pub const QUEUED_REQUESTS_MAX: usize = 65_536;
 /// Commands waiting for the node that give something back: as many again, so that
 /// overload by those who want locks keeps nobody from giving theirs up.
 pub const QUEUED_ENDINGS_MAX: usize = 65_536;
+/// Bytes of either: long requests must not fill the memory before they are many.
+pub const QUEUED_BYTES_MAX: usize = 64 << 20;
 /// Renewals waiting for the node: more than other requests, so that
 /// overload does not expire sessions.
 pub const QUEUED_RENEWALS_MAX: usize = 262_144;
@@ -97,6 +100,8 @@ pub const REQUESTS_PER_TURN_MAX: usize = 2_048;
 pub const RENEWALS_PER_TURN_MAX: usize = 8_192;
 /// Messages of peers waiting for the node.
 pub const QUEUED_PEER_MESSAGES_MAX: usize = 65_536;
+/// Bytes of those: all that six members may have in flight to this one.
+pub const QUEUED_PEER_BYTES_MAX: usize = 256 << 20;
 /// Commands given to Raft and not yet applied.
 pub const PENDING_COMMANDS_MAX: usize = 131_072;
 /// Requests that wait at one place on one node. All are repetitions of one
@@ -138,6 +143,8 @@ pub const LIST_WAITERS_MAX: usize = 1_000;
 const _: () = {
     assert!(ENTRY_BYTES_MAX <= COMMAND_BYTES_MAX);
     assert!(UNCOMMITTED_BYTES_MAX > COMMAND_BYTES_MAX as u64);
+    assert!(QUEUED_BYTES_MAX > COMMAND_BYTES_MAX);
+    assert!(QUEUED_PEER_BYTES_MAX as u64 >= 6 * APPENDS_INFLIGHT_MAX as u64 * APPEND_BYTES_MAX);
     assert!(QUEUED_REQUESTS_MAX + QUEUED_ENDINGS_MAX <= PENDING_COMMANDS_MAX);
     // What an entry supersedes by single writes, the next one can drop.
     assert!(SWEPT_PER_ENTRY_MAX >= ENTRY_COMMANDS_MAX);

@@ -205,13 +205,6 @@ impl Contenders {
         self.tickets.range(range).map(|(ticket, _)| ticket)
     }
 
-    /// Everyone who contends for anything.
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Ticket> {
-        let contends = |standing: &Standing| matches!(standing, Standing::Contends(_));
-        let tickets = self.tickets.iter();
-        tickets.filter_map(move |(ticket, standing)| contends(standing).then_some(ticket))
-    }
-
     /// The first of everything behind this name, in order of name. A step costs
     /// O(log n), whoever waits.
     pub(crate) fn firsts_after(&self, lock: Bytes) -> impl Iterator<Item = &Ticket> {

@@ -268,11 +268,7 @@ impl From<io::Error> for WriteError {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        collections::{BTreeMap, BTreeSet},
-        convert::Infallible,
-        sync::Mutex,
-    };
+    use std::{convert::Infallible, sync::Mutex};
 
     use conclave_proto::internal::Request;
 
@@ -281,7 +277,7 @@ mod tests {
         checkpoint::SimCheckpoints,
         ids::{LogTime, SessionId},
         keyspace::{Change, Keyspace, Picture, Record},
-        machine::{Cause, Context, Executed, Place, Settled, View},
+        machine::{Cause, Context, Executed, Settled, View},
         session::{EndReason, Sessions},
         system::System,
     };
@@ -379,10 +375,6 @@ mod tests {
 
         fn settle(&mut self, _: &[Change], _: Cause<'_, Infallible>) -> Settled<Self> {
             Settled::default()
-        }
-
-        fn places(&self, _: &BTreeSet<Place>) -> BTreeMap<Place, Option<Infallible>> {
-            BTreeMap::new()
         }
 
         fn query(&self, _: View<'_>, query: Infallible) -> Infallible {
