@@ -35,7 +35,9 @@ use conclave_core::{
     state::State,
 };
 use conclave_proto::internal::{
-    AttachSession, CloseSession, Command, Compact, Forward, Held, Hello, NoSpace, OpenSession, Operation, Origin, PeerMessage, Put, Request, StateDigest, Txn, command, operation, peer_message,
+    AttachSession, CloseSession, Command, Compact, Forward, Held, Hello, NoSpace, OpenSession,
+    Operation, Origin, PeerMessage, Put, Request, StateDigest, Txn, command, operation,
+    peer_message,
 };
 use prost::Message as _;
 use protobuf::Message as _;

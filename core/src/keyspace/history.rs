@@ -104,7 +104,8 @@ impl History {
         std::iter::from_fn(move || {
             loop {
                 let next = self.past.range((from.clone(), Bound::Unbounded)).next();
-                let Past { ended, record } = next.filter(|next| range.contains(&next.record.key))?;
+                let Past { ended, record } =
+                    next.filter(|next| range.contains(&next.record.key))?;
                 let key = record.key.clone();
                 if *ended <= at {
                     from = Bound::Included(Past::place(key, at + 1));
@@ -129,7 +130,10 @@ impl PartialEq for History {
         } = self;
         let versions = |past: &Past| (past.ended, past.record.clone());
         (*compacted, *bytes) == (other.compacted, other.bytes)
-            && past.iter().map(versions).eq(other.past.iter().map(versions))
+            && past
+                .iter()
+                .map(versions)
+                .eq(other.past.iter().map(versions))
             && *by_end == other.by_end
     }
 }

@@ -57,12 +57,7 @@ impl Drawing {
     }
 
     /// Walks on over `max` versions. Whether it has come to the end.
-    pub(super) fn walk(
-        &mut self,
-        live: &BTreeSet<Live>,
-        past: &History,
-        max: usize,
-    ) -> bool {
+    pub(super) fn walk(&mut self, live: &BTreeSet<Live>, past: &History, max: usize) -> bool {
         let at = self.at.clone();
         let from = match &at {
             (key, LIVES) => Bound::Excluded(&key[..]),
