@@ -4,7 +4,7 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const SCHEMAS: [&str; 7] = [
+const SCHEMAS: [&str; 12] = [
     "conclave/v1/session.proto",
     "conclave/v1/lock.proto",
     "conclave/v1/cluster.proto",
@@ -12,10 +12,16 @@ const SCHEMAS: [&str; 7] = [
     "conclave/internal/entry.proto",
     "conclave/internal/peer.proto",
     "conclave/internal/checkpoint.proto",
+    "etcd/mvcc.proto",
+    "etcd/auth.proto",
+    "etcd/rpc.proto",
+    "etcd/lock.proto",
+    "etcd/election.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=conclave");
+    println!("cargo:rerun-if-changed=etcd");
     let descriptors = protox::compile(SCHEMAS, ["."])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     // The reflection service answers with these.
