@@ -6,7 +6,7 @@ use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, SessionId},
     keyspace::{Change, Keyspace, Record},
-    machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
+    machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
     session::EndReason,
     state::State,
 };
