@@ -10,6 +10,7 @@
 //! contenders, and an operation costs O(log n) in the number of all contenders.
 
 use std::{
+    cmp::Ordering,
     collections::{BTreeMap, BTreeSet},
     ops::Bound,
 };
@@ -25,16 +26,16 @@ use crate::{
     value::{self, Standing},
 };
 
-/// A place in a queue. The order of these fields is the rule: tickets of one name
-/// follow each other, the holder first.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// A place in a queue. Their order is the rule: tickets of one name follow each other,
+/// the holder first.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Ticket {
-    /// The name contended for; shares the memory of the key.
-    pub(crate) lock: Bytes,
-    /// The token, once it holds.
-    pub(crate) create_revision: Revision,
     /// The contender's key.
     pub(crate) key: Bytes,
+    /// How much of that is the name contended for.
+    name_bytes: u16,
+    /// The token, once it holds.
+    pub(crate) create_revision: Revision,
 }
 
 /// The index. See the module.
@@ -75,50 +76,84 @@ pub(crate) struct Gone {
 impl Ticket {
     fn of(record: &Record) -> Option<Self> {
         let lock = name::lock_of(&record.key)?;
-        Some(Self {
-            lock,
-            create_revision: record.create_revision,
-            key: record.key.clone(),
-        })
+        Some(Self::new(record.key.clone(), &lock, record.create_revision))
+    }
+
+    fn new(key: Bytes, lock: &Bytes, create_revision: Revision) -> Self {
+        let name_bytes = u16::try_from(lock.len()).unwrap_or(u16::MAX);
+        Self {
+            key,
+            name_bytes,
+            create_revision,
+        }
     }
 
     /// Before every ticket of a name.
-    fn before(lock: Bytes) -> Self {
-        Self {
-            lock,
-            create_revision: Revision::MIN,
-            key: Bytes::new(),
-        }
+    fn before(lock: &Bytes) -> Self {
+        Self::new(lock.clone(), lock, Revision::MIN)
     }
 
     /// Behind every ticket of a name, since no key has this revision.
-    fn behind(lock: Bytes) -> Self {
-        Self {
-            lock,
-            create_revision: Revision::MAX,
-            key: Bytes::new(),
-        }
+    fn behind(lock: &Bytes) -> Self {
+        Self::new(lock.clone(), lock, Revision::MAX)
+    }
+
+    /// The name contended for; shares the memory of the key.
+    pub(crate) fn lock(&self) -> Bytes {
+        self.key.slice(..usize::from(self.name_bytes))
     }
 
     /// The name contended for.
     pub(crate) fn lock_name(&self) -> String {
-        String::from_utf8_lossy(&self.lock).into_owned()
+        String::from_utf8_lossy(self.name()).into_owned()
+    }
+
+    fn name(&self) -> &[u8] {
+        &self.key[..self.name_bytes.into()]
+    }
+}
+
+impl Ord for Ticket {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let names = self.name().cmp(other.name());
+        let places = || (self.create_revision, &self.key).cmp(&(other.create_revision, &other.key));
+        names.then_with(places)
+    }
+}
+
+impl PartialOrd for Ticket {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
 impl Contenders {
     /// The index for these keys.
     pub(crate) fn rebuild(keyspace: &Keyspace) -> Self {
+        let keys = KeyRange::prefix(b"");
+        let mut tickets = Vec::new();
         let mut contenders = Self::default();
-        for record in keyspace.range(&KeyRange::prefix(b""), None) {
-            contenders.insert(record);
+        for record in keyspace.range(&keys, None) {
             contenders.insert_beside(record);
+            if let Some(ticket) = Ticket::of(record) {
+                tickets.push((ticket, Standing::of(record)));
+            }
         }
-        let mut next = contenders.firsts_after(Bytes::new()).next().cloned();
-        while let Some(first) = next {
-            contenders.stop_wait(&first);
-            next = contenders.firsts_after(first.lock).next().cloned();
+        // Nearly in order, so sorted at once, and a tree at once.
+        contenders.tickets = tickets.into_iter().collect();
+        let ends = contenders.tickets.iter();
+        let ends = ends.filter_map(|(ticket, standing)| Some((standing.end()?, ticket)));
+        let deadlines = contenders
+            .deadlines
+            .iter()
+            .map(|(ticket, end)| (*end, ticket));
+        let mut timers = Vec::new();
+        for (end, ticket) in ends.chain(deadlines) {
+            if contenders.holder(&ticket.lock()) != Some(ticket) {
+                timers.push((end, ticket.clone()));
+            }
         }
+        contenders.timers = timers.into_iter().collect();
         contenders
     }
 
@@ -189,25 +224,18 @@ impl Contenders {
 
     /// Everyone who contends for this, the first first.
     pub(crate) fn queue(&self, lock: &Bytes) -> impl Iterator<Item = &Ticket> {
-        let range = Ticket::before(lock.clone())..Ticket::behind(lock.clone());
+        let range = Ticket::before(lock)..Ticket::behind(lock);
         self.tickets.range(range).map(|(ticket, _)| ticket)
-    }
-
-    /// Everyone who contends for anything.
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Ticket> {
-        let contends = |standing: &Standing| matches!(standing, Standing::Contends(_));
-        let tickets = self.tickets.iter();
-        tickets.filter_map(move |(ticket, standing)| contends(standing).then_some(ticket))
     }
 
     /// The first of everything behind this name, in order of name. A step costs
     /// O(log n), whoever waits.
     pub(crate) fn firsts_after(&self, lock: Bytes) -> impl Iterator<Item = &Ticket> {
-        let mut behind = Ticket::behind(lock);
+        let mut behind = Ticket::behind(&lock);
         std::iter::from_fn(move || {
             let range = (Bound::Excluded(&behind), Bound::Unbounded);
             let (first, _) = self.tickets.range(range).next()?;
-            behind = Ticket::behind(first.lock.clone());
+            behind = Ticket::behind(&first.lock());
             Some(first)
         })
     }
@@ -230,11 +258,11 @@ impl Contenders {
                 self.deadlines.remove(&ticket);
                 self.timers.remove(&(end, ticket.clone()));
             }
-            let candidates = self.elections.get_mut(&ticket.lock);
+            let candidates = self.elections.get_mut(ticket.name());
             let candidates = candidates.expect("it was counted when it came");
             *candidates -= 1;
             if *candidates == 0 {
-                self.elections.remove(&ticket.lock);
+                self.elections.remove(ticket.name());
             }
         }
         if let Some(record) = &change.after {
@@ -246,7 +274,7 @@ impl Contenders {
         let Some((ticket, end)) = beside(record) else {
             return;
         };
-        *self.elections.entry(ticket.lock.clone()).or_default() += 1;
+        *self.elections.entry(ticket.lock()).or_default() += 1;
         if let Some(end) = end {
             self.timers.insert((end, ticket.clone()));
             self.deadlines.insert(ticket, end);
@@ -287,11 +315,8 @@ impl Contenders {
 /// Whose request is beside a key, and when its wait ends.
 fn beside(record: &Record) -> Option<(Ticket, Option<LogTime>)> {
     let key = name::candidate_of(&record.key)?;
-    let ticket = Ticket {
-        lock: name::lock_of(&key)?,
-        create_revision: record.create_revision,
-        key,
-    };
+    let lock = name::lock_of(&key)?;
+    let ticket = Ticket::new(key, &lock, record.create_revision);
     let end = value::campaign(record)?.wait_until_ms;
     Some((ticket, (end != 0).then_some(end)))
 }

@@ -9,8 +9,6 @@
 //! Who holds is decided in `settle` alone, once a command, from the keys that
 //! changed.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
@@ -73,6 +71,17 @@ pub struct Grant {
     pub token: Revision,
     /// Whether it is that of a candidate.
     pub is_candidate: bool,
+}
+
+/// What a session holds, with who shares it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The grant.
+    pub grant: Grant,
+    /// One for each acquire that shares it, the first first, by which a release can
+    /// undo it: its number, the tag of one without, or 0 for a key of an etcd client.
+    /// For a candidate, its campaign.
+    pub entries: Vec<u64>,
 }
 
 /// A place in the queue of a lock or election.
@@ -195,12 +204,8 @@ pub(crate) fn settle(shift: Shift, cause: Cause<'_, Note>) -> Settled<Primitives
                 .push((session, Event::GrantLost { grant, reason }));
         }
     }
-    for Ticket {
-        key,
-        create_revision: token,
-        ..
-    } in shift.granted
-    {
+    for ticket in shift.granted {
+        let (key, token) = (ticket.key, ticket.create_revision);
         settled
             .resolved
             .push((token, Ok(Reply::Granted { key, token })));
@@ -258,23 +263,6 @@ pub(crate) fn check(contenders: &Contenders, name: String, token: Revision) -> A
     Answer::Checked(holder.is_some_and(|holder| holder.create_revision == token))
 }
 
-/// Of these places, those of who still contends, with what the holder is told.
-pub(crate) fn places(
-    contenders: &Contenders,
-    asked: &BTreeSet<Place>,
-) -> BTreeMap<Place, Option<Reply>> {
-    let still = contenders.all().filter_map(|ticket| {
-        let token = ticket.create_revision;
-        if !asked.contains(&token) {
-            return None;
-        }
-        let key = ticket.key.clone();
-        let holds = contenders.holder(&ticket.lock) == Some(ticket);
-        Some((token, holds.then_some(Reply::Granted { key, token })))
-    });
-    still.collect()
-}
-
 /// What a session holds and waits for, and what operators took from it.
 pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: SessionId) -> Answer {
     let (mut grants, mut waiting) = (Vec::new(), Vec::new());
@@ -289,7 +277,15 @@ pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: Sessio
             is_candidate: is_candidate(view.keyspace, key),
         };
         if holds(contenders, &lock, record) {
-            grants.push(contends);
+            let campaign = request_of(view.keyspace, record);
+            let entries = match native(record) {
+                Some(value) => value::entries(&value).collect(),
+                None => vec![campaign.unwrap_or(0)],
+            };
+            grants.push(Held {
+                grant: contends,
+                entries,
+            });
         } else {
             let number = request_of(view.keyspace, record);
             let is_number = |number: &u64| *number <= limits::REQUEST_NUMBER_MAX;
@@ -409,6 +405,8 @@ pub(crate) fn is_candidate(keyspace: &Keyspace, key: &Bytes) -> bool {
 /// goes the key.
 pub(crate) fn leave(context: &mut Context<'_>, record: &Record, entry: u64) {
     let shared = native(record).and_then(|value| value::without(value, entry));
+    #[cfg(conclave_plant)]
+    let shared = shared.filter(|_| !conclave_core::plant::is("one-release-frees-all"));
     match shared {
         Some(value) => {
             context.gives_back();

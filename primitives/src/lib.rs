@@ -25,20 +25,18 @@ pub mod name;
 pub mod observer;
 mod value;
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
     keyspace::{Change, Keyspace, Overlay, Record},
-    machine::{Cause, Context, Executed, Machine, Place, Settled, View},
+    machine::{Cause, Context, Executed, Machine, Settled, View},
     session::EndReason,
     system::ForcedRelease,
 };
 use conclave_proto::internal::{PrimitiveCommand, Request, command, primitive_command};
 use prost::Message as _;
 
-pub use contention::{Contender, Grant, LossReason, Note, Waiting};
+pub use contention::{Contender, Grant, Held, LossReason, Note, Waiting};
 pub use election::{ElectionInfo, Leader};
 pub use mutex::LockInfo;
 pub use name::Invalid;
@@ -186,7 +184,7 @@ pub enum Answer {
     /// To `Query::GrantsOf`.
     Grants {
         /// In order of key.
-        grants: Vec<Grant>,
+        grants: Vec<Held>,
         /// In order of key.
         waiting: Vec<Waiting>,
         /// In order of token, as far as they are on record.
@@ -299,10 +297,6 @@ impl Machine for Primitives {
 
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Note>) -> Settled<Self> {
         contention::settle(self.contenders.update(changes), cause)
-    }
-
-    fn places(&self, asked: &BTreeSet<Place>) -> BTreeMap<Place, Option<Reply>> {
-        contention::places(&self.contenders, asked)
     }
 
     fn query(&self, view: View<'_>, query: Query) -> Answer {

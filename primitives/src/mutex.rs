@@ -174,6 +174,10 @@ fn join(
         return Err(Rejection::TooManyEntries);
     }
     value.inner.push(entry);
+    #[cfg(conclave_plant)]
+    if conclave_core::plant::is("acquire-counts-twice") {
+        value.inner.push(entry);
+    }
     rewrite(context, record, &value);
     Ok(Reply::Granted { key, token })
 }
@@ -320,7 +324,8 @@ fn lock_info(
     first: &Ticket,
     waiters_left: &mut usize,
 ) -> LockInfo {
-    let mut queue = contenders.queue(&first.lock).enumerate().skip(1);
+    let lock = first.lock();
+    let mut queue = contenders.queue(&lock).enumerate().skip(1);
     let waiters: Vec<Contender> = queue
         .by_ref()
         .take(*waiters_left)

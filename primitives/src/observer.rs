@@ -22,6 +22,8 @@ pub struct Observer {
     name: Bytes,
     /// In the order in which they lead.
     contenders: BTreeMap<(Revision, Bytes), Record>,
+    /// By key; events may not say what was before them.
+    created: BTreeMap<Bytes, Revision>,
 }
 
 /// How an election stands from a revision on.
@@ -44,6 +46,7 @@ impl Observer {
         let mut observer = Self {
             name: Bytes::copy_from_slice(name.as_bytes()),
             contenders: BTreeMap::new(),
+            created: BTreeMap::new(),
         };
         for record in records {
             observer.put(record);
@@ -77,9 +80,8 @@ impl Observer {
     }
 
     fn happened(&mut self, event: &Event) {
-        if let Some(before) = &event.before {
-            let place = (before.create_revision, before.key.clone());
-            self.contenders.remove(&place);
+        if let Some(created) = self.created.remove(&event.key) {
+            self.contenders.remove(&(created, event.key.clone()));
         }
         if let Some(after) = &event.after {
             self.put(after.clone());
@@ -88,8 +90,9 @@ impl Observer {
 
     fn put(&mut self, record: Record) {
         if lock_of(&record.key).as_ref() == Some(&self.name) {
-            let place = (record.create_revision, record.key.clone());
-            self.contenders.insert(place, record);
+            let (created, key) = (record.create_revision, record.key.clone());
+            self.created.insert(key.clone(), created);
+            self.contenders.insert((created, key), record);
         }
     }
 }

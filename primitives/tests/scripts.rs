@@ -44,8 +44,8 @@ use conclave_core::{
     state::Applied,
 };
 use conclave_primitives::{
-    Answer as Found, Contender, Event, Leader, LossReason, Primitives, Query, Rejection, Reply,
-    Waiting, command,
+    Answer as Found, Contender, Event, Held, Leader, LossReason, Primitives, Query, Rejection,
+    Reply, Waiting, command,
 };
 use conclave_proto::internal::{
     AttachSession, CloseSession, DeleteRange, ElectCampaign, ElectProclaim, ElectResign,
@@ -522,10 +522,14 @@ impl Script {
                 waiting,
                 forced,
             } => {
-                for grant in grants {
+                for Held { grant, entries } in grants {
                     let owner = with_owner(&grant.owner);
                     let verb = if grant.is_candidate { "leads" } else { "holds" };
-                    writeln!(out, "{verb} {}{owner}, token {}", grant.lock, grant.token).unwrap();
+                    write!(out, "{verb} {}{owner}, token {}", grant.lock, grant.token).unwrap();
+                    match &entries[..] {
+                        [_] => writeln!(out).unwrap(),
+                        shared => writeln!(out, ", shared by {shared:?}").unwrap(),
+                    }
                 }
                 for Waiting { contends, request } in waiting {
                     let owner = with_owner(&contends.owner);

@@ -32,6 +32,14 @@ pub(crate) fn grant(grant: primitives::Grant) -> v1::Grant {
         key: grant.key,
         token: grant.token,
         candidate: grant.is_candidate,
+        entries: Vec::new(),
+    }
+}
+
+pub(crate) fn held(held: primitives::Held) -> v1::Grant {
+    v1::Grant {
+        entries: held.entries,
+        ..grant(held.grant)
     }
 }
 
@@ -69,9 +77,8 @@ pub(crate) fn forced(record: ForcedRelease) -> v1::GrantLost {
         grant: Some(v1::Grant {
             lock,
             owner,
-            key: Default::default(),
             token,
-            candidate: false,
+            ..v1::Grant::default()
         }),
         reason: v1::LossReason::Forced.into(),
         detail: reason,

@@ -75,7 +75,7 @@ pub(crate) struct Held {
 
 #[derive(Clone, Copy, Debug)]
 enum Kind {
-    /// `entry`: which of the acquires that share the grant it stands for; 0 if none do.
+    /// `entry`: which of the acquires that share the grant it stands for.
     Lock {
         entry: u64,
     },
@@ -243,10 +243,9 @@ impl Pending {
         self.core.granted(self.acquire.request(), token, revision);
         let kind = match &self.wish {
             Wish::Lead(_) => Kind::Leader,
-            Wish::Lock(terms) if terms.is_reentrant => Kind::Lock {
+            Wish::Lock(_) => Kind::Lock {
                 entry: self.acquire.request(),
             },
-            Wish::Lock(_) => Kind::Lock { entry: 0 },
         };
         Held::new(session, self.contended.clone(), granted, kind)
     }
@@ -318,18 +317,18 @@ impl Held {
         }
     }
 
-    /// For a grant that an earlier start of this program was given, and that was
-    /// there already.
+    /// For a grant that an earlier start of this program was given, and which was there
+    /// at the revision: one of the acquires that share it, or leadership.
     pub(crate) fn adopted(
         session: Session,
         contended: Contended,
-        is_candidate: bool,
         granted: Granted,
+        entry: Option<u64>,
     ) -> Held {
         session.core().adopted(granted.token, granted.revision);
-        let kind = match is_candidate {
-            true => Kind::Leader,
-            false => Kind::Lock { entry: 0 },
+        let kind = match entry {
+            Some(entry) => Kind::Lock { entry },
+            None => Kind::Leader,
         };
         Held::new(session, contended, granted, kind)
     }

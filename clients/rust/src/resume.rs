@@ -30,7 +30,8 @@ use crate::{
 pub struct Resumed {
     /// The session.
     pub session: Session,
-    /// The locks that it held when this program attached.
+    /// The locks that it held when this program attached: of a grant that several acquires
+    /// share, one for each of them.
     pub guards: Vec<LockGuard>,
     /// The elections in which it led then.
     pub leaderships: Vec<Leadership>,
@@ -200,6 +201,7 @@ fn take_up(session: Session, attached: AttachSessionResponse, mut wanted: Vec<u6
             owner,
             key,
             token,
+            entries,
             candidate,
         } = grant;
         let granted = Granted {
@@ -208,10 +210,16 @@ fn take_up(session: Session, attached: AttachSessionResponse, mut wanted: Vec<u6
             revision,
         };
         let contended = Contended::new(lock, owner);
-        let held = Held::adopted(resumed.session.clone(), contended, candidate, granted);
-        match candidate {
-            true => resumed.leaderships.push(Leadership::new(held)),
-            false => resumed.guards.push(LockGuard(held)),
+        for entry in entries {
+            let session = resumed.session.clone();
+            let granted = granted.clone();
+            if candidate {
+                let held = Held::adopted(session, contended.clone(), granted, None);
+                resumed.leaderships.push(Leadership::new(held));
+            } else {
+                let held = Held::adopted(session, contended.clone(), granted, Some(entry));
+                resumed.guards.push(LockGuard(held));
+            }
         }
     }
     for Place { contends, request } in attached.places {
