@@ -438,7 +438,7 @@ impl World {
         }
         let answer = match leads {
             true => Ok(Reply::Proclaimed),
-            false => Err(self.not_holder(token)),
+            false => Err(self.not_holder(who, token)),
         };
         let answer = Some(answer);
         (
@@ -450,10 +450,13 @@ impl World {
         )
     }
 
-    /// Whatever an operator did is forgotten here: what is compared is the refusal.
-    fn not_holder(&self, token: Revision) -> Rejection {
-        let forced = self.driver.state.system().forced_release(token).cloned();
-        Rejection::NotHolder { forced }
+    /// What operators did is taken from the state.
+    fn not_holder(&self, who: Who, token: Revision) -> Rejection {
+        let forced = self.driver.state.system().forced_release(token);
+        let forced = forced.filter(|forced| forced.lock == NAMES[who.name]);
+        Rejection::NotHolder {
+            forced: forced.cloned(),
+        }
     }
 
     fn resign(&mut self, who: Who, off: u64) -> (Step, Expected) {
@@ -472,7 +475,7 @@ impl World {
             expected.answer = Some(Ok(Reply::Resigned));
             expected.gone = vec![self.key(who)];
         } else {
-            expected.answer = Some(Err(self.not_holder(token)));
+            expected.answer = Some(Err(self.not_holder(who, token)));
         }
         (step, expected)
     }
@@ -564,7 +567,7 @@ impl World {
             expected.answer = Some(Ok(Reply::Released));
             expected.gone = vec![key];
         } else {
-            expected.answer = Some(Err(self.not_holder(token)));
+            expected.answer = Some(Err(self.not_holder(who, token)));
         }
         (step, expected)
     }
