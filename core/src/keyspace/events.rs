@@ -164,7 +164,7 @@ impl Keyspace {
 
     /// The version of a key that a revision made.
     fn made_at(&self, key: &Bytes, revision: Revision) -> Option<&Record> {
-        let live = self.live.get(key);
+        let live = self.get(key);
         live.filter(|record| record.mod_revision == revision)
             .or_else(|| {
                 let (_, record) = self.past.first_of(key, revision + 1)?;
@@ -178,7 +178,7 @@ impl Keyspace {
             Some((_, record)) if record.mod_revision >= from => Some(record.mod_revision),
             Some((ended, _)) => Some(ended),
             None => {
-                let live = self.live.get(key)?;
+                let live = self.get(key)?;
                 (live.mod_revision >= from).then_some(live.mod_revision)
             }
         }
