@@ -35,7 +35,7 @@ use self::{
     bound::Bound,
     changes::{Changes, Entry, Kind},
     history::History,
-    order::Live,
+    order::{Live, Past},
     picture::Drawing,
 };
 use crate::{
@@ -419,9 +419,10 @@ impl PartialEq for Keyspace {
             live,
             live_bytes,
             past,
-            changes: _,
             bound,
             digest,
+            // An index of the versions, and no truth of its own.
+            changes: _,
             drawing: _,
         } = self;
         let counts = (*revision, *live_bytes, *digest);
@@ -453,13 +454,17 @@ fn versions<'a>(
 ) -> impl Iterator<Item = (Option<Revision>, &'a Record)> {
     let mut live = live.iter().map(|Live(record)| record).peekable();
     let mut past = past.all().peekable();
-    std::iter::from_fn(move || match (past.peek(), live.peek()) {
-        (Some((ended, record)), other) if other.is_none_or(|other| record.key <= other.key) => {
-            let version = (Some(*ended), *record);
-            past.next();
-            Some(version)
+    std::iter::from_fn(move || {
+        let is_past = match (past.peek(), live.peek()) {
+            (Some(past), Some(live)) => past.record.key <= live.key,
+            (past, _) => past.is_some(),
+        };
+        match is_past {
+            true => past
+                .next()
+                .map(|Past { ended, record }| (Some(*ended), record)),
+            false => live.next().map(|record| (None, record)),
         }
-        _ => live.next().map(|record| (None, record)),
     })
 }
 

@@ -308,7 +308,7 @@ struct Inbox<M: Machine> {
     renewals: Queue<Attachment, Responder<M>>,
     endings: Queue<command::Body, Responder<M>>,
     work: Queue<Request<M>, Responder<M>>,
-    watches: Vec<watch::Request>,
+    watches: Queue<watch::Request, ()>,
     stopping: bool,
 }
 
@@ -334,7 +334,7 @@ impl<M: Machine> Default for Inbox<M> {
             renewals: Queue::default(),
             endings: Queue::default(),
             work: Queue::default(),
-            watches: Vec::new(),
+            watches: Queue::default(),
             stopping: false,
         }
     }
@@ -420,18 +420,22 @@ impl<M: Machine> Shared<M> {
     }
 
     fn watch(&self, request: watch::Request) -> Result<(), Failure> {
-        use watch::Request::{Create, Progress, ProgressOf};
         let mut inbox = unpoisoned(self.inbox.lock());
         if inbox.stopping {
             return Err(Failure::ShuttingDown);
         }
         let was_empty = inbox.is_empty();
-        // The others give something back, and are no more than there are of these.
-        let is_more = matches!(request, Create { .. } | Progress { .. } | ProgressOf { .. });
-        if is_more && inbox.watches.len() >= limits::QUEUED_WATCHES_MAX {
-            return Err(Failure::Overloaded);
-        }
-        inbox.watches.push(request);
+        let (bytes, max) = match &request {
+            watch::Request::Create { of, .. } => (of.range.bytes(), limits::QUEUED_WATCHES_MAX),
+            watch::Request::Progress { .. } | watch::Request::ProgressOf { .. } => {
+                (0, limits::QUEUED_WATCHES_MAX)
+            }
+            // They give something back, and are no more than there are of the others.
+            watch::Request::Cancel { .. }
+            | watch::Request::Consumed { .. }
+            | watch::Request::Close { .. } => (0, usize::MAX),
+        };
+        inbox.watches.put(request, bytes, (), max)?;
         drop(inbox);
         self.wake_if(was_empty);
         Ok(())
@@ -475,7 +479,7 @@ impl<M: Machine> Shared<M> {
             renewals: inbox.renewals.take(limits::RENEWALS_PER_TURN_MAX),
             endings: inbox.endings.take(limits::REQUESTS_PER_TURN_MAX),
             work: inbox.work.take(limits::REQUESTS_PER_TURN_MAX),
-            watches: first(&mut inbox.watches, limits::REQUESTS_PER_TURN_MAX),
+            watches: inbox.watches.take(limits::REQUESTS_PER_TURN_MAX),
             stopping,
         };
         Taken {
@@ -498,12 +502,6 @@ struct Taken<M: Machine> {
     inbox: Inbox<M>,
     /// The next turn is to follow at once: nobody wakes for what lies there already.
     is_more_left: bool,
-}
-
-/// Splits the first `max` off.
-fn first<T>(queue: &mut Vec<T>, max: usize) -> Vec<T> {
-    let rest = queue.split_off(max.min(queue.len()));
-    mem::replace(queue, rest)
 }
 
 /// One member of the cluster with its log. See the module. When it is dropped,
@@ -742,7 +740,8 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
                 Request::Renew(of) => Input::Renew { number, of },
             });
         }
-        inputs.extend(inbox.watches.into_iter().map(Input::Watch));
+        let watches = inbox.watches.into_iter();
+        inputs.extend(watches.map(|(request, ())| Input::Watch(request)));
         inputs
     }
 

@@ -7,6 +7,7 @@
 //! - `kv`: keys, transactions, compaction;
 //! - `lock`, `election`: the services of these names, over `contention`, on native locks
 //!   and elections;
+//! - `watch`: events of keys;
 //! - `status`: every error, with etcd's code and text.
 //!
 //! A service asks for what etcd asks, in etcd's order, then takes the way of the
@@ -18,12 +19,13 @@ mod kv;
 mod lock;
 mod replies;
 pub(crate) mod status;
+mod watch;
 
 use std::{future::Future, ops::Deref, sync::Arc, time::Duration};
 
 use conclave_core::ids::{Revision, Term};
 use conclave_proto::etcd::{
-    etcdserverpb::{ResponseHeader, kv_server::KvServer},
+    etcdserverpb::{ResponseHeader, kv_server::KvServer, watch_server::WatchServer},
     v3electionpb::election_server::ElectionServer,
     v3lockpb::lock_server::LockServer,
 };
@@ -32,6 +34,7 @@ use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::Rou
 
 use self::{
     election::ElectionService, kv::KvService, lock::LockService, replies::Replies, status::Error,
+    watch::WatchService,
 };
 use crate::{gateway::Gateway, metrics::Method, routes::REQUEST_OVERHEAD_BYTES};
 
@@ -58,9 +61,11 @@ pub(crate) fn add_services(routes: Routes, gateway: &Arc<Gateway>) -> Routes {
     let bytes_max = etcd.settings.max_request_bytes + REQUEST_OVERHEAD_BYTES;
     let kv = KvServer::new(KvService(etcd.clone())).max_decoding_message_size(bytes_max);
     let lock = LockServer::new(LockService(etcd.clone()));
-    let election = ElectionServer::new(ElectionService(etcd));
+    let election = ElectionServer::new(ElectionService(etcd.clone()));
+    let watch = WatchServer::new(WatchService(etcd)).max_decoding_message_size(bytes_max);
     routes
         .add_service(Replies(kv))
+        .add_service(Replies(watch))
         .add_service(Replies(lock.max_decoding_message_size(bytes_max)))
         .add_service(Replies(election.max_decoding_message_size(bytes_max)))
 }

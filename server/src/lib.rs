@@ -14,7 +14,8 @@
 //!   back;
 //! - `validate`, `convert`, `status`: requests are checked, answers converted,
 //!   and errors mapped to the wire, each in one place;
-//! - `events`: streams that follow sessions; `observe`: those that observe elections;
+//! - `events`: streams that follow sessions; `readers`: streams that watch keys;
+//!   `observe`: streams that observe elections;
 //! - `turns`: the thread of the node, with `peers`, the links between members;
 //! - `metrics`: what is counted.
 //!

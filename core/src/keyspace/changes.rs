@@ -38,13 +38,6 @@ pub(super) struct Changes {
     chunks: VecDeque<Vec<Entry>>,
 }
 
-/// An index of the versions, and no truth of its own: any two are equal.
-impl PartialEq for Changes {
-    fn eq(&self, _other: &Self) -> bool {
-        true
-    }
-}
-
 impl Changes {
     /// Those of a keyspace with these versions, past ones with the revision that
     /// ended them, and of one key in order. What was deleted by the compaction itself

@@ -53,6 +53,15 @@ impl KeyRange {
         RangeBounds::<[u8]>::contains(&self.bounds(), key)
     }
 
+    /// The length of what it is made of.
+    pub(crate) fn bytes(&self) -> usize {
+        let end = match &self.end {
+            Bound::Included(end) | Bound::Excluded(end) => end.len(),
+            Bound::Unbounded => 0,
+        };
+        self.start.len() + end
+    }
+
     /// The key, if it was made for one.
     pub fn as_single(&self) -> Option<&Bytes> {
         matches!(self.end, Bound::Included(_)).then_some(&self.start)

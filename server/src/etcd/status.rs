@@ -27,6 +27,8 @@ pub(crate) enum Error {
     NoLeader,
     /// More than the log takes.
     RequestTooLarge,
+    /// This member lags too far behind to serve.
+    Behind,
     /// A revision that cannot be read or compacted.
     Revision(RevisionError),
     /// The name of a lock or election cannot be one.
@@ -104,6 +106,10 @@ impl Error {
             ),
             Self::NoLeader => (Code::Unavailable, "etcdserver: no leader"),
             Self::RequestTooLarge => (Code::InvalidArgument, "etcdserver: request is too large"),
+            Self::Behind => (
+                Code::Unavailable,
+                "etcdserver: request timed out, waiting for the applied index took too long",
+            ),
             Self::Revision(RevisionError::Compacted { .. }) => (
                 Code::OutOfRange,
                 "etcdserver: mvcc: required revision has been compacted",
@@ -196,7 +202,7 @@ mod tests {
     #[test]
     fn errors_have_the_codes_and_texts_of_etcd() {
         let (asked, compacted, newest) = (3, 4, 2);
-        let table: [(Error, Code, &str); 12] = [
+        let table: [(Error, Code, &str); 13] = [
             (
                 Error::EmptyKey,
                 Code::InvalidArgument,
@@ -208,6 +214,11 @@ mod tests {
                 "invalid client api version",
             ),
             (Error::NoLeader, Code::Unavailable, "no leader"),
+            (
+                Error::Behind,
+                Code::Unavailable,
+                "request timed out, waiting for the applied index took too long",
+            ),
             (
                 Error::RequestTooLarge,
                 Code::InvalidArgument,
