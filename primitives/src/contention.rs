@@ -322,9 +322,8 @@ pub(crate) fn contender(
         .map(|delay| delay.delay_until_ms.saturating_sub(now));
     let beside = beside_of(keyspace, &record.key);
     let is_candidate = is_candidate(keyspace, &record.key);
-    let native = native(record);
-    let entries = native.as_ref().map(|value| value::entries(value).count());
-    let asked = native.or(delay).map(|value| value.asked_ms);
+    let value = value::native_or_lost(record);
+    let asked = value.as_ref().map(|value| value.asked_ms);
     let asked = beside.map(|campaign| campaign.asked_ms).or(asked);
     Contender {
         key: record.key.clone(),
@@ -335,7 +334,7 @@ pub(crate) fn contender(
         since_ms: asked.map_or(0, |asked| now.saturating_sub(asked)),
         place,
         delay_left_ms,
-        entries: entries.unwrap_or(1),
+        entries: value.map_or(1, |value| value::entries(&value).count()),
         is_candidate,
     }
 }
@@ -404,7 +403,7 @@ pub(crate) fn is_candidate(keyspace: &Keyspace, key: &Bytes) -> bool {
 /// Undoes one acquire, by its number or tag, or the newest for 0: with the last one
 /// goes the key.
 pub(crate) fn leave(context: &mut Context<'_>, record: &Record, entry: u64) {
-    let shared = native(record).and_then(|value| value::without(value, entry));
+    let shared = value::native_or_lost(record).and_then(|value| value::without(value, entry));
     #[cfg(conclave_plant)]
     let shared = shared.filter(|_| !conclave_core::plant::is("one-release-frees-all"));
     match shared {

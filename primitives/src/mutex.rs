@@ -202,7 +202,7 @@ pub(crate) fn release(
     let grant = context.overlay.get(&key).filter(|record| {
         record.create_revision == token
             && is_first(contenders, &lock, record)
-            && (entry == 0 || asked_by(context, record, entry) || value::delay(record).is_some())
+            && is_undone_by(context, record, entry)
     });
     #[cfg(conclave_plant)]
     let grant = match context.overlay.get(&key) {
@@ -337,5 +337,16 @@ fn lock_info(
         holder: listed(view, first, 0),
         waiters_total: waiters.len() + queue.count(),
         waiters,
+    }
+}
+
+/// Whether a release that names this acquire, or the newest by 0, undoes one. What a
+/// lost holder left and others may share is undone by names alone: its session is
+/// over, and so nothing tells a release that comes twice from two of them.
+fn is_undone_by(context: &Context<'_>, record: &Record, entry: u64) -> bool {
+    match value::delay(record) {
+        Some(left) if entry == 0 => !left.reentrant,
+        Some(left) => value::entries(&left).any(|other| other == entry),
+        None => entry == 0 || asked_by(context, record, entry),
     }
 }
