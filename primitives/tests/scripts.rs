@@ -373,6 +373,22 @@ impl Script {
                 reentrant: words.named.contains_key("reentrant"),
                 plain: words.named.contains_key("plain"),
             }),
+            _ => self.election_command(verb, rest, words, request),
+        }
+    }
+
+    fn election_command(
+        &self,
+        verb: &str,
+        rest: &[&str],
+        words: &Words<'_>,
+        request: Request,
+    ) -> Command {
+        let session_id = self.session(rest[0]).0;
+        let name = rest[1].to_owned();
+        let owner = words.text("owner");
+        let number = |name| words.number(name).unwrap_or_default();
+        match verb {
             "campaign" => Command::ElectCampaign(ElectCampaign {
                 name,
                 session_id,

@@ -382,12 +382,7 @@ async fn native_candidates_and_those_of_etcd_are_in_one_election() {
     client.elections().resign(resign).await.unwrap();
     let mut told = Vec::new();
     for _ in 0..3 {
-        let message = timeout(PATIENCE, seen.message()).await;
-        let message = message.expect("nothing is told").unwrap().unwrap();
-        told.push((
-            message.revision,
-            message.leader.map(|leader| (leader.term, leader.value)),
-        ));
+        told.push(observed(&mut seen).await);
     }
     let first = u64::try_from(first.rev).unwrap();
     let values: Vec<_> = told.iter().map(|(_, leader)| leader.clone()).collect();
@@ -410,13 +405,16 @@ async fn native_candidates_and_those_of_etcd_are_in_one_election() {
         .await
         .unwrap()
         .into_inner();
-    for (revision, leader) in &told[1..] {
-        let message = timeout(PATIENCE, again.message()).await;
-        let message = message.expect("nothing is told").unwrap().unwrap();
-        assert_eq!(message.revision, *revision);
-        assert_eq!(
-            message.leader.map(|leader| (leader.term, leader.value)),
-            *leader
-        );
+    for next in &told[1..] {
+        assert_eq!(observed(&mut again).await, *next);
     }
+}
+
+/// The next revision that an observer is told of, with the term and the word of the
+/// leader.
+async fn observed(stream: &mut Streaming<v1::ObserveResponse>) -> (u64, Option<(u64, Bytes)>) {
+    let message = timeout(PATIENCE, stream.message()).await;
+    let told = message.expect("nothing is told").unwrap().unwrap();
+    let leader = told.leader.map(|leader| (leader.term, leader.value));
+    (told.revision, leader)
 }
