@@ -27,6 +27,7 @@
 mod channel;
 mod cluster;
 mod convert;
+mod etcd;
 mod events;
 mod gateway;
 mod http;

@@ -1,0 +1,3 @@
+//! The etcd v3 API.
+
+pub(crate) mod json;
