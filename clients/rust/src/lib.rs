@@ -84,6 +84,7 @@ mod transport;
 mod watch;
 pub mod watch_state;
 
+pub use bytes::Bytes;
 pub use client::{Client, ServerStatus};
 pub use conclave_proto::v1::{Contender, LockInfo, Member, SessionInfo, StatusResponse};
 pub use credentials::Credentials;

@@ -121,7 +121,8 @@ async fn a_watch_that_comes_too_late_says_from_where_to_go_on() {
 async fn a_watch_that_nobody_begins_fails() {
     let servers = Servers::start(1).await;
     servers.hang(0);
-    let watch = client(&servers).watch(Watch::new("k"));
+    let client = client(&servers);
+    let watch = client.watch(Watch::new("k"));
     let error = timeout(LONG, async { watch.await.unwrap_err() })
         .await
         .unwrap();
