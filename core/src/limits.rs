@@ -138,6 +138,25 @@ pub const CHECKPOINT_CHUNK_BYTES: usize = 128 << 10;
 /// Messages with records that wait for the disk of the member that gets them.
 pub const CHECKPOINT_CHUNKS_QUEUED_MAX: usize = 32;
 
+/// Bytes of events that wait for one stream of watchers; beyond it, they are left in
+/// the history until the reader has caught up. The events of one revision more may
+/// wait.
+pub const WATCH_QUEUE_BYTES_MAX: u64 = 1 << 20;
+/// Changes looked at when a watcher begins, so that one that lacks little is live at
+/// once.
+pub const WATCH_CHANGES_AT_ONCE: usize = 64;
+/// Changes that one turn looks at for watchers that are behind: some milliseconds of
+/// work.
+pub const WATCH_CHANGES_PER_TURN_MAX: usize = 8_192;
+/// Those for one watcher in a row, and so the most revisions that it is told of in one
+/// message.
+pub const WATCH_CHANGES_PER_STEP_MAX: usize = 1_000;
+/// How often in a turn live watchers are told something; the others are told in turns
+/// that follow, from the history. Some milliseconds of work.
+pub const WATCH_TELLINGS_PER_TURN_MAX: usize = 16_384;
+/// Requests of watchers waiting for the node that may be refused.
+pub const QUEUED_WATCHES_MAX: usize = 65_536;
+
 /// Sessions in one answer of a list.
 pub const LIST_SESSIONS_MAX: usize = 1_000;
 /// Locks in one answer of a list.

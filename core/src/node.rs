@@ -38,6 +38,7 @@ use crate::{
         Status,
     },
     state::State,
+    watch,
 };
 
 /// How long nothing is written before the newest batch gets a mark behind it.
@@ -65,6 +66,8 @@ pub struct Outlets<M: Machine> {
     pub publish: Outlet<Event<M::Event>>,
     /// Told that sessions have missed events, before later ones are published.
     pub missed: Box<dyn FnMut() + Send>,
+    /// Tells readers of events, in order.
+    pub notify: Outlet<(watch::StreamId, watch::Notice)>,
     /// Gets a checkpoint from another member, record by record, into the sink; dropping
     /// that ends the attempt.
     pub fetch: Box<dyn FnMut(Fetch, Sink) + Send>,
@@ -133,6 +136,7 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         send,
         publish,
         missed,
+        notify,
         fetch,
     } = outlets;
     let newest = state.as_ref().map_or(0, State::applied);
@@ -161,6 +165,7 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         send,
         publish,
         missed,
+        notify,
         fetch,
         is_fetch_refused: false,
         shared,
@@ -199,6 +204,16 @@ impl<M: Machine> Handle<M> {
     /// Renews a session for one of its attachments; otherwise as [`Handle::command`].
     pub fn renew(&self, of: Attachment, respond: Responder<M>) -> Result<(), Failure> {
         self.shared.request(Request::Renew(of), respond)
+    }
+
+    /// Hands over what a reader of events asks for; it is told by notices.
+    ///
+    /// # Errors
+    ///
+    /// If a new watcher or a question is too much at the moment, or the node is
+    /// stopping.
+    pub fn watch(&self, request: watch::Request) -> Result<(), Failure> {
+        self.shared.watch(request)
     }
 
     /// Hands over what a peer sent, in one go, so that one turn takes it all.
@@ -293,6 +308,7 @@ struct Inbox<M: Machine> {
     renewals: Queue<Attachment, Responder<M>>,
     endings: Queue<command::Body, Responder<M>>,
     work: Queue<Request<M>, Responder<M>>,
+    watches: Queue<watch::Request, ()>,
     stopping: bool,
 }
 
@@ -318,6 +334,7 @@ impl<M: Machine> Default for Inbox<M> {
             renewals: Queue::default(),
             endings: Queue::default(),
             work: Queue::default(),
+            watches: Queue::default(),
             stopping: false,
         }
     }
@@ -368,6 +385,7 @@ impl<M: Machine> Inbox<M> {
             && self.renewals.is_empty()
             && self.endings.is_empty()
             && self.work.is_empty()
+            && self.watches.is_empty()
     }
 }
 
@@ -396,6 +414,28 @@ impl<M: Machine> Shared<M> {
                 inbox.work.put(request, bytes, respond, max)?;
             }
         }
+        drop(inbox);
+        self.wake_if(was_empty);
+        Ok(())
+    }
+
+    fn watch(&self, request: watch::Request) -> Result<(), Failure> {
+        let mut inbox = unpoisoned(self.inbox.lock());
+        if inbox.stopping {
+            return Err(Failure::ShuttingDown);
+        }
+        let was_empty = inbox.is_empty();
+        let (bytes, max) = match &request {
+            watch::Request::Create { of, .. } => (of.range.bytes(), limits::QUEUED_WATCHES_MAX),
+            watch::Request::Progress { .. } | watch::Request::ProgressOf { .. } => {
+                (0, limits::QUEUED_WATCHES_MAX)
+            }
+            // They give something back, and are no more than there are of the others.
+            watch::Request::Cancel { .. }
+            | watch::Request::Consumed { .. }
+            | watch::Request::Close { .. } => (0, usize::MAX),
+        };
+        inbox.watches.put(request, bytes, (), max)?;
         drop(inbox);
         self.wake_if(was_empty);
         Ok(())
@@ -439,6 +479,7 @@ impl<M: Machine> Shared<M> {
             renewals: inbox.renewals.take(limits::RENEWALS_PER_TURN_MAX),
             endings: inbox.endings.take(limits::REQUESTS_PER_TURN_MAX),
             work: inbox.work.take(limits::REQUESTS_PER_TURN_MAX),
+            watches: inbox.watches.take(limits::REQUESTS_PER_TURN_MAX),
             stopping,
         };
         Taken {
@@ -476,6 +517,7 @@ pub struct Node<M: Machine, D: Disk> {
     send: Outlet<(NodeId, PeerMessage)>,
     publish: Outlet<Event<M::Event>>,
     missed: Box<dyn FnMut() + Send>,
+    notify: Outlet<(watch::StreamId, watch::Notice)>,
     fetch: Box<dyn FnMut(Fetch, Sink) + Send>,
     /// A checkpoint of its own is being written: it must ask again.
     is_fetch_refused: bool,
@@ -551,6 +593,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             messages,
             answers,
             events,
+            notices,
             fetch,
             installed,
         } = self.replica.finish()?;
@@ -570,6 +613,9 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         }
         if !events.is_empty() {
             (self.publish)(events);
+        }
+        if !notices.is_empty() {
+            (self.notify)(notices);
         }
         match fetch {
             Some(_) if self.schedule.is_busy() => self.is_fetch_refused = true,
@@ -694,6 +740,8 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
                 Request::Renew(of) => Input::Renew { number, of },
             });
         }
+        let watches = inbox.watches.into_iter();
+        inputs.extend(watches.map(|(request, ())| Input::Watch(request)));
         inputs
     }
 

@@ -5,6 +5,7 @@
 //!
 //! - here: what all of its services share;
 //! - `kv`: keys, transactions, compaction;
+//! - `watch`: events of keys;
 //! - `json`: all services over HTTP and JSON, too;
 //! - `status`: every error, with etcd's code and text.
 //!
@@ -15,15 +16,18 @@ pub(crate) mod json;
 mod kv;
 mod replies;
 pub(crate) mod status;
+mod watch;
 
 use std::{future::Future, ops::Deref, sync::Arc, time::Duration};
 
 use conclave_core::ids::{Revision, Term};
-use conclave_proto::etcd::etcdserverpb::{ResponseHeader, kv_server::KvServer};
+use conclave_proto::etcd::etcdserverpb::{
+    ResponseHeader, kv_server::KvServer, watch_server::WatchServer,
+};
 use tokio::time;
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::Routes};
 
-use self::{kv::KvService, replies::Replies, status::Error};
+use self::{kv::KvService, replies::Replies, status::Error, watch::WatchService};
 use crate::{gateway::Gateway, metrics::Method, routes::REQUEST_OVERHEAD_BYTES};
 
 /// What etcd's log puts around a request, and counts against the limit of its size.
@@ -47,8 +51,9 @@ impl Deref for Etcd {
 pub(crate) fn add_services(routes: Routes, gateway: &Arc<Gateway>) -> Routes {
     let etcd = Etcd(Arc::clone(gateway));
     let bytes_max = etcd.settings.max_request_bytes + REQUEST_OVERHEAD_BYTES;
-    let kv = KvServer::new(KvService(etcd)).max_decoding_message_size(bytes_max);
-    routes.add_service(Replies(kv))
+    let kv = KvServer::new(KvService(etcd.clone())).max_decoding_message_size(bytes_max);
+    let watch = WatchServer::new(WatchService(etcd)).max_decoding_message_size(bytes_max);
+    routes.add_service(Replies(kv)).add_service(Replies(watch))
 }
 
 impl Etcd {
@@ -113,7 +118,6 @@ impl Etcd {
 
     /// Ends when no leader was known at each of three looks in a row, an election
     /// timeout apart.
-    #[expect(dead_code, reason = "the streams to come need it")]
     pub(crate) async fn leader_is_lost(&self) {
         let timeout = Duration::from_millis(self.settings.election_ms);
         let mut without = 0;

@@ -25,6 +25,7 @@ use crate::{
     metrics::{Method, Metrics},
     options::Settings,
     peers::Peers,
+    readers::{Reader, Readers},
     status::Refusal,
 };
 
@@ -37,6 +38,7 @@ pub(crate) struct Gateway {
     pub(crate) handle: Handle<Primitives>,
     pub(crate) settings: Arc<Settings>,
     pub(crate) hub: Arc<Hub>,
+    readers: Arc<Readers>,
     pub(crate) peers: Arc<Peers>,
     pub(crate) metrics: Arc<Metrics>,
     /// Where answers for this thread arrive; somebody must deliver them.
@@ -54,6 +56,7 @@ impl Gateway {
         handle: Handle<Primitives>,
         settings: Arc<Settings>,
         hub: Arc<Hub>,
+        readers: Arc<Readers>,
         peers: Arc<Peers>,
         mailboxes: Vec<Arc<Mailbox>>,
         random: u64,
@@ -62,6 +65,7 @@ impl Gateway {
             handle,
             settings,
             hub,
+            readers,
             peers,
             metrics: Arc::new(Metrics::new()),
             mailbox: Arc::clone(&mailboxes[0]),
@@ -81,12 +85,18 @@ impl Gateway {
             handle: self.handle.clone(),
             settings: Arc::clone(&self.settings),
             hub: Arc::clone(&self.hub),
+            readers: Arc::clone(&self.readers),
             peers: Arc::clone(&self.peers),
             metrics: Arc::clone(&self.metrics),
             mailbox,
             mailboxes: Arc::clone(&self.mailboxes),
             next_tag: Arc::clone(&self.next_tag),
         }
+    }
+
+    /// A stream of events that this thread serves.
+    pub(crate) fn reader(&self) -> Reader {
+        Reader::new(&self.readers, self.handle.clone(), &self.mailbox)
     }
 
     /// A tag for a request to which the client gave no number.

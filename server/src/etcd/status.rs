@@ -23,6 +23,8 @@ pub(crate) enum Error {
     NoLeader,
     /// More than the log takes.
     RequestTooLarge,
+    /// This member lags too far behind to serve.
+    Behind,
     /// A revision that cannot be read or compacted.
     Revision(RevisionError),
     /// Everything that native calls fail with, too.
@@ -62,6 +64,10 @@ impl Error {
             ),
             Self::NoLeader => (Code::Unavailable, "etcdserver: no leader"),
             Self::RequestTooLarge => (Code::InvalidArgument, "etcdserver: request is too large"),
+            Self::Behind => (
+                Code::Unavailable,
+                "etcdserver: request timed out, waiting for the applied index took too long",
+            ),
             Self::Revision(RevisionError::Compacted { .. }) => (
                 Code::OutOfRange,
                 "etcdserver: mvcc: required revision has been compacted",
@@ -143,7 +149,7 @@ mod tests {
     #[test]
     fn errors_have_the_codes_and_texts_of_etcd() {
         let (asked, compacted, newest) = (3, 4, 2);
-        let table: [(Error, Code, &str); 12] = [
+        let table: [(Error, Code, &str); 13] = [
             (
                 Error::EmptyKey,
                 Code::InvalidArgument,
@@ -155,6 +161,11 @@ mod tests {
                 "invalid client api version",
             ),
             (Error::NoLeader, Code::Unavailable, "no leader"),
+            (
+                Error::Behind,
+                Code::Unavailable,
+                "request timed out, waiting for the applied index took too long",
+            ),
             (
                 Error::RequestTooLarge,
                 Code::InvalidArgument,
