@@ -30,7 +30,10 @@ fn keys_are_written_and_read_with_json() {
     for (revision, path) in [("2", "/v3/kv/put"), ("3", "/v3beta/kv/put")] {
         let (code, body) = post(address, path, put);
         assert_eq!(code, 200, "{body}");
-        assert!(body.contains(&format!(r#""revision":"{revision}""#)), "{body}");
+        assert!(
+            body.contains(&format!(r#""revision":"{revision}""#)),
+            "{body}"
+        );
         assert!(body.contains(r#"{"header":{"cluster_id":""#), "{body}");
     }
     let (code, body) = post(address, "/v3/kv/range", r#"{"key":"Zm9v"}"#);

@@ -496,7 +496,11 @@ impl Node {
             Input::Command { number: other, .. }
             | Input::Read { number: other, .. }
             | Input::Renew { number: other, .. } => *other != number,
-            Input::Peer { .. } | Input::PeerLost { .. } | Input::Fetched(_) | Input::Resign => true,
+            Input::Peer { .. }
+            | Input::PeerLost { .. }
+            | Input::Watch(_)
+            | Input::Fetched(_)
+            | Input::Resign => true,
         });
         if running.inbox.len() < before {
             running.callers.remove(&number);
