@@ -118,6 +118,9 @@ pub(crate) fn campaign(
     if wait_ms == Some(0) && contenders.first(&lock).is_some() {
         return Err(Rejection::Held);
     }
+    if !plain && context.overlay.base().keys_bound(id) >= limits::SESSION_KEYS_MAX {
+        return Err(Rejection::TooManyLocks);
+    }
     let now = context.now();
     let campaign = Campaign {
         request,

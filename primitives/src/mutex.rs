@@ -9,7 +9,7 @@
 //!
 //! **Rules.**
 //! - An acquire puts a key, unless the same contender is there by another one, or
-//!   it would have to wait and does not want to.
+//!   it would have to wait and does not want to, or its session has too many.
 //! - A wait that ends deletes the waiter's key. A holder has no deadline.
 //! - A release deletes the holder's key if the token is that of its grant.
 //! - Acquires of one session and owner that are reentrant share one grant: their
@@ -93,6 +93,9 @@ pub(crate) fn acquire(
     }
     if wait_ms == Some(0) && contenders.first(&lock).is_some() {
         return Err(Rejection::Held);
+    }
+    if context.overlay.base().keys_bound(id) >= limits::SESSION_KEYS_MAX {
+        return Err(Rejection::TooManyLocks);
     }
     let now = context.now();
     let value = LockContender {

@@ -8,6 +8,7 @@
 //! - `lock`, `election`: the services of these names, over `contention`, on native locks
 //!   and elections;
 //! - `watch`: events of keys;
+//! - `json`: all services over HTTP and JSON, too;
 //! - `status`: every error, with etcd's code and text.
 //!
 //! A service asks for what etcd asks, in etcd's order, then takes the way of the
@@ -15,6 +16,7 @@
 
 mod contention;
 mod election;
+pub(crate) mod json;
 mod kv;
 mod lock;
 mod replies;

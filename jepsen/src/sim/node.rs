@@ -498,8 +498,8 @@ impl Node {
             | Input::Renew { number: other, .. } => *other != number,
             Input::Peer { .. }
             | Input::PeerLost { .. }
-            | Input::Fetched(_)
             | Input::Watch(_)
+            | Input::Fetched(_)
             | Input::Resign => true,
         });
         if running.inbox.len() < before {

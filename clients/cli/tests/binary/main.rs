@@ -15,6 +15,7 @@ mod disk;
 mod elect_command;
 mod garbage;
 mod install;
+mod kv_command;
 mod lock_command;
 mod overload;
 mod serve_command;
