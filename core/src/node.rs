@@ -194,6 +194,12 @@ impl<M: Machine> Handle<M> {
         self.shared.request(Request::Read(query), respond)
     }
 
+    /// Asks what this node has applied, without a word to others; otherwise as
+    /// [`Handle::command`].
+    pub fn read_local(&self, query: Query<M>, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::LocalRead(query), respond)
+    }
+
     /// Renews a session for one of its attachments; otherwise as [`Handle::command`].
     pub fn renew(&self, of: Attachment, respond: Responder<M>) -> Result<(), Failure> {
         self.shared.request(Request::Renew(of), respond)
@@ -291,6 +297,7 @@ enum Request<M: Machine> {
     Command(command::Body),
     Ending(command::Body),
     Read(Query<M>),
+    LocalRead(Query<M>),
     Renew(Attachment),
 }
 
@@ -329,7 +336,7 @@ impl<M: Machine> Shared<M> {
             Request::Ending(body) if inbox.endings.len() < limits::QUEUED_ENDINGS_MAX => {
                 inbox.endings.push((body, respond));
             }
-            Request::Command(_) | Request::Read(_)
+            Request::Command(_) | Request::Read(_) | Request::LocalRead(_)
                 if inbox.work.len() < limits::QUEUED_REQUESTS_MAX =>
             {
                 inbox.work.push((request, respond));
@@ -625,6 +632,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             inputs.push(match request {
                 Request::Command(body) | Request::Ending(body) => Input::Command { number, body },
                 Request::Read(query) => Input::Read { number, query },
+                Request::LocalRead(query) => Input::LocalRead { number, query },
                 Request::Renew(of) => Input::Renew { number, of },
             });
         }

@@ -158,11 +158,20 @@ fn body(state: &State<Notes>, step: &Step) -> Option<command::Body> {
             let lease = lease.and_then(session).map_or(0, |id| id.0);
             let value = Bytes::from_static(b"value");
             let key = Bytes::from_static(key.as_bytes());
-            txn(operation::Operation::Put(Put { key, value, lease }))
+            txn(operation::Operation::Put(Put {
+                key,
+                value,
+                lease,
+                ..Put::default()
+            }))
         }
         Step::Delete(key, end) => {
             let (key, end) = (key.as_bytes().into(), end.as_bytes().into());
-            txn(operation::Operation::DeleteRange(DeleteRange { key, end }))
+            txn(operation::Operation::DeleteRange(DeleteRange {
+                key,
+                end,
+                previous: false,
+            }))
         }
         Step::Compact(back) => command::Body::Compact(Compact {
             revision: state.keyspace().revision().saturating_sub(*back),

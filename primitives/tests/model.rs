@@ -875,10 +875,12 @@ impl World {
                     lease: write
                         .session
                         .map_or(0, |session| self.model.sessions[session].0),
+                    ..Put::default()
                 }),
                 None => Kind::DeleteRange(DeleteRange {
                     key,
                     end: Bytes::new(),
+                    previous: false,
                 }),
             };
             Operation {

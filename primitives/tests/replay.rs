@@ -143,6 +143,7 @@ fn put(key: &'static str, value: &'static str, lease: i64) -> Kind {
         key: key.into(),
         value: value.into(),
         lease,
+        ..Put::default()
     })
 }
 
@@ -150,10 +151,11 @@ fn delete(key: &'static str, end: &'static str) -> Kind {
     Kind::DeleteRange(DeleteRange {
         key: key.into(),
         end: end.into(),
+        previous: false,
     })
 }
 
-fn range(revision: u64) -> Kind {
+fn range(revision: i64) -> Kind {
     Kind::Range(Range {
         key: "a".into(),
         end: "\0".into(),
@@ -382,6 +384,7 @@ fn record_keys(r: &mut Recorder, [one, two, _]: [i64; 3]) {
         key: "a".into(),
         result: compare::Result::Equal.into(),
         target: Some(compare::Target::Value("1".into())),
+        ..Compare::default()
     };
     r.txn(vec![compare], vec![put("a", "2", one), range(0), range(3)]);
     r.txn(Vec::new(), vec![put("c", "1", 0), delete("b", "c")]);

@@ -5,6 +5,7 @@
 //!
 //! - here: what all of its services share;
 //! - `kv`: keys, transactions, compaction;
+//! - `replies`: what tonic says by itself, in etcd's words;
 //! - `status`: every error, with etcd's code and text.
 //!
 //! A service asks for what etcd asks, in etcd's order, then takes the way of the

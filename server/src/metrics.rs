@@ -158,7 +158,11 @@ pub(crate) enum Method {
     ClusterDisarm,
     ChannelConnect,
     KvRange,
+    KvRangeStream,
     KvPut,
+    KvDeleteRange,
+    KvTxn,
+    KvCompact,
 }
 
 impl Method {
@@ -180,7 +184,11 @@ impl Method {
         Self::ClusterDisarm,
         Self::ChannelConnect,
         Self::KvRange,
+        Self::KvRangeStream,
         Self::KvPut,
+        Self::KvDeleteRange,
+        Self::KvTxn,
+        Self::KvCompact,
     ];
 
     fn label(self) -> &'static str {
@@ -202,7 +210,11 @@ impl Method {
             Self::ClusterCompact => "Cluster/Compact",
             Self::ClusterDisarm => "Cluster/Disarm",
             Self::KvRange => "etcdserverpb.KV/Range",
+            Self::KvRangeStream => "etcdserverpb.KV/RangeStream",
             Self::KvPut => "etcdserverpb.KV/Put",
+            Self::KvDeleteRange => "etcdserverpb.KV/DeleteRange",
+            Self::KvTxn => "etcdserverpb.KV/Txn",
+            Self::KvCompact => "etcdserverpb.KV/Compact",
         }
     }
 }

@@ -81,6 +81,11 @@ impl History {
             .is_some_and(|(ended, _)| *ended <= self.compacted)
     }
 
+    /// Whether nothing is held that ended by `at`.
+    pub(super) fn is_swept(&self, at: Revision) -> bool {
+        self.by_end.first().is_none_or(|(ended, _)| *ended > at)
+    }
+
     /// Drops versions that no read can see, `max` at most. `dropped` sees each, with
     /// the revision that ended it.
     pub(super) fn sweep(&mut self, max: usize, mut dropped: impl FnMut(Revision, &Record)) {
@@ -96,27 +101,34 @@ impl History {
         }
     }
 
-    /// What was there at `at` and has ended since, in order of key. Costs two
-    /// descents a key, however many versions it has had.
+    /// The keys of a range that any version of is held, in order: each with what was
+    /// there at `at` and has ended since, if anything was. Two descents a key, however
+    /// many versions it has had.
     pub(super) fn ended_after(
         &self,
         range: &KeyRange,
         at: Revision,
-    ) -> impl Iterator<Item = &Record> {
+    ) -> impl Iterator<Item = (&Bytes, Option<&Record>)> {
         let mut from = Bound::Included((range.start().clone(), 0));
         std::iter::from_fn(move || {
-            loop {
-                let next = self.past.range((from.clone(), Bound::Unbounded)).next();
-                let ((key, ended), record) = next.filter(|((key, _), _)| range.contains(key))?;
-                if *ended <= at {
-                    from = Bound::Included((key.clone(), at + 1));
-                    continue;
-                }
-                from = Bound::Excluded((key.clone(), Revision::MAX));
-                if record.mod_revision <= at {
-                    return Some(record);
-                }
+            let ((key, ended), record) = self.first_behind(&from, range)?;
+            from = Bound::Excluded((key.clone(), Revision::MAX));
+            if *ended > at {
+                return Some((key, Some(record).filter(|record| record.mod_revision <= at)));
             }
+            let later = self.first_behind(&Bound::Included((key.clone(), at + 1)), range);
+            let later = later.filter(|((same, _), _)| same == key);
+            let there = later.map(|(_, record)| record);
+            Some((key, there.filter(|record| record.mod_revision <= at)))
         })
+    }
+
+    fn first_behind(
+        &self,
+        from: &Bound<(Bytes, Revision)>,
+        range: &KeyRange,
+    ) -> Option<(&(Bytes, Revision), &Record)> {
+        let next = self.past.range((from.clone(), Bound::Unbounded)).next();
+        next.filter(|((key, _), _)| range.contains(key))
     }
 }

@@ -7,16 +7,23 @@
 //! not. The Go client repeats reads on UNAVAILABLE, and no write on any of these.
 #![deny(clippy::wildcard_enum_match_arm)]
 
-use conclave_core::{keyspace::RevisionError, replica::Failure};
+use conclave_core::{
+    keyspace::{RevisionError, txn::TxnError},
+    replica::Failure,
+};
 use tonic::{Code, Status};
 
 use crate::status::Refusal;
 
+const LEASE_NOT_FOUND: (Code, &str) = (Code::NotFound, "etcdserver: requested lease not found");
+
 /// Why a call fails.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Error {
-    /// A request without a key.
-    EmptyKey,
+    /// Rules for what is read or written.
+    Txn(TxnError),
+    /// A stream of a range in an order or with a filter.
+    StreamNotPlain,
     /// A metadata entry that is no text.
     InvalidClientVersion,
     /// No leader is known, and the client wants one.
@@ -27,6 +34,18 @@ pub(crate) enum Error {
     Revision(RevisionError),
     /// Everything that native calls fail with, too.
     Refused(Refusal),
+}
+
+impl From<TxnError> for Error {
+    fn from(error: TxnError) -> Self {
+        Self::Txn(error)
+    }
+}
+
+impl From<RevisionError> for Error {
+    fn from(error: RevisionError) -> Self {
+        Self::Revision(error)
+    }
 }
 
 impl From<Refusal> for Error {
@@ -55,29 +74,50 @@ impl Error {
     /// The contract of the wire.
     fn code_and_text(&self) -> (Code, &'static str) {
         match self {
-            Self::EmptyKey => (Code::InvalidArgument, "etcdserver: key is not provided"),
+            Self::Txn(error) => txn(*error),
+            Self::StreamNotPlain => (
+                Code::Unimplemented,
+                "etcdserver: a stream of a range has no order and no filter",
+            ),
             Self::InvalidClientVersion => (
                 Code::InvalidArgument,
                 "etcdserver: invalid client api version",
             ),
             Self::NoLeader => (Code::Unavailable, "etcdserver: no leader"),
             Self::RequestTooLarge => (Code::InvalidArgument, "etcdserver: request is too large"),
-            Self::Revision(RevisionError::Compacted { .. }) => (
-                Code::OutOfRange,
-                "etcdserver: mvcc: required revision has been compacted",
-            ),
-            Self::Revision(RevisionError::Future { .. }) => (
-                Code::OutOfRange,
-                "etcdserver: mvcc: required revision is a future revision",
-            ),
+            Self::Revision(error) => revision(*error),
             Self::Refused(refusal) => refused(refusal),
         }
     }
 }
 
+fn txn(error: TxnError) -> (Code, &'static str) {
+    let text = match error {
+        TxnError::EmptyKey => "etcdserver: key is not provided",
+        TxnError::DuplicateKey => "etcdserver: duplicate key given in txn request",
+        TxnError::TooManyOperations => "etcdserver: too many operations in txn request",
+        TxnError::ValueGiven => "etcdserver: value is provided",
+        TxnError::SessionGiven => "etcdserver: lease is provided",
+        TxnError::KeyNotFound | TxnError::UnknownOperation => "etcdserver: key not found",
+        TxnError::UnknownOrder => "etcdserver: invalid sort option",
+        TxnError::SessionNotAlive(_) => return LEASE_NOT_FOUND,
+        TxnError::Reserved => return (Code::PermissionDenied, "etcdserver: permission denied"),
+        TxnError::Revision(error) => return revision(error),
+    };
+    (Code::InvalidArgument, text)
+}
+
+fn revision(error: RevisionError) -> (Code, &'static str) {
+    let text = match error {
+        RevisionError::Compacted { .. } => "etcdserver: mvcc: required revision has been compacted",
+        RevisionError::Future { .. } => "etcdserver: mvcc: required revision is a future revision",
+    };
+    (Code::OutOfRange, text)
+}
+
 fn refused(refusal: &Refusal) -> (Code, &'static str) {
     match refusal {
-        Refusal::SessionEnded(_) => (Code::NotFound, "etcdserver: requested lease not found"),
+        Refusal::SessionEnded(_) => LEASE_NOT_FOUND,
         Refusal::NoSpace => (
             Code::ResourceExhausted,
             "etcdserver: mvcc: database space exceeded",
@@ -136,18 +176,63 @@ pub(crate) fn too_long(told: &Status) -> Option<Status> {
 
 #[cfg(test)]
 mod tests {
-    use conclave_core::session::EndReason;
+    use conclave_core::{ids::SessionId, session::EndReason};
 
     use super::*;
 
     #[test]
     fn errors_have_the_codes_and_texts_of_etcd() {
         let (asked, compacted, newest) = (3, 4, 2);
-        let table: [(Error, Code, &str); 12] = [
+        let table = [
             (
-                Error::EmptyKey,
+                Error::Txn(TxnError::EmptyKey),
                 Code::InvalidArgument,
                 "key is not provided",
+            ),
+            (
+                Error::Txn(TxnError::DuplicateKey),
+                Code::InvalidArgument,
+                "duplicate key given in txn request",
+            ),
+            (
+                Error::Txn(TxnError::TooManyOperations),
+                Code::InvalidArgument,
+                "too many operations in txn request",
+            ),
+            (
+                Error::Txn(TxnError::ValueGiven),
+                Code::InvalidArgument,
+                "value is provided",
+            ),
+            (
+                Error::Txn(TxnError::SessionGiven),
+                Code::InvalidArgument,
+                "lease is provided",
+            ),
+            (
+                Error::Txn(TxnError::KeyNotFound),
+                Code::InvalidArgument,
+                "key not found",
+            ),
+            (
+                Error::Txn(TxnError::UnknownOperation),
+                Code::InvalidArgument,
+                "key not found",
+            ),
+            (
+                Error::Txn(TxnError::UnknownOrder),
+                Code::InvalidArgument,
+                "invalid sort option",
+            ),
+            (
+                Error::Txn(TxnError::SessionNotAlive(SessionId(1))),
+                Code::NotFound,
+                "requested lease not found",
+            ),
+            (
+                Error::Txn(TxnError::Reserved),
+                Code::PermissionDenied,
+                "permission denied",
             ),
             (
                 Error::InvalidClientVersion,
