@@ -302,9 +302,7 @@ impl<M: Machine> Replica<M> {
         }
         let applied = self.state.applied();
         let leadership = self.leadership.as_ref();
-        if leadership.is_some_and(|leadership| leadership.is_expiry_due(applied)) {
-            return self.now.boot_us;
-        }
+        let expiry_us = leadership.and_then(|leadership| leadership.next_expiry_us(applied));
         let tell_us = leadership.and_then(|leadership| leadership.tell_commit_us);
         let timer_us = self.leadership.as_ref().and_then(|leadership| {
             let due_us = self.state.next_due()?.saturating_mul(1_000);
@@ -312,7 +310,7 @@ impl<M: Machine> Replica<M> {
             let under_way = leadership.timers_entry > self.state.applied();
             (!under_way).then(|| self.now.boot_us.saturating_add(wait_us.max(TIMER_RETRY_US)))
         });
-        [tell_us, timer_us, self.consensus.next_due_us()]
+        [expiry_us, tell_us, timer_us, self.consensus.next_due_us()]
             .into_iter()
             .flatten()
             .fold(self.next_tick_us, u64::min)
@@ -450,6 +448,8 @@ impl<M: Machine> Replica<M> {
             }
             Message::RenewalReplies(replies) => self.receive_renewal_replies(replies),
             Message::StateDigest(digest) => return self.receive_digest(from, digest),
+            // What every member holds, this one does, too.
+            Message::Held(Held { index }) if index > self.consensus.last_index() => {}
             Message::Held(Held { index }) => self.held = self.held.max(index),
         }
         Ok(())
@@ -660,8 +660,7 @@ impl<M: Machine> Replica<M> {
             .read_steps_left
             .clamp(limits::READ_STEPS_MIN, limits::READ_STEPS_MAX);
         let piece = keyspace.piece(range, at, filter, limit, steps);
-        let steps = usize::try_from(piece.count).unwrap_or(steps);
-        self.read_steps_left = self.read_steps_left.saturating_sub(steps);
+        self.read_steps_left = self.read_steps_left.saturating_sub(piece.steps);
         Ok(piece)
     }
 

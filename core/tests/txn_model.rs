@@ -518,7 +518,7 @@ impl Reading {
         let Some(rest) = self.rest.take() else { return };
         let (filter, wanted) = (self.selection.filter(), self.selection.wanted());
         let mut piece = keyspace.piece(&rest, self.at, &filter, wanted, self.steps);
-        assert!(piece.count <= self.steps as u64, "a piece is bounded");
+        assert!(piece.steps <= self.steps, "a piece is bounded");
         self.rest = piece.next.take().map(|key| rest.from(key));
         self.selection.add(piece);
     }

@@ -19,20 +19,18 @@ pub mod mutex;
 pub mod name;
 mod value;
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
     keyspace::{Change, Keyspace, Record},
-    machine::{Cause, Context, Executed, Machine, Place, Settled, View},
+    machine::{Cause, Context, Executed, Machine, Settled, View},
     session::EndReason,
     system::ForcedRelease,
 };
 use conclave_proto::internal::{PrimitiveCommand, Request, command, primitive_command};
 use prost::Message as _;
 
-pub use mutex::{Contender, Grant, LockInfo, LossReason, Note, Waiting};
+pub use mutex::{Contender, Grant, Held, LockInfo, LossReason, Note, Waiting};
 pub use name::Invalid;
 
 use contenders::Contenders;
@@ -151,7 +149,7 @@ pub enum Answer {
     /// To `Query::GrantsOf`.
     Grants {
         /// In order of key.
-        grants: Vec<Grant>,
+        grants: Vec<Held>,
         /// In order of key.
         waiting: Vec<Waiting>,
         /// In order of token, as far as they are on record.
@@ -250,10 +248,6 @@ impl Machine for Primitives {
 
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Note>) -> Settled<Self> {
         mutex::settle(self.contenders.update(changes), cause)
-    }
-
-    fn places(&self, asked: &BTreeSet<Place>) -> BTreeMap<Place, Option<Reply>> {
-        mutex::places(&self.contenders, asked)
     }
 
     fn query(&self, view: View<'_>, query: Query) -> Answer {

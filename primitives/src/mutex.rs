@@ -27,14 +27,12 @@
 //! grow. Of two who wait, the one that came first is granted first. A lock that
 //! anyone contends for is held, or its delay runs.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
     keyspace::Record,
     limits,
-    machine::{Cause, Context, Outcome, Place, Settled, View},
+    machine::{Cause, Context, Outcome, Settled, View},
     requests::Standing,
     session::{EndReason, Sessions},
     system::ForcedRelease,
@@ -91,6 +89,16 @@ pub struct Grant {
     pub key: Bytes,
     /// Its create revision.
     pub token: Revision,
+}
+
+/// What a session holds, with who shares it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The grant.
+    pub grant: Grant,
+    /// One for each acquire that shares it, the first first, by which a release can
+    /// undo it: its number, the tag of one without, or 0 for a key of an etcd client.
+    pub entries: Vec<u64>,
 }
 
 /// A place in the queue of a lock.
@@ -206,6 +214,10 @@ fn join(
         return Err(Rejection::TooManyEntries);
     }
     value.inner.push(entry);
+    #[cfg(conclave_plant)]
+    if conclave_core::plant::is("acquire-counts-twice") {
+        value.inner.push(entry);
+    }
     rewrite(context, record, &value);
     Ok(Reply::Granted { key, token })
 }
@@ -472,23 +484,6 @@ pub(crate) fn check(contenders: &Contenders, name: String, token: Revision) -> A
     Answer::Checked(holder.is_some_and(|holder| holder.create_revision == token))
 }
 
-/// Of these places, those of who still contends, with what the holder is told.
-pub(crate) fn places(
-    contenders: &Contenders,
-    asked: &BTreeSet<Place>,
-) -> BTreeMap<Place, Option<Reply>> {
-    let still = contenders.all().filter_map(|ticket| {
-        let token = ticket.create_revision;
-        if !asked.contains(&token) {
-            return None;
-        }
-        let key = ticket.key.clone();
-        let holds = contenders.holder(&ticket.lock) == Some(ticket);
-        Some((token, holds.then_some(Reply::Granted { key, token })))
-    });
-    still.collect()
-}
-
 /// What a session holds and waits for, and what operators took from it.
 pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: SessionId) -> Answer {
     let (mut grants, mut waiting) = (Vec::new(), Vec::new());
@@ -502,7 +497,11 @@ pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: Sessio
             token: record.create_revision,
         };
         if holds(contenders, &lock, record) {
-            grants.push(contends);
+            let entries = native(record).map(|value| value::entries(&value).collect());
+            grants.push(Held {
+                grant: contends,
+                entries: entries.unwrap_or_else(|| vec![0]),
+            });
         } else {
             let number = native(record).map(|value| value.request);
             let is_number = |number: &u64| *number <= limits::REQUEST_NUMBER_MAX;
@@ -524,7 +523,8 @@ fn lock_info(
     first: &Ticket,
     waiters_left: &mut usize,
 ) -> LockInfo {
-    let mut queue = contenders.queue(&first.lock).enumerate().skip(1);
+    let lock = first.lock();
+    let mut queue = contenders.queue(&lock).enumerate().skip(1);
     let waiters: Vec<Contender> = queue
         .by_ref()
         .take(*waiters_left)
@@ -614,6 +614,8 @@ fn is_first(contenders: &Contenders, lock: &Bytes, record: &Record) -> bool {
 /// goes the key.
 fn leave(context: &mut Context<'_>, record: &Record, entry: u64) {
     let shared = native(record).and_then(|value| value::without(value, entry));
+    #[cfg(conclave_plant)]
+    let shared = shared.filter(|_| !conclave_core::plant::is("one-release-frees-all"));
     match shared {
         Some(value) => {
             context.gives_back();

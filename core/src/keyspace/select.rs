@@ -48,6 +48,8 @@ pub struct Piece {
     pub records: Vec<Record>,
     /// How many keys there were.
     pub count: u64,
+    /// How many keys were looked at: also those that were not there then.
+    pub steps: usize,
     /// Where the next piece begins, if this is not the last one.
     pub next: Option<Bytes>,
 }

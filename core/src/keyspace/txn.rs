@@ -441,16 +441,12 @@ fn run_put(overlay: &mut Overlay<'_>, put: Put) -> Option<Record> {
         Some(before) if put.ignore_lease => before.lease,
         _ => (put.lease != 0).then_some(SessionId(put.lease)),
     };
-    // Copies: what was decoded is part of all that came with it, up to a whole
-    // segment of the log, and would keep that in memory for as long as it lives.
     let value = match before {
         Some(before) if put.ignore_value => before.value.clone(),
-        _ => Bytes::copy_from_slice(&put.value),
+        _ => put.value,
     };
     let previous = put.previous.then(|| before.cloned()).flatten();
-    let key = before.map(|before| before.key.clone());
-    let key = key.unwrap_or_else(|| Bytes::copy_from_slice(&put.key));
-    overlay.put(key, value, lease);
+    overlay.put(put.key, value, lease);
     previous
 }
 
