@@ -214,9 +214,17 @@ async fn ranges_are_filtered_sorted_limited_counted_and_read_in_the_past() {
         keys(&range(from("c", "b")).await.unwrap().into_inner()),
         [""; 0]
     );
+}
 
+#[tokio::test]
+async fn ranges_are_refused_in_etcds_words() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let range = async |request: RangeRequest| kv(&client).range(request).await;
+    let all = from("\0", "\0");
     let future = RangeRequest {
-        revision: 6,
+        revision: 2,
         ..all.clone()
     };
     assert_eq!(
@@ -322,6 +330,33 @@ async fn puts_and_deletes_say_what_was_there() {
     };
     kv(&client).put(same).await.unwrap();
 
+    let gone = kv(&client)
+        .delete_range(delete("a", "b"))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(
+        (
+            gone.deleted,
+            &gone.prev_kvs[0].value[..],
+            gone.prev_kvs[0].version
+        ),
+        (1, &b"2"[..], 3)
+    );
+    assert_eq!(gone.header.unwrap().revision, 5);
+    let nothing = kv(&client)
+        .delete_range(delete("a", "b"))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!((nothing.deleted, nothing.header.unwrap().revision), (0, 5));
+}
+
+#[tokio::test]
+async fn puts_are_refused_in_etcds_words() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
     let refused = async |request| kv(&client).put(request).await.unwrap_err();
     for (request, code, text) in [
         (put("", "1"), Code::InvalidArgument, "key is not provided"),
@@ -369,27 +404,6 @@ async fn puts_and_deletes_say_what_was_there() {
             (code, &*format!("etcdserver: {text}"))
         );
     }
-
-    let gone = kv(&client)
-        .delete_range(delete("a", "b"))
-        .await
-        .unwrap()
-        .into_inner();
-    assert_eq!(
-        (
-            gone.deleted,
-            &gone.prev_kvs[0].value[..],
-            gone.prev_kvs[0].version
-        ),
-        (1, &b"2"[..], 3)
-    );
-    assert_eq!(gone.header.unwrap().revision, 5);
-    let nothing = kv(&client)
-        .delete_range(delete("a", "b"))
-        .await
-        .unwrap()
-        .into_inner();
-    assert_eq!((nothing.deleted, nothing.header.unwrap().revision), (0, 5));
 }
 
 #[tokio::test]

@@ -180,117 +180,85 @@ mod tests {
 
     use super::*;
 
+    fn assert_told(error: impl Into<Error>, code: Code, text: &str) {
+        let status = error.into().into_status();
+        assert_eq!(status.code(), code, "{text}");
+        assert_eq!(status.message(), format!("etcdserver: {text}"));
+    }
+
     #[test]
-    fn errors_have_the_codes_and_texts_of_etcd() {
-        let (asked, compacted, newest) = (3, 4, 2);
-        let table = [
+    fn rules_for_keys_have_the_texts_of_etcd() {
+        for (error, text) in [
+            (TxnError::EmptyKey, "key is not provided"),
+            (TxnError::DuplicateKey, "duplicate key given in txn request"),
             (
-                Error::Txn(TxnError::EmptyKey),
-                Code::InvalidArgument,
-                "key is not provided",
-            ),
-            (
-                Error::Txn(TxnError::DuplicateKey),
-                Code::InvalidArgument,
-                "duplicate key given in txn request",
-            ),
-            (
-                Error::Txn(TxnError::TooManyOperations),
-                Code::InvalidArgument,
+                TxnError::TooManyOperations,
                 "too many operations in txn request",
             ),
-            (
-                Error::Txn(TxnError::ValueGiven),
-                Code::InvalidArgument,
-                "value is provided",
-            ),
-            (
-                Error::Txn(TxnError::SessionGiven),
-                Code::InvalidArgument,
-                "lease is provided",
-            ),
-            (
-                Error::Txn(TxnError::KeyNotFound),
-                Code::InvalidArgument,
-                "key not found",
-            ),
-            (
-                Error::Txn(TxnError::UnknownOperation),
-                Code::InvalidArgument,
-                "key not found",
-            ),
-            (
-                Error::Txn(TxnError::UnknownOrder),
-                Code::InvalidArgument,
-                "invalid sort option",
-            ),
-            (
-                Error::Txn(TxnError::SessionNotAlive(SessionId(1))),
-                Code::NotFound,
-                "requested lease not found",
-            ),
-            (
-                Error::Txn(TxnError::Reserved),
-                Code::PermissionDenied,
-                "permission denied",
-            ),
-            (
-                Error::InvalidClientVersion,
-                Code::InvalidArgument,
-                "invalid client api version",
-            ),
-            (Error::NoLeader, Code::Unavailable, "no leader"),
-            (
-                Error::RequestTooLarge,
-                Code::InvalidArgument,
-                "request is too large",
-            ),
-            (
-                Error::Revision(RevisionError::Compacted { asked, compacted }),
-                Code::OutOfRange,
-                "mvcc: required revision has been compacted",
-            ),
-            (
-                Error::Revision(RevisionError::Future { asked, newest }),
-                Code::OutOfRange,
-                "mvcc: required revision is a future revision",
-            ),
-            (
-                Refusal::SessionEnded(EndReason::Unknown).into(),
-                Code::NotFound,
-                "requested lease not found",
-            ),
-            (
-                Refusal::NoSpace.into(),
-                Code::ResourceExhausted,
-                "mvcc: database space exceeded",
-            ),
-            (
-                Refusal::from(Failure::NotLeader { leader: None }).into(),
-                Code::Unavailable,
-                "no leader",
-            ),
-            (
-                Refusal::from(Failure::Overloaded).into(),
-                Code::ResourceExhausted,
-                "too many requests",
-            ),
-            (
-                Refusal::from(Failure::OutcomeUnknown).into(),
-                Code::Unavailable,
-                "request timed out, possibly due to previous leader failure",
-            ),
-            (
-                Refusal::from(Failure::ShuttingDown).into(),
-                Code::Unavailable,
-                "server stopped",
-            ),
-        ];
-        for (error, code, text) in table {
-            let status = error.into_status();
-            assert_eq!(status.code(), code, "{text}");
-            assert_eq!(status.message(), format!("etcdserver: {text}"));
+            (TxnError::ValueGiven, "value is provided"),
+            (TxnError::SessionGiven, "lease is provided"),
+            (TxnError::KeyNotFound, "key not found"),
+            (TxnError::UnknownOperation, "key not found"),
+            (TxnError::UnknownOrder, "invalid sort option"),
+        ] {
+            assert_told(error, Code::InvalidArgument, text);
         }
+        let no_session = TxnError::SessionNotAlive(SessionId(1));
+        assert_told(no_session, Code::NotFound, "requested lease not found");
+        assert_told(
+            TxnError::Reserved,
+            Code::PermissionDenied,
+            "permission denied",
+        );
+    }
+
+    #[test]
+    fn revisions_out_of_reach_are_told_apart() {
+        let (asked, compacted, newest) = (3, 4, 2);
+        let gone = RevisionError::Compacted { asked, compacted };
+        let future = RevisionError::Future { asked, newest };
+        for (error, text) in [
+            (gone, "mvcc: required revision has been compacted"),
+            (future, "mvcc: required revision is a future revision"),
+        ] {
+            assert_told(error, Code::OutOfRange, text);
+            assert_told(TxnError::Revision(error), Code::OutOfRange, text);
+            assert_told(Refusal::Revision(error), Code::OutOfRange, text);
+        }
+    }
+
+    #[test]
+    fn other_errors_have_the_codes_and_texts_of_etcd() {
+        let unavailable = Code::Unavailable;
+        assert_told(Error::NoLeader, unavailable, "no leader");
+        assert_told(
+            Error::RequestTooLarge,
+            Code::InvalidArgument,
+            "request is too large",
+        );
+        assert_told(
+            Error::InvalidClientVersion,
+            Code::InvalidArgument,
+            "invalid client api version",
+        );
+        let no_session = Refusal::SessionEnded(EndReason::Unknown);
+        assert_told(no_session, Code::NotFound, "requested lease not found");
+        let full = "mvcc: database space exceeded";
+        assert_told(Refusal::NoSpace, Code::ResourceExhausted, full);
+        let failed = |failure| Refusal::from(failure);
+        let no_leader = Failure::NotLeader { leader: None };
+        assert_told(failed(no_leader), unavailable, "no leader");
+        assert_told(
+            failed(Failure::Overloaded),
+            Code::ResourceExhausted,
+            "too many requests",
+        );
+        assert_told(
+            failed(Failure::OutcomeUnknown),
+            unavailable,
+            "request timed out, possibly due to previous leader failure",
+        );
+        assert_told(failed(Failure::ShuttingDown), unavailable, "server stopped");
     }
 
     #[test]
