@@ -215,6 +215,14 @@ mod tests {
     }
 
     #[test]
+    fn an_id_that_a_client_chose_may_be_negative() {
+        let session = SessionId(-0x1f);
+        let key = contender_key("a", session, "").unwrap();
+        assert_eq!(key, "a/-1f");
+        assert_eq!(session_of(&key), Some(session));
+    }
+
+    #[test]
     fn the_last_slash_ends_the_name() {
         assert_eq!(lock(b"a/b/c").unwrap(), "a/b");
         assert_eq!(lock(b"a//").unwrap(), "a/");

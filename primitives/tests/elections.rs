@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use conclave_core::{
     ids::{Revision, SessionId},
-    keyspace::{KeyRange, Selection},
+    keyspace::{Interest, KeyRange},
     machine::{Machine as _, Outcome},
     replica::{AnswerBody, EventBody},
     session::EndReason,
@@ -596,6 +596,7 @@ impl World {
             key: key.clone().into(),
             value: value_of(value),
             lease: session.map_or(0, |session| session.0),
+            ..Put::default()
         }));
         let revision = self.revision();
         match self.places.iter_mut().find(|place| place.key == key) {
@@ -760,7 +761,7 @@ impl World {
         let range = Observer::range(name);
         let records = keyspace.range(&range, Some(revision)).cloned();
         let mut observer = Observer::new(name, records);
-        let of = Selection {
+        let of = Interest {
             range,
             puts: true,
             deletes: true,

@@ -7,7 +7,7 @@ use std::{collections::VecDeque, pin::Pin, sync::Arc};
 
 use conclave_core::{
     ids::Revision,
-    keyspace::{RevisionError, Selection},
+    keyspace::{Filter, Interest, KeyRange, Record, RevisionError},
     replica::{AnswerBody, Failure, Query},
     watch::{Notice, Request},
 };
@@ -37,16 +37,7 @@ pub(crate) async fn observe(
 ) -> Result<impl Stream<Item = Result<Observation, Refusal>> + Send + use<>, Refusal> {
     let revision = (after != 0).then_some(after);
     let range = Observer::range(name);
-    let query = Query::Range {
-        range: range.clone(),
-        revision,
-        limit: usize::MAX,
-    };
-    let answer = gateway.read(query).await?;
-    let AnswerBody::Range(Ok(records)) = answer.body else {
-        return Err(ANOTHER_KIND);
-    };
-    let told = revision.unwrap_or(answer.revision);
+    let (told, records) = read(gateway, range.clone(), revision).await?;
     let observer = Observer::new(name, records);
     let mut ready = VecDeque::new();
     if revision.is_none() {
@@ -60,7 +51,7 @@ pub(crate) async fn observe(
     reader.ask(Request::Create {
         stream: reader.id(),
         watcher: reader.watcher(),
-        of: Selection {
+        of: Interest {
             range,
             puts: true,
             deletes: true,
@@ -81,6 +72,38 @@ pub(crate) async fn observe(
             Err(refusal) => Some((Err(refusal), None)),
         }
     }))
+}
+
+/// The keys of a range at a revision, or now, and which revision that is.
+async fn read(
+    gateway: &Gateway,
+    range: KeyRange,
+    mut at: Option<Revision>,
+) -> Result<(Revision, Vec<Record>), Refusal> {
+    let mut records = Vec::new();
+    let mut rest = range;
+    loop {
+        let query = Query::Range {
+            range: rest.clone(),
+            revision: at,
+            filter: Filter::default(),
+            limit: usize::MAX,
+        };
+        let answer = match records.is_empty() {
+            true => gateway.read(query).await?,
+            // Of a revision that has been confirmed.
+            false => gateway.read_local(query).await?,
+        };
+        let AnswerBody::Range(Ok(piece)) = answer.body else {
+            return Err(ANOTHER_KIND);
+        };
+        let at = *at.get_or_insert(answer.revision);
+        records.extend(piece.records);
+        match piece.next {
+            Some(key) => rest = rest.from(key),
+            None => return Ok((at, records)),
+        }
+    }
 }
 
 impl Observing {

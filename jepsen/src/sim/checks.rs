@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use conclave_core::{
     ids::{NodeId, Revision, SessionId},
-    keyspace::{KeyRange, Keyspace, Selection},
+    keyspace::{Interest, KeyRange, Keyspace},
     machine::Machine as _,
     replica::{Answer, AnswerBody, Event, EventBody, Replica},
     session::EndReason,
@@ -296,7 +296,7 @@ impl Checks {
     /// Observers at a node are told what it has applied.
     fn observe(&mut self, node: usize, election: usize, keyspace: &Keyspace) {
         let name = lock_name(election);
-        let of = Selection {
+        let of = Interest {
             range: Observer::range(&name),
             puts: true,
             deletes: true,

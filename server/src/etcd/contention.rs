@@ -148,9 +148,7 @@ pub(super) async fn if_made_at(
 ) -> Result<(Option<ResponseHeader>, bool), Error> {
     let compare = internal::Compare {
         key,
-        target: Some(Target::CreateRevision(
-            u64::try_from(revision).unwrap_or_default(),
-        )),
+        target: Some(Target::CreateRevision(revision)),
         ..internal::Compare::default()
     };
     run(etcd, vec![compare], then).await
