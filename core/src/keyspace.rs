@@ -13,6 +13,7 @@
 //! readable. Keys and values are reference-counted: an index on top costs a
 //! handle, not a copy.
 
+mod hash;
 mod history;
 mod overlay;
 mod picture;
@@ -34,6 +35,8 @@ use crate::{
     picture::UnderWay,
 };
 
+pub use hash::Hashed;
+pub(crate) use hash::Hashing;
 pub use overlay::{Overlay, Writes};
 pub(crate) use picture::Picture;
 pub use range::KeyRange;

@@ -28,7 +28,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::{
     checkpoint::{Done, Schedule, Sink, Writer},
     disk::Disk,
-    ids::{Attachment, Index, NodeId, RequestNumber},
+    ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId},
     limits,
     log::{Batch, Log, LogError, Recovered},
     machine::Machine,
@@ -199,6 +199,25 @@ impl<M: Machine> Handle<M> {
         self.shared.request(Request::Renew(of), respond)
     }
 
+    /// Asks how long a session has left, which only the leader knows; otherwise as
+    /// [`Handle::command`].
+    pub fn time_left(&self, session: SessionId, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::TimeLeft(session), respond)
+    }
+
+    /// Asks for a hash over all keys as this node has them, at a revision or now;
+    /// otherwise as [`Handle::command`].
+    pub fn hash(&self, at: Option<Revision>, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::Hash(at), respond)
+    }
+
+    /// Has leadership handed over to a member, if this one has it. Whether it comes to
+    /// that is seen by [`Handle::status`], after one election timeout at most.
+    pub fn hand_over(&self, to: NodeId) {
+        unpoisoned(self.shared.inbox.lock()).hand_over = Some(to);
+        (self.shared.wake)();
+    }
+
     /// Hands over what a peer sent, in one go, so that one turn takes it all.
     /// Dropped if too much is waiting, as a network would.
     pub fn peer(&self, from: NodeId, messages: impl IntoIterator<Item = PeerMessage>) {
@@ -284,6 +303,7 @@ struct Inbox<M: Machine> {
     renewals: Vec<(Attachment, Responder<M>)>,
     endings: Vec<(command::Body, Responder<M>)>,
     work: Vec<(Request<M>, Responder<M>)>,
+    hand_over: Option<NodeId>,
     stopping: bool,
 }
 
@@ -292,6 +312,8 @@ enum Request<M: Machine> {
     Ending(command::Body),
     Read(Query<M>),
     Renew(Attachment),
+    TimeLeft(SessionId),
+    Hash(Option<Revision>),
 }
 
 impl<M: Machine> Default for Inbox<M> {
@@ -301,6 +323,7 @@ impl<M: Machine> Default for Inbox<M> {
             renewals: Vec::new(),
             endings: Vec::new(),
             work: Vec::new(),
+            hand_over: None,
             stopping: false,
         }
     }
@@ -329,7 +352,7 @@ impl<M: Machine> Shared<M> {
             Request::Ending(body) if inbox.endings.len() < limits::QUEUED_ENDINGS_MAX => {
                 inbox.endings.push((body, respond));
             }
-            Request::Command(_) | Request::Read(_)
+            Request::Command(_) | Request::Read(_) | Request::TimeLeft(_) | Request::Hash(_)
                 if inbox.work.len() < limits::QUEUED_REQUESTS_MAX =>
             {
                 inbox.work.push((request, respond));
@@ -368,6 +391,7 @@ impl<M: Machine> Shared<M> {
             renewals: first(&mut inbox.renewals, limits::RENEWALS_PER_TURN_MAX),
             endings: first(&mut inbox.endings, limits::REQUESTS_PER_TURN_MAX),
             work: first(&mut inbox.work, limits::REQUESTS_PER_TURN_MAX),
+            hand_over: inbox.hand_over.take(),
             stopping,
         };
         Taken {
@@ -626,8 +650,11 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
                 Request::Command(body) | Request::Ending(body) => Input::Command { number, body },
                 Request::Read(query) => Input::Read { number, query },
                 Request::Renew(of) => Input::Renew { number, of },
+                Request::TimeLeft(session) => Input::TimeLeft { number, session },
+                Request::Hash(revision) => Input::Hash { number, revision },
             });
         }
+        inputs.extend(inbox.hand_over.map(Input::HandOver));
         inputs
     }
 

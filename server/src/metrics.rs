@@ -361,7 +361,7 @@ fn render_status(page: &mut Page, snapshot: &Snapshot<'_>) {
     page.one(SESSIONS, status.sessions);
     page.one(KEYS, status.keys);
     page.one(STATE_BYTES, status.state_bytes);
-    page.one(NO_SPACE, u8::from(status.is_out_of_space));
+    page.one(NO_SPACE, u8::from(status.is_out_of_space()));
     page.one(WATCHED, snapshot.watched_sessions);
 }
 

@@ -8,10 +8,10 @@ use conclave_proto::internal::{
 };
 use prost::Message as _;
 
-use super::{Arrived, Failure, Pending, Replica, reads::Renewer, to};
+use super::{Arrived, Failure, Pending, Replica, reads::Wish, to};
 use crate::{
     APPLY_VERSION,
-    ids::{Attachment, NodeId, RequestNumber, SessionId},
+    ids::{NodeId, RequestNumber, SessionId},
     limits,
     machine::Machine,
 };
@@ -54,13 +54,16 @@ impl<M: Machine> Replica<M> {
         for (from, forward) in arrived.forwarded {
             self.take_forwarded(from, forward, &mut commands);
         }
-        for (from, of) in arrived.renewals {
-            self.take_renewal(from, of);
+        for wish in arrived.renewals {
+            self.take_renewal(wish);
         }
         let keyspace = self.state.keyspace();
         let closed = |command: &Command| match &command.body {
             Some(command::Body::CloseSession(close)) => {
                 keyspace.keys_bound(SessionId(close.session_id))
+            }
+            Some(command::Body::RevokeLease(revoke)) => {
+                keyspace.keys_bound(SessionId(revoke.session_id))
             }
             _ => 0,
         };
@@ -248,14 +251,14 @@ impl<M: Machine> Replica<M> {
         &mut self,
         leader: Option<NodeId>,
         commands: Vec<(RequestNumber, command::Body)>,
-        renewals: Vec<(Renewer, Attachment)>,
+        renewals: Vec<Wish>,
     ) {
         let failure = Failure::NotLeader { leader };
         for (number, _) in commands {
             self.fail(number, failure);
         }
-        for (from, _) in renewals {
-            self.refuse_renewal(from);
+        for wish in renewals {
+            self.refuse_renewal(wish.from);
         }
     }
 
@@ -356,6 +359,8 @@ fn may_be_forwarded<M: Machine>(from: NodeId, boot: u64, command: &Command) -> b
             command::Body::OpenSession(_)
             | command::Body::AttachSession(_)
             | command::Body::CloseSession(_)
+            | command::Body::GrantLease(_)
+            | command::Body::RevokeLease(_)
             | command::Body::Txn(_)
             | command::Body::Compact(_)
             | command::Body::NoSpace(_),

@@ -56,14 +56,6 @@ impl Leadership {
     pub(super) fn is_expiry_due(&self, applied: Index) -> bool {
         self.expires_more && self.expiry_entry <= applied
     }
-
-    /// A session ended: who waited to renew it hears so.
-    pub(super) fn ended(&mut self, session: SessionId) -> Vec<RenewalAsk> {
-        if let Some(liveness) = &mut self.liveness {
-            liveness.ended(session);
-        }
-        self.parked.remove(&session).unwrap_or_default()
-    }
 }
 
 /// Which requests of other members a leader has taken: the newest of each start

@@ -495,8 +495,14 @@ impl Node {
         running.inbox.retain(|input| match input {
             Input::Command { number: other, .. }
             | Input::Read { number: other, .. }
-            | Input::Renew { number: other, .. } => *other != number,
-            Input::Peer { .. } | Input::PeerLost { .. } | Input::Fetched(_) | Input::Resign => true,
+            | Input::Renew { number: other, .. }
+            | Input::TimeLeft { number: other, .. }
+            | Input::Hash { number: other, .. } => *other != number,
+            Input::Peer { .. }
+            | Input::PeerLost { .. }
+            | Input::Fetched(_)
+            | Input::Resign
+            | Input::HandOver(_) => true,
         });
         if running.inbox.len() < before {
             running.callers.remove(&number);
