@@ -8,6 +8,8 @@
 
 #[path = "replica/install.rs"]
 mod install;
+#[path = "replica/leases.rs"]
+mod leases;
 
 use std::{
     cell::Cell,
