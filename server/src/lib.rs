@@ -9,7 +9,7 @@
 //!   it, sockets, signals;
 //! - `routes`: everything that is served on the client addresses, which is
 //!   `session`, `lock` and `cluster` (the native API), `channel` (the same, many
-//!   calls on one stream) and `http` (health, metrics);
+//!   calls on one stream), `etcd` (the etcd v3 API) and `http` (health, metrics);
 //! - `gateway`: the way from all of these to the replica, and `mailbox`: the way
 //!   back;
 //! - `validate`, `convert`, `status`: requests are checked, answers converted,
@@ -27,6 +27,7 @@
 mod channel;
 mod cluster;
 mod convert;
+mod etcd;
 mod events;
 mod gateway;
 mod http;

@@ -138,7 +138,7 @@ const CATALOGUE: [Metric; 26] = [
 /// gRPC has codes 0 to 16.
 const CODES: usize = 17;
 
-/// A call of the native API.
+/// A call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Method {
     SessionOpen,
@@ -157,10 +157,12 @@ pub(crate) enum Method {
     ClusterCompact,
     ClusterDisarm,
     ChannelConnect,
+    KvRange,
+    KvPut,
 }
 
 impl Method {
-    const ALL: [Self; 16] = [
+    const ALL: &[Self] = &[
         Self::SessionOpen,
         Self::SessionRenew,
         Self::SessionAttach,
@@ -177,6 +179,8 @@ impl Method {
         Self::ClusterCompact,
         Self::ClusterDisarm,
         Self::ChannelConnect,
+        Self::KvRange,
+        Self::KvPut,
     ];
 
     fn label(self) -> &'static str {
@@ -197,6 +201,8 @@ impl Method {
             Self::ClusterStatus => "Cluster/Status",
             Self::ClusterCompact => "Cluster/Compact",
             Self::ClusterDisarm => "Cluster/Disarm",
+            Self::KvRange => "etcdserverpb.KV/Range",
+            Self::KvPut => "etcdserverpb.KV/Put",
         }
     }
 }
@@ -219,7 +225,7 @@ struct MethodCounters {
 impl Metrics {
     pub(crate) fn new() -> Self {
         Self {
-            methods: Default::default(),
+            methods: std::array::from_fn(|_| MethodCounters::default()),
             connections: AtomicU64::new(0),
             slow_readers: AtomicU64::new(0),
             started: SystemTime::now(),
@@ -483,8 +489,8 @@ mod tests {
 
     #[test]
     fn methods_are_indexed_in_the_order_of_the_list() {
-        for (index, method) in Method::ALL.into_iter().enumerate() {
-            assert_eq!(method as usize, index);
+        for (index, method) in Method::ALL.iter().enumerate() {
+            assert_eq!(*method as usize, index);
         }
     }
 }

@@ -17,8 +17,8 @@ use tonic_health::{
 use tonic_reflection::server::Builder;
 
 use crate::{
-    channel::ChannelService, cluster::ClusterService, gateway::Gateway, http, lock::LockService,
-    session::SessionService,
+    channel::ChannelService, cluster::ClusterService, etcd, gateway::Gateway, http,
+    lock::LockService, session::SessionService,
 };
 
 /// What the health service knows; the empty name is the server as a whole.
@@ -30,7 +30,7 @@ const SERVICES: [&str; 5] = [
     "conclave.v1.Channel",
 ];
 /// What a request may have beyond its largest field.
-const REQUEST_OVERHEAD_BYTES: usize = 512 << 10;
+pub(crate) const REQUEST_OVERHEAD_BYTES: usize = 512 << 10;
 /// The contract between members is no business of clients.
 const INTERNAL_PACKAGE: &str = "conclave.internal";
 
@@ -56,7 +56,7 @@ pub(crate) fn routes(gateway: &Arc<Gateway>, health: HealthServer<impl Health>) 
                 .build_v1alpha()
                 .expect("the schemas were compiled with this"),
         );
-    let router = grpc
+    let router = etcd::add_services(grpc, gateway)
         .into_axum_router()
         .merge(http::routes(Arc::clone(gateway)));
     Routes::from(router.fallback(http::unknown)).prepare()

@@ -1,0 +1,139 @@
+//! The etcd v3 API, on the same keyspace, sessions and locks as the native one.
+//! `docs/etcd.md` says what differs from etcd, and why.
+//!
+//! In reading order:
+//!
+//! - here: what all of its services share;
+//! - `kv`: keys, transactions, compaction;
+//! - `status`: every error, with etcd's code and text.
+//!
+//! A service asks for what etcd asks, in etcd's order, then takes the way of the
+//! native services: through the [`Gateway`] to the replica and back.
+
+mod kv;
+mod replies;
+pub(crate) mod status;
+
+use std::{future::Future, ops::Deref, sync::Arc, time::Duration};
+
+use conclave_core::ids::{Revision, Term};
+use conclave_proto::etcd::etcdserverpb::{ResponseHeader, kv_server::KvServer};
+use tokio::time;
+use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::Routes};
+
+use self::{kv::KvService, replies::Replies, status::Error};
+use crate::{gateway::Gateway, metrics::Method, routes::REQUEST_OVERHEAD_BYTES};
+
+/// What etcd's log puts around a request, and counts against the limit of its size.
+const ENTRY_OVERHEAD_BYTES: usize = 18;
+/// A stream that asked for it ends after so many election timeouts without a leader.
+const TIMEOUTS_WITHOUT_LEADER: u32 = 3;
+
+/// The way to the replica, with what only this API needs.
+#[derive(Clone, Debug)]
+pub(crate) struct Etcd(Arc<Gateway>);
+
+impl Deref for Etcd {
+    type Target = Gateway;
+
+    fn deref(&self) -> &Gateway {
+        &self.0
+    }
+}
+
+/// Adds the services of this API.
+pub(crate) fn add_services(routes: Routes, gateway: &Arc<Gateway>) -> Routes {
+    let etcd = Etcd(Arc::clone(gateway));
+    let bytes_max = etcd.settings.max_request_bytes + REQUEST_OVERHEAD_BYTES;
+    let kv = KvServer::new(KvService(etcd)).max_decoding_message_size(bytes_max);
+    routes.add_service(Replies(kv))
+}
+
+impl Etcd {
+    /// The header of an answer made at this revision and term.
+    pub(crate) fn header(&self, revision: Revision, term: Term) -> Option<ResponseHeader> {
+        let topology = &self.settings.topology;
+        Some(ResponseHeader {
+            cluster_id: topology.cluster,
+            member_id: topology.own().id.0,
+            revision: signed(revision),
+            raft_term: term,
+        })
+    }
+
+    /// Runs a call: checks what came with it, counts it, and tells the client why it
+    /// failed.
+    pub(crate) async fn serve<A, T, F>(
+        &self,
+        method: Method,
+        request: Request<A>,
+        work: impl FnOnce(A) -> F,
+    ) -> Result<Response<T>, Status>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let call = self.metrics.begin(method);
+        let (metadata, _, request) = request.into_parts();
+        let outcome = match self.admit(&metadata) {
+            Ok(_) => work(request).await,
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(response) => {
+                call.end(Code::Ok);
+                Ok(Response::new(response))
+            }
+            Err(error) => {
+                let status = error.into_status();
+                call.end(status.code());
+                Err(status)
+            }
+        }
+    }
+
+    /// Refuses a call that this member must not serve by what came with it; else says
+    /// whether the client wants a leader to be known as long as the call lasts. A stream
+    /// then ends with [`Error::NoLeader`] when [`Etcd::leader_is_lost`] does.
+    pub(crate) fn admit(&self, metadata: &MetadataMap) -> Result<bool, Error> {
+        if let Some(version) = metadata.get("client-api-version")
+            && str::from_utf8(version.as_encoded_bytes()).is_err()
+        {
+            return Err(Error::InvalidClientVersion);
+        }
+        let wants_leader = metadata
+            .get("hasleader")
+            .is_some_and(|wanted| wanted == "true");
+        if wants_leader && self.handle.status().leader.is_none() {
+            return Err(Error::NoLeader);
+        }
+        Ok(wants_leader)
+    }
+
+    /// Ends when no leader was known at each of three looks in a row, an election
+    /// timeout apart.
+    #[expect(dead_code, reason = "the streams to come need it")]
+    pub(crate) async fn leader_is_lost(&self) {
+        let timeout = Duration::from_millis(self.settings.election_ms);
+        let mut without = 0;
+        while without < TIMEOUTS_WITHOUT_LEADER {
+            time::sleep(timeout).await;
+            without = match self.handle.status().leader {
+                Some(_) => 0,
+                None => without + 1,
+            };
+        }
+    }
+
+    /// Refuses what is too large for the log; `bytes` is the size of the request.
+    pub(crate) fn check_size(&self, bytes: usize) -> Result<(), Error> {
+        if bytes + ENTRY_OVERHEAD_BYTES > self.settings.max_request_bytes {
+            return Err(Error::RequestTooLarge);
+        }
+        Ok(())
+    }
+}
+
+/// As the wire has it. A revision, a version or a count never gets near the limit.
+pub(crate) fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,232 @@
+//! Every way in which a call of the etcd API fails, with etcd's code and text: the
+//! only place where one becomes a gRPC status. Clients of etcd tell errors apart by
+//! their texts, to the letter.
+//!
+//! Whether a request may have had its effect: `request timed out, possibly due to
+//! previous leader failure` means that it may; with every other text here it has
+//! not. The Go client repeats reads on UNAVAILABLE, and no write on any of these.
+#![deny(clippy::wildcard_enum_match_arm)]
+
+use conclave_core::{keyspace::RevisionError, replica::Failure};
+use tonic::{Code, Status};
+
+use crate::status::Refusal;
+
+/// Why a call fails.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Error {
+    /// A request without a key.
+    EmptyKey,
+    /// A metadata entry that is no text.
+    InvalidClientVersion,
+    /// No leader is known, and the client wants one.
+    NoLeader,
+    /// More than the log takes.
+    RequestTooLarge,
+    /// A revision that cannot be read or compacted.
+    Revision(RevisionError),
+    /// Everything that native calls fail with, too.
+    Refused(Refusal),
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Revision(error) => Self::Revision(error),
+            refusal @ (Refusal::Invalid(_)
+            | Refusal::SessionEnded(_)
+            | Refusal::NotRun(_)
+            | Refusal::Rejected(_)
+            | Refusal::NoSpace
+            | Refusal::Failed(_)
+            | Refusal::SlowReader
+            | Refusal::Internal(_)) => Self::Refused(refusal),
+        }
+    }
+}
+
+impl Error {
+    /// What the client is told.
+    pub(crate) fn into_status(self) -> Status {
+        let (code, text) = self.code_and_text();
+        Status::new(code, text)
+    }
+
+    /// The contract of the wire.
+    fn code_and_text(&self) -> (Code, &'static str) {
+        match self {
+            Self::EmptyKey => (Code::InvalidArgument, "etcdserver: key is not provided"),
+            Self::InvalidClientVersion => (
+                Code::InvalidArgument,
+                "etcdserver: invalid client api version",
+            ),
+            Self::NoLeader => (Code::Unavailable, "etcdserver: no leader"),
+            Self::RequestTooLarge => (Code::InvalidArgument, "etcdserver: request is too large"),
+            Self::Revision(RevisionError::Compacted { .. }) => (
+                Code::OutOfRange,
+                "etcdserver: mvcc: required revision has been compacted",
+            ),
+            Self::Revision(RevisionError::Future { .. }) => (
+                Code::OutOfRange,
+                "etcdserver: mvcc: required revision is a future revision",
+            ),
+            Self::Refused(refusal) => refused(refusal),
+        }
+    }
+}
+
+fn refused(refusal: &Refusal) -> (Code, &'static str) {
+    match refusal {
+        Refusal::SessionEnded(_) => (Code::NotFound, "etcdserver: requested lease not found"),
+        Refusal::NoSpace => (
+            Code::ResourceExhausted,
+            "etcdserver: mvcc: database space exceeded",
+        ),
+        Refusal::Failed(failure) => failed(*failure),
+        Refusal::Internal(what) => {
+            tracing::error!(what, "a defect: the replica gave an answer of another kind");
+            (Code::Internal, "etcdserver: internal error")
+        }
+        Refusal::Invalid(_)
+        | Refusal::NotRun(_)
+        | Refusal::Rejected(_)
+        | Refusal::Revision(_)
+        | Refusal::SlowReader => {
+            tracing::error!(%refusal, "a defect: no call of this API fails like that");
+            (Code::Internal, "etcdserver: internal error")
+        }
+    }
+}
+
+fn failed(failure: Failure) -> (Code, &'static str) {
+    match failure {
+        Failure::NotLeader { .. } => (Code::Unavailable, "etcdserver: no leader"),
+        Failure::Overloaded => (Code::ResourceExhausted, "etcdserver: too many requests"),
+        Failure::OutcomeUnknown => (
+            Code::Unavailable,
+            "etcdserver: request timed out, possibly due to previous leader failure",
+        ),
+        Failure::ShuttingDown => (Code::Unavailable, "etcdserver: server stopped"),
+    }
+}
+
+/// A method that a service of etcd's does not have; `path` is what was called.
+pub(super) fn unknown_method(path: &str) -> Status {
+    let (service, method) = path
+        .trim_start_matches('/')
+        .rsplit_once('/')
+        .unwrap_or_default();
+    let text = format!("unknown method {method} for service {service}");
+    Status::unimplemented(text)
+}
+
+/// How tonic says that a message is longer than allowed, in the words of etcd; `None`
+/// if it says something else. Calls with one request are seen to; whoever reads a
+/// stream of requests asks for himself.
+pub(crate) fn too_long(told: &Status) -> Option<Status> {
+    let numbers = told
+        .message()
+        .strip_prefix("Error, decoded message length too large: found ")?;
+    let (found, limit) = numbers
+        .strip_suffix(" bytes")?
+        .split_once(" bytes, the limit is: ")?;
+    let text = format!("grpc: received message larger than max ({found} vs. {limit})");
+    Some(Status::resource_exhausted(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use conclave_core::session::EndReason;
+
+    use super::*;
+
+    #[test]
+    fn errors_have_the_codes_and_texts_of_etcd() {
+        let (asked, compacted, newest) = (3, 4, 2);
+        let table: [(Error, Code, &str); 12] = [
+            (
+                Error::EmptyKey,
+                Code::InvalidArgument,
+                "key is not provided",
+            ),
+            (
+                Error::InvalidClientVersion,
+                Code::InvalidArgument,
+                "invalid client api version",
+            ),
+            (Error::NoLeader, Code::Unavailable, "no leader"),
+            (
+                Error::RequestTooLarge,
+                Code::InvalidArgument,
+                "request is too large",
+            ),
+            (
+                Error::Revision(RevisionError::Compacted { asked, compacted }),
+                Code::OutOfRange,
+                "mvcc: required revision has been compacted",
+            ),
+            (
+                Error::Revision(RevisionError::Future { asked, newest }),
+                Code::OutOfRange,
+                "mvcc: required revision is a future revision",
+            ),
+            (
+                Refusal::SessionEnded(EndReason::Unknown).into(),
+                Code::NotFound,
+                "requested lease not found",
+            ),
+            (
+                Refusal::NoSpace.into(),
+                Code::ResourceExhausted,
+                "mvcc: database space exceeded",
+            ),
+            (
+                Refusal::from(Failure::NotLeader { leader: None }).into(),
+                Code::Unavailable,
+                "no leader",
+            ),
+            (
+                Refusal::from(Failure::Overloaded).into(),
+                Code::ResourceExhausted,
+                "too many requests",
+            ),
+            (
+                Refusal::from(Failure::OutcomeUnknown).into(),
+                Code::Unavailable,
+                "request timed out, possibly due to previous leader failure",
+            ),
+            (
+                Refusal::from(Failure::ShuttingDown).into(),
+                Code::Unavailable,
+                "server stopped",
+            ),
+        ];
+        for (error, code, text) in table {
+            let status = error.into_status();
+            assert_eq!(status.code(), code, "{text}");
+            assert_eq!(status.message(), format!("etcdserver: {text}"));
+        }
+    }
+
+    #[test]
+    fn what_tonic_says_is_reworded() {
+        let tonic = Status::out_of_range(
+            "Error, decoded message length too large: found 3000000 bytes, \
+             the limit is: 2097152 bytes",
+        );
+        let status = too_long(&tonic).unwrap();
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert_eq!(
+            status.message(),
+            "grpc: received message larger than max (3000000 vs. 2097152)"
+        );
+        assert!(too_long(&Status::out_of_range("other")).is_none());
+
+        let status = unknown_method("/etcdserverpb.KV/Fly");
+        assert_eq!(status.code(), Code::Unimplemented);
+        assert_eq!(
+            status.message(),
+            "unknown method Fly for service etcdserverpb.KV"
+        );
+    }
+}
