@@ -513,6 +513,8 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             fetch,
             installed,
         } = self.replica.finish()?;
+        // First, so that nobody who has an answer sees what was before it.
+        self.publish_status();
         self.send(messages);
         let is_any_answered = !answers.is_empty();
         for (number, answer) in answers {
@@ -539,7 +541,6 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             None => {}
         }
         self.keep_checkpoints()?;
-        self.publish_status();
         let leads = self.replica.status().role == Role::Leader;
         let is_free = !leads && !self.replica.owes_answers();
         Ok(match self.give_up_us {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use conclave_core::{
-    ids::{Attachment, Revision, Term},
+    ids::{Attachment, Revision, SessionId, Term},
     limits,
     node::{Handle, Responder},
     replica::{self, AnswerBody, Failure, Query, Status},
@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use tonic::{Code, Response};
 
 use crate::{
+    etcd::Snapshots,
     events::Hub,
     mailbox::Mailbox,
     metrics::{Method, Metrics},
@@ -39,6 +40,7 @@ pub(crate) struct Gateway {
     pub(crate) hub: Arc<Hub>,
     pub(crate) peers: Arc<Peers>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) snapshots: Arc<Snapshots>,
     /// Where answers for this thread arrive; somebody must deliver them.
     pub(crate) mailbox: Arc<Mailbox>,
     /// Those of all threads, that of the control thread first.
@@ -55,6 +57,7 @@ impl Gateway {
         settings: Arc<Settings>,
         hub: Arc<Hub>,
         peers: Arc<Peers>,
+        snapshots: Snapshots,
         mailboxes: Vec<Arc<Mailbox>>,
         random: u64,
     ) -> Self {
@@ -64,6 +67,7 @@ impl Gateway {
             hub,
             peers,
             metrics: Arc::new(Metrics::new()),
+            snapshots: Arc::new(snapshots),
             mailbox: Arc::clone(&mailboxes[0]),
             mailboxes: mailboxes.into(),
             next_tag: Arc::new(AtomicU64::new(random)),
@@ -83,6 +87,7 @@ impl Gateway {
             hub: Arc::clone(&self.hub),
             peers: Arc::clone(&self.peers),
             metrics: Arc::clone(&self.metrics),
+            snapshots: Arc::clone(&self.snapshots),
             mailbox,
             mailboxes: Arc::clone(&self.mailboxes),
             next_tag: Arc::clone(&self.next_tag),
@@ -118,6 +123,17 @@ impl Gateway {
             .await
     }
 
+    /// Asks how long a session has left.
+    pub(crate) async fn time_left(&self, session: SessionId) -> Result<Answer, Refusal> {
+        self.answered(|respond| self.handle.time_left(session, respond))
+            .await
+    }
+
+    /// Asks for a hash over all keys as this member has them, at a revision or now.
+    pub(crate) async fn hash(&self, at: Option<Revision>) -> Result<Answer, Refusal> {
+        self.answered(|respond| self.handle.hash(at, respond)).await
+    }
+
     /// Waits for the outcome of a request. If the loop thread ends without having
     /// given one, the request may have been applied.
     async fn answered(
@@ -142,7 +158,10 @@ impl Gateway {
                 ..
             } => Err(Refusal::Rejected(rejection)),
             Answer {
-                body: AnswerBody::Compacted(Err(error)) | AnswerBody::Range(Err(error)),
+                body:
+                    AnswerBody::Compacted(Err(error))
+                    | AnswerBody::Range(Err(error))
+                    | AnswerBody::Hashed(Err(error)),
                 ..
             } => Err(Refusal::Revision(error)),
             Answer {

@@ -104,7 +104,7 @@ fn a_chosen_id_is_given_out_once_at_a_time() {
 #[test]
 fn ttls_of_leases_are_kept_within_those_of_etcd() {
     let mut cluster = Cluster::ready(1);
-    for (asked, given) in [(0, 2_000), (700, 2_000), (u64::MAX, 9_000_000_000_000)] {
+    for (asked, given) in [(0, 2_000), (700, 2_000), (u64::MAX, 9_000_000_000_000_u64)] {
         let outcome = cluster.run(NodeId(1), grant(SessionId(0), asked));
         let given = format!("ttl_ms: {given} }})");
         assert!(outcome.ends_with(&given), "{outcome}");
@@ -226,7 +226,9 @@ fn an_expiry_that_comes_late_spares_the_lease_that_took_the_id() {
                 })
                 .collect(),
         };
-        state.apply(index, 1, &entry.encode_to_vec().into()).unwrap();
+        state
+            .apply(index, 1, &entry.encode_to_vec().into())
+            .unwrap();
         state.sessions().get(CHOSEN).is_some()
     };
     let expire = || {
@@ -237,7 +239,11 @@ fn an_expiry_that_comes_late_spares_the_lease_that_took_the_id() {
     };
     assert!(apply(1, 0, vec![grant(CHOSEN, 2_000)]));
     // The leader has seen that it is over, and not yet that it was revoked.
-    assert!(apply(2, 2_001, vec![revoke(CHOSEN), grant(CHOSEN, 2_000), expire()]));
+    assert!(apply(
+        2,
+        2_001,
+        vec![revoke(CHOSEN), grant(CHOSEN, 2_000), expire()]
+    ));
     assert!(!apply(3, 4_001, vec![expire()]));
 }
 
@@ -291,7 +297,10 @@ fn leases_survive_a_checkpoint() {
         cluster.ask(follower, Query::Alarms),
         "Ok(Alarms([NodeId(3)]))"
     );
-    assert_eq!(cluster.run(follower, grant(SessionId(9), 5_000)), "Ok(NoSpace)");
+    assert_eq!(
+        cluster.run(follower, grant(SessionId(9), 5_000)),
+        "Ok(NoSpace)"
+    );
     let clear = |member| {
         command::Body::NoSpace(NoSpace {
             raised: false,

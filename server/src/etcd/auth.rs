@@ -5,7 +5,17 @@
 use async_trait::async_trait;
 use conclave_core::replica::Query;
 use conclave_proto::etcd::etcdserverpb::{
-    AuthDisableRequest, AuthDisableResponse, AuthEnableRequest, AuthEnableResponse, AuthRoleAddRequest, AuthRoleAddResponse, AuthRoleDeleteRequest, AuthRoleDeleteResponse, AuthRoleGetRequest, AuthRoleGetResponse, AuthRoleGrantPermissionRequest, AuthRoleGrantPermissionResponse, AuthRoleListRequest, AuthRoleListResponse, AuthRoleRevokePermissionRequest, AuthRoleRevokePermissionResponse, AuthStatusRequest, AuthStatusResponse, AuthUserAddRequest, AuthUserAddResponse, AuthUserChangePasswordRequest, AuthUserChangePasswordResponse, AuthUserDeleteRequest, AuthUserDeleteResponse, AuthUserGetRequest, AuthUserGetResponse, AuthUserGrantRoleRequest, AuthUserGrantRoleResponse, AuthUserListRequest, AuthUserListResponse, AuthUserRevokeRoleRequest, AuthUserRevokeRoleResponse, AuthenticateRequest, AuthenticateResponse, ResponseHeader, auth_server::Auth,
+    AuthDisableRequest, AuthDisableResponse, AuthEnableRequest, AuthEnableResponse,
+    AuthRoleAddRequest, AuthRoleAddResponse, AuthRoleDeleteRequest, AuthRoleDeleteResponse,
+    AuthRoleGetRequest, AuthRoleGetResponse, AuthRoleGrantPermissionRequest,
+    AuthRoleGrantPermissionResponse, AuthRoleListRequest, AuthRoleListResponse,
+    AuthRoleRevokePermissionRequest, AuthRoleRevokePermissionResponse, AuthStatusRequest,
+    AuthStatusResponse, AuthUserAddRequest, AuthUserAddResponse, AuthUserChangePasswordRequest,
+    AuthUserChangePasswordResponse, AuthUserDeleteRequest, AuthUserDeleteResponse,
+    AuthUserGetRequest, AuthUserGetResponse, AuthUserGrantRoleRequest, AuthUserGrantRoleResponse,
+    AuthUserListRequest, AuthUserListResponse, AuthUserRevokeRoleRequest,
+    AuthUserRevokeRoleResponse, AuthenticateRequest, AuthenticateResponse, ResponseHeader,
+    auth_server::Auth,
 };
 use tonic::{Request, Response, Status};
 
@@ -26,9 +36,7 @@ impl Auth for AuthService {
         request: Request<AuthEnableRequest>,
     ) -> Result<Response<AuthEnableResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| {
-            Err(Error::RootUserMissing)
-        };
+        let work = async |_| Err(Error::RootUserMissing);
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -65,9 +73,7 @@ impl Auth for AuthService {
         request: Request<AuthenticateRequest>,
     ) -> Result<Response<AuthenticateResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| {
-            Err(Error::AuthDisabled)
-        };
+        let work = async |_| Err(Error::AuthDisabled);
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -77,7 +83,11 @@ impl Auth for AuthService {
     ) -> Result<Response<AuthUserAddResponse>, Status> {
         let etcd = &self.0;
         let work = async |request: AuthUserAddRequest| {
-            Err(if request.name.is_empty() { Error::UserNameEmpty } else { Error::AuthDisabled })
+            Err(if request.name.is_empty() {
+                Error::UserNameEmpty
+            } else {
+                Error::AuthDisabled
+            })
         };
         etcd.serve(Method::Auth, request, work).await
     }
@@ -87,9 +97,7 @@ impl Auth for AuthService {
         request: Request<AuthUserGetRequest>,
     ) -> Result<Response<AuthUserGetResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| {
-            Err(Error::UserNotFound)
-        };
+        let work = async |_| Err(Error::UserNotFound);
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -112,9 +120,7 @@ impl Auth for AuthService {
         request: Request<AuthUserDeleteRequest>,
     ) -> Result<Response<AuthUserDeleteResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| {
-            Err(Error::UserNotFound)
-        };
+        let work = async |_| Err(Error::UserNotFound);
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -123,9 +129,7 @@ impl Auth for AuthService {
         request: Request<AuthUserChangePasswordRequest>,
     ) -> Result<Response<AuthUserChangePasswordResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| {
-            Err(Error::UserNotFound)
-        };
+        let work = async |_| Err(Error::UserNotFound);
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -134,9 +138,7 @@ impl Auth for AuthService {
         request: Request<AuthUserGrantRoleRequest>,
     ) -> Result<Response<AuthUserGrantRoleResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| {
-            Err(Error::UserNotFound)
-        };
+        let work = async |_| Err(Error::UserNotFound);
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -145,9 +147,7 @@ impl Auth for AuthService {
         request: Request<AuthUserRevokeRoleRequest>,
     ) -> Result<Response<AuthUserRevokeRoleResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| {
-            Err(Error::UserNotFound)
-        };
+        let work = async |_| Err(Error::UserNotFound);
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -157,7 +157,11 @@ impl Auth for AuthService {
     ) -> Result<Response<AuthRoleAddResponse>, Status> {
         let etcd = &self.0;
         let work = async |request: AuthRoleAddRequest| {
-            Err(if request.name.is_empty() { Error::RoleNameEmpty } else { Error::AuthDisabled })
+            Err(if request.name.is_empty() {
+                Error::RoleNameEmpty
+            } else {
+                Error::AuthDisabled
+            })
         };
         etcd.serve(Method::Auth, request, work).await
     }
@@ -167,9 +171,7 @@ impl Auth for AuthService {
         request: Request<AuthRoleGetRequest>,
     ) -> Result<Response<AuthRoleGetResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| {
-            Err(Error::RoleNotFound)
-        };
+        let work = async |_| Err(Error::RoleNotFound);
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -192,9 +194,7 @@ impl Auth for AuthService {
         request: Request<AuthRoleDeleteRequest>,
     ) -> Result<Response<AuthRoleDeleteResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| {
-            Err(Error::RoleNotFound)
-        };
+        let work = async |_| Err(Error::RoleNotFound);
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -204,7 +204,11 @@ impl Auth for AuthService {
     ) -> Result<Response<AuthRoleGrantPermissionResponse>, Status> {
         let etcd = &self.0;
         let work = async |request: AuthRoleGrantPermissionRequest| {
-            Err(if request.perm.is_none() { Error::PermissionNotGiven } else { Error::RoleNotFound })
+            Err(if request.perm.is_none() {
+                Error::PermissionNotGiven
+            } else {
+                Error::RoleNotFound
+            })
         };
         etcd.serve(Method::Auth, request, work).await
     }
@@ -214,9 +218,7 @@ impl Auth for AuthService {
         request: Request<AuthRoleRevokePermissionRequest>,
     ) -> Result<Response<AuthRoleRevokePermissionResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| {
-            Err(Error::RoleNotFound)
-        };
+        let work = async |_| Err(Error::RoleNotFound);
         etcd.serve(Method::Auth, request, work).await
     }
 }

@@ -6,7 +6,7 @@ use conclave_core::replica::{Query, Status as NodeStatus};
 use conclave_proto::etcd::etcdserverpb::{
     Member, MemberAddRequest, MemberAddResponse, MemberListRequest, MemberListResponse,
     MemberPromoteRequest, MemberPromoteResponse, MemberRemoveRequest, MemberRemoveResponse,
-    MemberUpdateRequest, MemberUpdateResponse, ResponseHeader, cluster_server::Cluster,
+    MemberUpdateRequest, MemberUpdateResponse, cluster_server::Cluster,
 };
 use tonic::{Request, Response, Status};
 
@@ -156,7 +156,14 @@ mod tests {
     fn urls_are_told_from_what_is_none() {
         let one = |url: &str| are_urls(&[url.to_owned()]);
         assert!(one("http://a:2380") && one("https://[::1]:1") && one("unix://a:1"));
-        for wrong in ["", "a:1", "ftp://a:1", "http://a", "http://a:b", "http://a:1/b"] {
+        for wrong in [
+            "",
+            "a:1",
+            "ftp://a:1",
+            "http://a",
+            "http://a:b",
+            "http://a:1/b",
+        ] {
             assert!(!one(wrong), "{wrong}");
         }
         assert!(!are_urls(&[]));

@@ -61,10 +61,7 @@ impl Maintenance for MaintenanceService {
         etcd.serve(Method::Defragment, request, work).await
     }
 
-    async fn hash(
-        &self,
-        request: Request<HashRequest>,
-    ) -> Result<Response<HashResponse>, Status> {
+    async fn hash(&self, request: Request<HashRequest>) -> Result<Response<HashResponse>, Status> {
         let etcd = &self.0;
         let work = |_| hash(etcd);
         etcd.serve(Method::Hash, request, work).await
@@ -140,9 +137,14 @@ async fn alarm(etcd: &Etcd, request: AlarmRequest) -> Result<AlarmResponse, Erro
     };
     let answer = match change {
         Ok(raised) => {
-            tracing::info!(member = format_args!("{member_id:x}"), raised, "alarm NOSPACE");
+            tracing::info!(
+                member = format_args!("{member_id:x}"),
+                raised,
+                "alarm NOSPACE"
+            );
             let member = member_id;
-            etcd.command(Body::NoSpace(NoSpace { raised, member })).await?
+            etcd.command(Body::NoSpace(NoSpace { raised, member }))
+                .await?
         }
         Err(query) => etcd.read(query).await?,
     };
@@ -168,7 +170,10 @@ fn no_space(member: NodeId) -> AlarmMember {
 fn status(etcd: &Etcd) -> StatusResponse {
     let status = etcd.handle.status();
     let size = signed(status.state_bytes);
-    let no_leader = status.leader.is_none().then(|| Error::NoLeader.text().to_owned());
+    let no_leader = status.leader.is_none().then(|| {
+        let status = Error::NoLeader.into_status();
+        status.message().to_owned()
+    });
     let alarms = status.out_of_space.iter();
     let alarms = alarms.map(|member| format!("memberID:{} alarm:NOSPACE ", member.0));
     StatusResponse {
@@ -250,10 +255,7 @@ async fn hashed(
     Ok((etcd.header(answer.revision, answer.term), hashed))
 }
 
-async fn move_leader(
-    etcd: &Etcd,
-    request: MoveLeaderRequest,
-) -> Result<MoveLeaderResponse, Error> {
+async fn move_leader(etcd: &Etcd, request: MoveLeaderRequest) -> Result<MoveLeaderResponse, Error> {
     let target = request.target_id;
     if etcd.handle.status().role != Role::Leader {
         return Err(Error::NotLeader);
@@ -292,7 +294,8 @@ fn downgrade(request: &DowngradeRequest) -> Error {
 
 /// Whether it has the form `X.Y`.
 fn is_version(version: &str) -> bool {
-    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|digit| digit.is_ascii_digit());
+    let is_number =
+        |part: &str| !part.is_empty() && part.bytes().all(|digit| digit.is_ascii_digit());
     version
         .split_once('.')
         .is_some_and(|(major, minor)| is_number(major) && is_number(minor))
