@@ -63,6 +63,9 @@ pub const ENTRY_CLOSED_KEYS_MAX: usize = 4_096;
 /// Sessions ended by one expiry command, with their keys: less than a millisecond of
 /// work, so that a turn has more time for others than for expiry, however many expire.
 pub const EXPIRY_WORK_PER_COMMAND_MAX: usize = 256;
+/// Between two expiry commands if the first was full: what every member applies then
+/// takes a tenth of its time, and 100,000 sessions without keys end in three seconds.
+pub const EXPIRY_PAUSE_US: u64 = 8_000;
 
 /// Revisions that automatic compaction keeps.
 pub const REVISIONS_KEPT: u64 = 1_000_000;

@@ -298,9 +298,7 @@ impl<M: Machine> Replica<M> {
         }
         let applied = self.state.applied();
         let leadership = self.leadership.as_ref();
-        if leadership.is_some_and(|leadership| leadership.is_expiry_due(applied)) {
-            return self.now.boot_us;
-        }
+        let expiry_us = leadership.and_then(|leadership| leadership.next_expiry_us(applied));
         let tell_us = leadership.and_then(|leadership| leadership.tell_commit_us);
         let timer_us = self.leadership.as_ref().and_then(|leadership| {
             let due_us = self.state.next_due()?.saturating_mul(1_000);
@@ -308,7 +306,7 @@ impl<M: Machine> Replica<M> {
             let under_way = leadership.timers_entry > self.state.applied();
             (!under_way).then(|| self.now.boot_us.saturating_add(wait_us.max(TIMER_RETRY_US)))
         });
-        [tell_us, timer_us, self.consensus.next_due_us()]
+        [expiry_us, tell_us, timer_us, self.consensus.next_due_us()]
             .into_iter()
             .flatten()
             .fold(self.next_tick_us, u64::min)

@@ -861,6 +861,23 @@ fn a_stall_of_the_leader_expires_nobody() {
 }
 
 #[test]
+fn many_sessions_expire_by_and_by() {
+    let mut cluster = Cluster::ready(1);
+    let full = limits::EXPIRY_WORK_PER_COMMAND_MAX;
+    for _ in 0..2 * full + 1 {
+        cluster.open(NodeId(1), 1_000);
+    }
+    let left = |cluster: &Cluster| cluster.nodes[&NodeId(1)].replica.state().sessions().len();
+    let mut seen = Vec::new();
+    for _ in 0..150 {
+        cluster.run_ms(10);
+        seen.push(left(&cluster));
+    }
+    seen.dedup();
+    assert_eq!(seen, [2 * full + 1, full + 1, 1, 0]);
+}
+
+#[test]
 fn closing_an_ended_session_says_how_it_ended() {
     let mut cluster = Cluster::ready(1);
     let session = cluster.open(NodeId(1), 2_000);

@@ -133,15 +133,21 @@ impl<M: Machine> Replica<M> {
         let Some(liveness) = &mut leadership.liveness else {
             return;
         };
-        // One at a time, so that expiry does not crowd out others where it is applied.
-        if leadership.expiry_entry > self.state.applied() {
+        // One at a time, and not one after the other, so that expiry does not crowd out
+        // others where it is applied.
+        let is_paused = leadership
+            .expiry_resumes_us
+            .is_some_and(|resumes_us| self.now.boot_us < resumes_us);
+        if is_paused || leadership.expiry_entry > self.state.applied() {
             return;
         }
         let keyspace = self.state.keyspace();
         let work = |session: SessionId| 1 + keyspace.keys_bound(session);
         let due = liveness.expire(now_us, limits::EXPIRY_WORK_PER_COMMAND_MAX, work);
-        leadership.expires_more =
+        let is_full =
             due.iter().copied().map(work).sum::<usize>() >= limits::EXPIRY_WORK_PER_COMMAND_MAX;
+        leadership.expiry_resumes_us =
+            is_full.then(|| self.now.boot_us.saturating_add(limits::EXPIRY_PAUSE_US));
         if due.is_empty() {
             return;
         }
@@ -160,7 +166,7 @@ impl<M: Machine> Replica<M> {
             _ if is_proposed => leadership.expiry_entry = entry,
             Some(liveness) => {
                 liveness.expiry_dropped(&due);
-                leadership.expires_more = false;
+                leadership.expiry_resumes_us = None;
             }
             None => {}
         }

@@ -22,8 +22,8 @@ pub(super) struct Leadership {
     pub(super) parked: BTreeMap<SessionId, Vec<RenewalAsk>>,
     /// The entry that ends sessions, if one is on its way.
     pub(super) expiry_entry: Index,
-    /// It did not bear all that were due: the next follows at once.
-    pub(super) expires_more: bool,
+    /// It was full: when the next may follow, by CLOCK_BOOTTIME.
+    pub(super) expiry_resumes_us: Option<u64>,
     /// The entry that fires the timers which are due, if one is on its way.
     pub(super) timers_entry: Index,
     /// The entry that raises the alarm NOSPACE, if one is on its way.
@@ -43,7 +43,7 @@ impl Leadership {
             early: Vec::new(),
             parked: BTreeMap::new(),
             expiry_entry: 0,
-            expires_more: false,
+            expiry_resumes_us: None,
             timers_entry: 0,
             alarm_entry: 0,
             version_entry: 0,
@@ -52,9 +52,10 @@ impl Leadership {
         }
     }
 
-    /// Whether the next expiry need not wait for its time.
-    pub(super) fn is_expiry_due(&self, applied: Index) -> bool {
-        self.expires_more && self.expiry_entry <= applied
+    /// When more sessions expire, if the entry before is applied and was full.
+    pub(super) fn next_expiry_us(&self, applied: Index) -> Option<u64> {
+        self.expiry_resumes_us
+            .filter(|_| self.expiry_entry <= applied)
     }
 }
 
