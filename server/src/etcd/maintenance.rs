@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use conclave_core::{
     ids::{NodeId, Revision},
-    keyspace::Hashed,
+    keyspace::{Hashed, RevisionError},
     replica::{AnswerBody, Query, Role},
 };
 use conclave_proto::{
@@ -229,7 +229,14 @@ async fn hash(etcd: &Etcd) -> Result<HashResponse, Error> {
 }
 
 async fn hash_kv(etcd: &Etcd, request: HashKvRequest) -> Result<HashKvResponse, Error> {
-    let revision = u64::try_from(request.revision).ok().filter(|at| *at > 0);
+    let Ok(revision) = u64::try_from(request.revision) else {
+        let compacted = etcd.handle.status().compacted;
+        return Err(Error::Revision(RevisionError::Compacted {
+            asked: 0,
+            compacted,
+        }));
+    };
+    let revision = Some(revision).filter(|at| *at > 0);
     let (header, hashed) = hashed(etcd, revision).await?;
     Ok(HashKvResponse {
         header,
