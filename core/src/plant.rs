@@ -19,6 +19,8 @@ pub const NAMES: &[&str] = &[
     "forget-lock-at-recovery",
     "compact-locally",
     "skip-lock-delay",
+    "one-release-frees-all",
+    "acquire-counts-twice",
     "cut-behind-unsynced-checkpoint",
     "retry-runs-twice",
     "requests-left-out-of-checkpoint",

@@ -15,6 +15,7 @@ pub(crate) mod liveness;
 pub(crate) mod lock_delay;
 pub(crate) mod once;
 pub(crate) mod one_holder;
+pub(crate) mod shared;
 pub(crate) mod tokens_grow;
 pub(crate) mod wakeups;
 

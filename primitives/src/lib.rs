@@ -32,7 +32,7 @@ use conclave_core::{
 use conclave_proto::internal::{PrimitiveCommand, Request, command, primitive_command};
 use prost::Message as _;
 
-pub use mutex::{Contender, Grant, LockInfo, LossReason, Note, Waiting};
+pub use mutex::{Contender, Grant, Held, LockInfo, LossReason, Note, Waiting};
 pub use name::Invalid;
 
 use contenders::Contenders;
@@ -151,7 +151,7 @@ pub enum Answer {
     /// To `Query::GrantsOf`.
     Grants {
         /// In order of key.
-        grants: Vec<Grant>,
+        grants: Vec<Held>,
         /// In order of key.
         waiting: Vec<Waiting>,
         /// In order of token, as far as they are on record.

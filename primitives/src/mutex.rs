@@ -93,6 +93,16 @@ pub struct Grant {
     pub token: Revision,
 }
 
+/// What a session holds, with who shares it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The grant.
+    pub grant: Grant,
+    /// One for each acquire that shares it, the first first, by which a release can
+    /// undo it: its number, the tag of one without, or 0 for a key of an etcd client.
+    pub entries: Vec<u64>,
+}
+
 /// A place in the queue of a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waiting {
@@ -206,6 +216,10 @@ fn join(
         return Err(Rejection::TooManyEntries);
     }
     value.inner.push(entry);
+    #[cfg(conclave_plant)]
+    if conclave_core::plant::is("acquire-counts-twice") {
+        value.inner.push(entry);
+    }
     rewrite(context, record, &value);
     Ok(Reply::Granted { key, token })
 }
@@ -502,7 +516,11 @@ pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: Sessio
             token: record.create_revision,
         };
         if holds(contenders, &lock, record) {
-            grants.push(contends);
+            let entries = native(record).map(|value| value::entries(&value).collect());
+            grants.push(Held {
+                grant: contends,
+                entries: entries.unwrap_or_else(|| vec![0]),
+            });
         } else {
             let number = native(record).map(|value| value.request);
             let is_number = |number: &u64| *number <= limits::REQUEST_NUMBER_MAX;
@@ -614,6 +632,8 @@ fn is_first(contenders: &Contenders, lock: &Bytes, record: &Record) -> bool {
 /// goes the key.
 fn leave(context: &mut Context<'_>, record: &Record, entry: u64) {
     let shared = native(record).and_then(|value| value::without(value, entry));
+    #[cfg(conclave_plant)]
+    let shared = shared.filter(|_| !conclave_core::plant::is("one-release-frees-all"));
     match shared {
         Some(value) => {
             context.gives_back();

@@ -22,8 +22,8 @@ use conclave_core::{
     system::ForcedRelease,
 };
 use conclave_primitives::{
-    Answer as Found, Contender, Event, LockInfo, LossReason, Primitives, Query, Rejection, Reply,
-    Waiting, command, name::lock_of,
+    Answer as Found, Contender, Event, Held, LockInfo, LossReason, Primitives, Query, Rejection,
+    Reply, Waiting, command, name::lock_of,
 };
 use conclave_proto::internal::{
     AttachSession, CloseSession, DeleteRange, LockAcquire, LockCancel, LockContender,
@@ -1021,12 +1021,18 @@ impl World {
             .filter(of_session)
             .filter(|p| self.model.holds(p));
         let held: BTreeSet<_> = held
-            .map(|p| (Bytes::from(p.key.clone()), p.token))
+            .map(|p| {
+                let entries = match p.is_native {
+                    true => p.requests.clone(),
+                    false => vec![0],
+                };
+                (Bytes::from(p.key.clone()), p.token, entries)
+            })
             .collect();
         assert!(
             grants
                 .into_iter()
-                .map(|grant| (grant.key, grant.token))
+                .map(|Held { grant, entries }| (grant.key, grant.token, entries))
                 .eq(held)
         );
         let waits = self.model.places.iter().filter(of_session);

@@ -37,8 +37,8 @@ use conclave_core::{
     state::Applied,
 };
 use conclave_primitives::{
-    Answer as Found, Contender, Event, LossReason, Primitives, Query, Rejection, Reply, Waiting,
-    command,
+    Answer as Found, Contender, Event, Held, LossReason, Primitives, Query, Rejection, Reply,
+    Waiting, command,
 };
 use conclave_proto::internal::{
     AttachSession, CloseSession, DeleteRange, LockAcquire, LockCancel, LockForceRelease,
@@ -447,9 +447,13 @@ impl Script {
                 waiting,
                 forced,
             } => {
-                for grant in grants {
+                for Held { grant, entries } in grants {
                     let owner = with_owner(&grant.owner);
-                    writeln!(out, "holds {}{owner}, token {}", grant.lock, grant.token).unwrap();
+                    write!(out, "holds {}{owner}, token {}", grant.lock, grant.token).unwrap();
+                    match &entries[..] {
+                        [_] => writeln!(out).unwrap(),
+                        shared => writeln!(out, ", shared by {shared:?}").unwrap(),
+                    }
                 }
                 for Waiting { contends, request } in waiting {
                     let owner = with_owner(&contends.owner);

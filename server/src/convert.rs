@@ -31,6 +31,14 @@ pub(crate) fn grant(grant: primitives::Grant) -> v1::Grant {
         owner: grant.owner,
         key: grant.key,
         token: grant.token,
+        entries: Vec::new(),
+    }
+}
+
+pub(crate) fn held(held: primitives::Held) -> v1::Grant {
+    v1::Grant {
+        entries: held.entries,
+        ..grant(held.grant)
     }
 }
 
@@ -68,8 +76,8 @@ pub(crate) fn forced(record: ForcedRelease) -> v1::GrantLost {
         grant: Some(v1::Grant {
             lock,
             owner,
-            key: Default::default(),
             token,
+            ..v1::Grant::default()
         }),
         reason: v1::LossReason::Forced.into(),
         detail: reason,

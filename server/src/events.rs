@@ -298,7 +298,7 @@ impl Attachments {
             self.asking -= 1;
         }
         let attached = v1::SessionAttached {
-            grants: grants.into_iter().map(convert::grant).collect(),
+            grants: grants.into_iter().map(convert::held).collect(),
             forced: forced.into_iter().map(convert::forced).collect(),
             places: waiting.into_iter().map(convert::place).collect(),
         };
@@ -548,7 +548,10 @@ mod tests {
 
     fn grants_at(revision: Revision) -> Note {
         let grants = primitives::Answer::Grants {
-            grants: vec![grant(2)],
+            grants: vec![primitives::Held {
+                grant: grant(2),
+                entries: vec![1],
+            }],
             waiting: vec![],
             forced: vec![],
         };

@@ -161,7 +161,7 @@ async fn attach(
         attachment,
         last_request,
         ttl_ms,
-        grants: grants.into_iter().map(convert::grant).collect(),
+        grants: grants.into_iter().map(convert::held).collect(),
         places: waiting.into_iter().map(convert::place).collect(),
     })
 }

@@ -75,7 +75,7 @@ pub struct LockGuard {
     session: Session,
     lock: Contended,
     granted: Granted,
-    /// Which of the acquires that share the grant it stands for; 0 if none do.
+    /// Which of the acquires that share the grant it stands for.
     entry: u64,
     is_given_up: bool,
     /// The number of its release, once that has begun.
@@ -226,25 +226,20 @@ impl LockGuard {
         self.session.core().lost_grant(self.granted.token).await
     }
 
-    /// For a grant that an earlier start of this program was given, and that was
-    /// there at `revision`.
+    /// For one of the acquires that share a grant which an earlier start of this
+    /// program was given, and which was there at the revision.
     pub(crate) fn adopted(
         session: Session,
         lock: Contended,
-        key: Bytes,
-        token: u64,
-        revision: u64,
+        granted: Granted,
+        entry: u64,
     ) -> LockGuard {
-        session.core().adopted(token, revision);
+        session.core().adopted(granted.token, granted.revision);
         LockGuard {
             session,
             lock,
-            granted: Granted {
-                key,
-                token,
-                revision,
-            },
-            entry: 0,
+            granted,
+            entry,
             is_given_up: false,
             release: None,
             is_released: false,
@@ -427,15 +422,11 @@ impl Pending {
         } = granted;
         self.core.granted(self.acquire.request(), token, revision);
         let lock = self.lock.clone();
-        let entry = match self.terms.is_reentrant {
-            true => self.acquire.request(),
-            false => 0,
-        };
         LockGuard {
             session,
             lock,
             granted,
-            entry,
+            entry: self.acquire.request(),
             is_given_up: false,
             release: None,
             is_released: false,

@@ -16,7 +16,7 @@ use crate::{
     credentials::{Credentials, nonce},
     error::Error,
     lock::{Contended, LockGuard, Pending},
-    requests::Requests,
+    requests::{Granted, Requests},
     session::Session,
     session_state::SessionState,
     transport::ATTEMPT_TIMEOUT,
@@ -28,7 +28,8 @@ use crate::{
 pub struct Resumed {
     /// The session.
     pub session: Session,
-    /// What it held when this program attached.
+    /// What it held when this program attached: of a grant that several acquires share,
+    /// one for each of them.
     pub guards: Vec<LockGuard>,
     /// What it still waits for, of what was to be kept.
     pub waiting: Vec<Waiting>,
@@ -144,22 +145,25 @@ async fn confirm(
 /// and has no place any more is decided, so it is asked for its answer, too.
 fn take_up(session: Session, attached: AttachSessionResponse, wanted: Vec<u64>) -> Resumed {
     let revision = attached.header.map_or(u64::MAX, |header| header.revision);
-    let guards = attached.grants.into_iter().map(|grant| {
-        let v1::Grant {
-            lock,
-            owner,
-            key,
-            token,
-        } = grant;
-        LockGuard::adopted(
-            session.clone(),
-            Contended::new(lock, owner),
+    let mut guards = Vec::new();
+    for v1::Grant {
+        lock,
+        owner,
+        key,
+        token,
+        entries,
+    } in attached.grants
+    {
+        let lock = Contended::new(lock, owner);
+        let granted = Granted {
             key,
             token,
             revision,
-        )
-    });
-    let guards = guards.collect();
+        };
+        let adopt =
+            |entry| LockGuard::adopted(session.clone(), lock.clone(), granted.clone(), entry);
+        guards.extend(entries.into_iter().map(adopt));
+    }
     let mut waiting = Vec::new();
     for Place { contends, request } in attached.places {
         if let Some(grant) = contends.filter(|_| wanted.contains(&request)) {

@@ -4,7 +4,7 @@
 //! a time (in the simulator [`RECOVERY_US`]) every client that lives completes what it was at and then
 //! something it began after that; and when clients are told to start nothing
 //! new, in the end no request is unanswered, no lock is held or queued for, and
-//! all nodes have applied the same.
+//! all nodes have applied what any had applied a moment before.
 
 use std::collections::BTreeMap;
 
@@ -74,17 +74,24 @@ impl Liveness {
         Ok(())
     }
 
-    /// The end: what is left of work, and where each node is.
-    pub(crate) fn drained(&self, contenders: &[String], applied: &[Option<u64>]) -> Verdict {
+    /// The end: what is left of work, and where each node is. `upto` is the newest entry
+    /// that a node had applied a moment before; what was proposed since may be under way.
+    pub(crate) fn drained(
+        &self,
+        contenders: &[String],
+        applied: &[Option<u64>],
+        upto: u64,
+    ) -> Verdict {
         if let Some((client, since)) = self.began.first_key_value() {
             return broken(
                 NAME,
                 format!("client {client} waits for an answer since {since} us"),
             );
         }
-        let first = applied.first().copied().flatten();
-        if first.is_none() || applied.iter().any(|index| *index != first) {
-            return broken(NAME, format!("nodes have not caught up: {applied:?}"));
+        let has_caught_up = |index: &Option<u64>| index.is_some_and(|index| index >= upto);
+        if !applied.iter().all(has_caught_up) {
+            let what = format!("nodes have not caught up to {upto}: {applied:?}");
+            return broken(NAME, what);
         }
         match contenders.first() {
             Some(contender) => broken(
@@ -119,13 +126,20 @@ mod tests {
     #[test]
     fn finds_what_is_left_over() {
         let mut checker = Liveness::default();
-        checker.drained(&[], &[Some(7), Some(7)]).unwrap();
-        assert!(checker.drained(&["a/1".into()], &[Some(7)]).is_err());
-        assert!(checker.drained(&[], &[Some(7), Some(6)]).is_err());
-        assert!(checker.drained(&[], &[Some(7), None]).is_err());
+        checker.drained(&[], &[Some(7), Some(7)], 7).unwrap();
+        assert!(checker.drained(&["a/1".into()], &[Some(7)], 7).is_err());
+        assert!(checker.drained(&[], &[Some(7), Some(6)], 7).is_err());
+        assert!(checker.drained(&[], &[Some(7), None], 7).is_err());
         checker.begins(3, 1);
-        assert!(checker.drained(&[], &[Some(7)]).is_err());
+        assert!(checker.drained(&[], &[Some(7)], 7).is_err());
         checker.gone(3);
-        checker.drained(&[], &[Some(7)]).unwrap();
+        checker.drained(&[], &[Some(7)], 7).unwrap();
+    }
+
+    #[test]
+    fn accepts_what_was_proposed_just_before_the_end() {
+        let checker = Liveness::default();
+        checker.drained(&[], &[Some(8), Some(7)], 7).unwrap();
+        assert!(checker.drained(&[], &[Some(8), Some(6)], 7).is_err());
     }
 }

@@ -154,7 +154,11 @@ impl World {
 
     /// Whether nothing is left of work.
     pub(crate) fn drained(&self, contenders: &[String], applied: &[Option<u64>]) -> Verdict {
-        self.evidence().liveness.drained(contenders, applied)
+        // Asked again until they agree.
+        let newest = applied.iter().flatten().max().copied().unwrap_or(0);
+        self.evidence()
+            .liveness
+            .drained(contenders, applied, newest)
     }
 
     /// Counts a completion.

@@ -26,6 +26,7 @@ use crate::checkers::{
     lock_delay::LockDelay,
     once::Once,
     one_holder::OneHolder,
+    shared,
     tokens_grow::TokensGrow,
     wakeups::Wakeups,
 };
@@ -160,8 +161,8 @@ impl Checks {
                 self.note(verdict);
                 self.granted(lock, session, *token, answer.revision, state.keyspace())
             }
-            (About::Release { token, .. }, AnswerBody::Machine(Ok(LockReply::Released))) => {
-                self.acknowledged.released(token, answer.revision)
+            (about, AnswerBody::Machine(Ok(LockReply::Released))) => {
+                self.released(about, answer.revision, state)
             }
             _ => Ok(()),
         };
@@ -224,6 +225,39 @@ impl Checks {
         fifo::answered(lock, token, &alive)
     }
 
+    /// What a lost holder left while its delay runs goes with any release of it.
+    fn released(&mut self, about: About, revision: u64, state: &State<Primitives>) -> Verdict {
+        let is_lost = |token, session| {
+            let is_forced = state.system().forced_release(token).is_some();
+            is_forced || state.sessions().get(SessionId(session)).is_none()
+        };
+        match about {
+            About::Release {
+                lock,
+                token,
+                session,
+                left,
+                ..
+            } => {
+                if left == 0 {
+                    self.acknowledged.released(token, revision)?;
+                }
+                let keyspace = state.keyspace();
+                if is_lost(token, session) || keyspace.check_readable(revision).is_err() {
+                    return Ok(());
+                }
+                let is_there = keyspace
+                    .range(&keys_of(lock), Some(revision))
+                    .any(|record| record.create_revision == token);
+                shared::released(token, left, is_there)
+            }
+            About::UndoneRelease { token, session } if !is_lost(token, session) => {
+                shared::released_again(token)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A turn of a node is over, and has applied something.
     pub(crate) fn applied(&mut self, node: usize, locks: usize, replica: &Replica<Primitives>) {
         let state = replica.state();
@@ -233,10 +267,12 @@ impl Checks {
         self.note(verdict);
         for lock in 0..locks {
             if self.wakeups.watches(node, lock)
-                && let Some((session, request)) = first_in_line(state.keyspace(), lock)
+                && let Some((session, requests)) = first_in_line(state.keyspace(), lock)
             {
-                let verdict = self.wakeups.after_turn(node, lock, session, request);
-                self.note(verdict);
+                for request in requests {
+                    let verdict = self.wakeups.after_turn(node, lock, session, request);
+                    self.note(verdict);
+                }
             }
         }
     }
@@ -252,11 +288,12 @@ impl Checks {
         ));
     }
 
-    /// The end of a run in which all nodes have applied the same: what is left.
+    /// The end of a run: what is left, and whether all nodes have applied this entry.
     pub(crate) fn in_the_end(
         &mut self,
         now_us: u64,
         locks: usize,
+        upto: u64,
         replicas: &[(NodeId, Option<&Replica<Primitives>>)],
     ) {
         let applied: Vec<Option<u64>> = replicas
@@ -269,7 +306,7 @@ impl Checks {
             .take(1)
             .flat_map(|replica| contenders(replica.state().keyspace(), locks))
             .collect();
-        let verdict = self.liveness.drained(&contenders, &applied);
+        let verdict = self.liveness.drained(&contenders, &applied, upto);
         self.note(verdict);
         let running: Vec<&Replica<Primitives>> = replicas
             .iter()
@@ -368,13 +405,15 @@ fn keys_of(lock: usize) -> KeyRange {
     KeyRange::prefix(format!("lock-{lock}/").as_bytes())
 }
 
-/// The session and request with the lowest create revision.
-fn first_in_line(keyspace: &Keyspace, lock: usize) -> Option<(i64, u64)> {
+/// The session with the lowest create revision, and its requests.
+fn first_in_line(keyspace: &Keyspace, lock: usize) -> Option<(i64, Vec<u64>)> {
     let first = keyspace
         .range(&keys_of(lock), None)
         .min_by_key(|record| record.create_revision)?;
     let contender = LockContender::decode(first.value.clone()).ok()?;
-    Some((first.lease?.0, contender.request))
+    let mut requests = contender.inner;
+    requests.push(contender.request);
+    Some((first.lease?.0, requests))
 }
 
 fn contenders(keyspace: &Keyspace, locks: usize) -> Vec<String> {

@@ -3,38 +3,35 @@
 //! give up, ask twice, send what is stale, close its session, or vanish, and come
 //! back to its session with the secret.
 
+mod acquire;
 mod comeback;
+mod hold;
 
 use bytes::Bytes;
 use conclave_client::{
-    requests::{Acquire, Granted, Message, Next, Outcome, Requests},
+    requests::{Outcome, Requests},
     session_state::{Attempt, LossReason, SessionState},
 };
 use conclave_core::{
     ids::{Attachment, SessionId},
-    replica::{Answer, AnswerBody, EventBody, Query},
+    replica::{AnswerBody, EventBody},
     session::EndReason,
 };
-use conclave_primitives::{
-    Answer as LockAnswer, Event as LockEvent, LossReason as GrantLoss, Query as LockQuery,
-    Rejection, Reply as LockReply,
-};
-use conclave_proto::internal::{
-    CloseSession, LockAcquire, LockCancel, LockRelease, OpenSession, Request, command,
-    primitive_command,
-};
+use conclave_primitives::{Event as LockEvent, LossReason as GrantLoss, Rejection};
+use conclave_proto::internal::{CloseSession, OpenSession, Request, command};
 use conclave_proto::v1::RequestNumber;
 
 use super::{
     alarm::{Alarm, Owner},
-    checks::lock_name,
     clock::Clock,
     ground::{About, CallBody, Ground, Reply},
     link::{CallOutcome, Link, Pending, Refusal, outcome},
     tally::{Fault, Operation},
 };
 use crate::checkers::early_expiry::Moment;
-use comeback::{Attaching, Before};
+use acquire::Acquiring;
+use comeback::{Attaching, Before, lock_of};
+use hold::{Aside, Holding, Releasing};
 
 /// See the module.
 #[derive(Debug)]
@@ -85,16 +82,8 @@ enum Step {
         until_us: u64,
     },
     Acquire(Acquiring),
-    Hold {
-        lock: usize,
-        token: u64,
-        until_us: u64,
-    },
-    Release {
-        lock: usize,
-        token: u64,
-        request: u64,
-    },
+    Hold(Holding),
+    Release(Releasing),
     Close,
     /// It vanished without a word. Later it comes back to its session, or opens
     /// another.
@@ -106,29 +95,6 @@ enum Step {
     Attach(Attaching),
     /// Nothing more to do.
     Rest,
-}
-
-#[derive(Debug)]
-struct Acquiring {
-    lock: usize,
-    acquire: Acquire,
-    wait_ms: Option<u64>,
-    delay_ms: u64,
-    attempts: u32,
-    withdraw_us: u64,
-}
-
-/// What a call beside the step is for.
-#[derive(Clone, Copy, Debug)]
-enum Aside {
-    Check {
-        token: u64,
-    },
-    StaleRelease,
-    /// A renewal for the attachment before.
-    OldRenewal {
-        session: i64,
-    },
 }
 
 impl LockClient {
@@ -204,7 +170,9 @@ impl LockClient {
         let step_us = match (&self.step, self.pending) {
             (Step::Rest, _) => u64::MAX,
             (
-                Step::Gone { until_us, .. } | Step::Idle { until_us } | Step::Hold { until_us, .. },
+                Step::Gone { until_us, .. }
+                | Step::Idle { until_us }
+                | Step::Hold(Holding { until_us, .. }),
                 _,
             ) => *until_us,
             (Step::Acquire(acquiring), Some(pending)) if !acquiring.is_withdrawn() => {
@@ -288,14 +256,9 @@ impl LockClient {
                 }
             }
             EventBody::Machine(LockEvent::GrantLost { grant, reason }) => {
-                if let Step::Hold { lock, token, .. } = self.step
-                    && token == grant.token
-                {
-                    ground.checks.one_holder.gives_up(lock, token);
-                    if !matches!(reason, GrantLoss::SessionEnded(_)) {
-                        ground.checks.lock_delay.gives_up(lock, token);
-                    }
-                    self.rest_a_little(ground);
+                let (lock, token) = (lock_of(&grant.lock, ground), grant.token);
+                if self.lose_grant(token, ground) && !matches!(reason, GrantLoss::SessionEnded(_)) {
+                    ground.checks.lock_delay.gives_up(lock, token);
                 }
             }
         }
@@ -365,8 +328,7 @@ impl LockClient {
                 if ground.troubled() && ground.rng.chance(200_000) {
                     return self.die(ground);
                 }
-                acquiring.acquire.withdraw();
-                acquiring.attempts = 0;
+                acquiring.withdraw();
                 if let Some(pending) = self.pending.take() {
                     self.link.abandon(pending, ground);
                 }
@@ -381,11 +343,11 @@ impl LockClient {
             Step::Open => self.open(ground),
             Step::Idle { until_us } if *until_us <= ground.now_us => self.choose(ground),
             Step::Acquire(_) => self.acquire(ground),
-            Step::Hold { until_us, .. } if *until_us <= ground.now_us => self.let_go(ground),
-            Step::Release { .. } => self.release(ground),
+            Step::Hold(holding) if holding.until_us <= ground.now_us => self.give_up(ground),
+            Step::Release(_) => self.release(ground),
             Step::Attach(_) => self.attach(ground),
             Step::Close => self.close(ground),
-            Step::Idle { .. } | Step::Hold { .. } | Step::Gone { .. } | Step::Rest => {}
+            Step::Idle { .. } | Step::Hold(_) | Step::Gone { .. } | Step::Rest => {}
         }
     }
 
@@ -424,9 +386,9 @@ impl LockClient {
             // That is the answer to this number, also later.
             Step::Acquire(_) if !has_space => self.request_over(ground),
             Step::Acquire(_) => self.acquire_ended(outcome, ground),
-            Step::Release { .. } => self.release_ended(outcome, ground),
+            Step::Release(_) => self.release_ended(outcome, ground),
             Step::Close => self.closed(&outcome, ground),
-            Step::Idle { .. } | Step::Hold { .. } | Step::Gone { .. } | Step::Rest => {}
+            Step::Idle { .. } | Step::Hold(_) | Step::Gone { .. } | Step::Rest => {}
         }
     }
 
@@ -518,369 +480,7 @@ impl LockClient {
             self.step = Step::Close;
             return self.close(ground);
         }
-        let Some(session) = &mut self.session else {
-            return;
-        };
-        let wait_ms = match ground.rng.below(100) {
-            0..25 => Some(0),
-            25..60 => Some(ground.rng.between(20, 1_500)),
-            _ => None,
-        };
-        let delay_ms = match ground.rng.chance(200_000) {
-            true => ground.rng.between(50, 1_000),
-            false => 0,
-        };
-        let withdraw_us = match ground.rng.chance(80_000) {
-            true => ground.now_us + ground.rng.between(1_000, 300_000),
-            false => u64::MAX,
-        };
-        self.step = Step::Acquire(Acquiring {
-            lock: ground.rng.index(ground.settings.locks),
-            acquire: Acquire::new(session.requests.begin()),
-            wait_ms,
-            delay_ms,
-            attempts: 0,
-            withdraw_us,
-        });
-        self.acquire(ground);
-    }
-
-    /// Sends an acquire or its cancel.
-    fn acquire(&mut self, ground: &mut Ground) {
-        let (Step::Acquire(acquiring), Some(session)) = (&mut self.step, &self.session) else {
-            return;
-        };
-        acquiring.attempts += 1;
-        let attachment = session.requests.attachment();
-        // Nobody can tell which of two copies is the first to wait. And what an earlier
-        // attachment sent in vain may have had the same number.
-        let is_copied = is_copied(ground);
-        let is_first = acquiring.attempts == 1 && !is_copied && attachment == 1;
-        let (name, owner) = (lock_name(acquiring.lock), self.owner.clone());
-        let (session_id, request) = (session.id, acquiring.acquire.request());
-        let (command, about, patience_us) = match acquiring.acquire.message() {
-            Message::Acquire => (
-                primitive_command::Command::LockAcquire(LockAcquire {
-                    name,
-                    session_id,
-                    owner,
-                    request: Some(internal(session.requests.number(request))),
-                    tag: 0,
-                    wait_ms: acquiring.wait_ms,
-                    delay_ms: acquiring.delay_ms,
-                    reentrant: false,
-                }),
-                About::Acquire {
-                    lock: acquiring.lock,
-                    session: session_id,
-                    request,
-                    first: is_first,
-                },
-                // A call that waits may break at any time; one that does not
-                // should be answered soon.
-                ground.rng.between(300_000, 3_000_000),
-            ),
-            Message::Cancel => (
-                primitive_command::Command::LockCancel(LockCancel {
-                    name,
-                    session_id,
-                    owner,
-                    entry: request,
-                    request: Some(Request {
-                        attachment,
-                        ..Request::default()
-                    }),
-                }),
-                About::Other,
-                ground.rng.between(200_000, 1_000_000),
-            ),
-        };
-        let body = conclave_primitives::command(command);
-        if is_copied {
-            self.link.send_copy(body.clone(), about, ground);
-        }
-        let call = CallBody::Command(body);
-        self.pending = Some(self.link.call(call, about, patience_us, ground));
-    }
-
-    fn cancel_ended(&mut self, outcome: CallOutcome, ground: &mut Ground) {
-        let Step::Acquire(acquiring) = &self.step else {
-            return;
-        };
-        let outcome = without_answer(outcome);
-        if let Next::Done(_) = acquiring.acquire.cancel_ended(outcome) {
-            ground.did(Operation::Cancelled);
-            self.request_over(ground);
-        }
-    }
-
-    fn acquire_ended(&mut self, outcome: CallOutcome, ground: &mut Ground) {
-        let Step::Acquire(acquiring) = &self.step else {
-            return;
-        };
-        let outcome = match outcome {
-            Outcome::Answered(Answer {
-                body: AnswerBody::Machine(Ok(LockReply::Granted { key, token })),
-                revision,
-                ..
-            }) => Outcome::Answered(Granted {
-                key,
-                token,
-                revision,
-            }),
-            Outcome::Refused(rejection) => Outcome::Refused(rejection),
-            Outcome::NotApplied => Outcome::NotApplied,
-            Outcome::Answered(_) | Outcome::Unknown => Outcome::Unknown,
-        };
-        let (lock, wait_ms, delay_ms) = (acquiring.lock, acquiring.wait_ms, acquiring.delay_ms);
-        match acquiring.acquire.acquire_ended(outcome) {
-            Next::Repeat => {}
-            Next::Done(Ok(granted)) => {
-                self.granted(lock, granted.token, wait_ms, ground);
-                self.guard(lock, granted.token, delay_ms, ground);
-            }
-            Next::Done(Err(rejection)) => {
-                let Refusal::Rejected(rejection) = rejection else {
-                    return;
-                };
-                match rejection {
-                    Rejection::Held => ground.did(Operation::Held),
-                    Rejection::WaitTimedOut => ground.did(Operation::WaitTimedOut),
-                    Rejection::AlreadyContending { token } => {
-                        let verdict = ground.checks.acknowledged.stumbled(token);
-                        ground.checks.note(verdict);
-                    }
-                    _ => {}
-                }
-                self.request_over(ground);
-            }
-        }
-    }
-
-    fn request_over(&mut self, ground: &mut Ground) {
-        if let (Step::Acquire(acquiring), Some(session)) = (&self.step, &mut self.session) {
-            session.requests.end(acquiring.acquire.request());
-        }
-        ground
-            .checks
-            .liveness
-            .completes(self.actor(), ground.now_us);
-        self.rest_a_little(ground);
-    }
-
-    fn granted(&mut self, lock: usize, token: u64, wait_ms: Option<u64>, ground: &mut Ground) {
-        self.request_over(ground);
-        let now = self.clock.local(ground.now_us);
-        let Some(session) = &self.session else { return };
-        if session.state.lost_at(now).is_some() {
-            return;
-        }
-        ground.did(match wait_ms {
-            Some(0) => Operation::GrantedByTry,
-            Some(_) => Operation::GrantedInTime,
-            None => Operation::GrantedWithoutLimit,
-        });
-        let until_us = self.clock.true_at(session.state.deadline());
-        let (now_us, actor) = (ground.now_us, self.actor());
-        let verdict = ground
-            .checks
-            .one_holder
-            .believes(now_us, lock, actor, token, until_us);
-        ground.checks.note(verdict);
-        let verdict = ground.checks.tokens_grow.believes(lock, token);
-        ground.checks.note(verdict);
-        let hold_us = match ground.rng.chance(50_000) {
-            true => ground.rng.between(50_000, 600_000),
-            false => ground.rng.skewed(6_000),
-        };
-        self.step = Step::Hold {
-            lock,
-            token,
-            until_us: now_us + hold_us,
-        };
-        self.ask_aside(lock, token, ground);
-    }
-
-    /// If it holds, and asked for a delay, nobody else may be granted within it.
-    fn guard(&self, lock: usize, token: u64, delay_ms: u64, ground: &mut Ground) {
-        let Some(session) = self.session.as_ref().filter(|_| delay_ms > 0) else {
-            return;
-        };
-        if matches!(self.step, Step::Hold { token: held, .. } if held == token) {
-            let sent_us = self.clock.true_at(session.state.confirmed());
-            let times = (self.ttl_ms * 1_000, delay_ms * 1_000);
-            let guards = &mut ground.checks.lock_delay;
-            guards.holds(lock, self.link.actor, token, sent_us, times);
-        }
-    }
-
-    /// Sometimes, while it holds: is the token good, and is a stale release
-    /// refused?
-    fn ask_aside(&mut self, lock: usize, token: u64, ground: &mut Ground) {
-        if self.aside.is_some() {
-            return;
-        }
-        if ground.rng.chance(50_000) {
-            let query = LockQuery::Check {
-                name: lock_name(lock),
-                token,
-            };
-            let body = CallBody::Read(Query::Machine(query));
-            let call = self.link.send(body, About::Other, ground);
-            self.aside = Some((call, Aside::Check { token }));
-        } else if let Some((before, stale)) = self.released
-            && before == lock
-            && ground.rng.chance(50_000)
-        {
-            let about = About::Release {
-                token: stale,
-                session: 0,
-                request: 0,
-            };
-            let body = CallBody::Command(self.release_of(lock, stale, 0));
-            let call = self.link.send(body, about, ground);
-            self.aside = Some((call, Aside::StaleRelease));
-        }
-    }
-
-    fn aside_ended(&mut self, aside: Aside, reply: Reply, ground: &mut Ground) {
-        match (aside, outcome(reply).0) {
-            (
-                Aside::Check { token },
-                Outcome::Answered(Answer {
-                    body: AnswerBody::Query(LockAnswer::Checked(held)),
-                    ..
-                }),
-            ) => {
-                ground.did(Operation::Checked);
-                let holds = matches!(self.step, Step::Hold { token: now, .. } if now == token);
-                if !held && holds && self.trusts_session(ground) {
-                    let verdict = ground.checks.acknowledged.denied(token, "a check says no");
-                    ground.checks.note(verdict);
-                }
-            }
-            (Aside::OldRenewal { session }, Outcome::Answered(_)) => {
-                let verdict = ground.checks.once.served(session, "a renewal");
-                ground.checks.note(verdict);
-            }
-            (Aside::OldRenewal { .. }, Outcome::Refused(Refusal::NotRun(_))) => {
-                ground.did(Operation::OldAttachmentRefused);
-            }
-            (
-                Aside::StaleRelease,
-                Outcome::Refused(Refusal::Rejected(Rejection::NotHolder { .. })),
-            ) => {
-                ground.did(Operation::StaleReleaseRefused);
-            }
-            _ => {}
-        }
-    }
-
-    fn trusts_session(&self, ground: &Ground) -> bool {
-        let now = self.clock.local(ground.now_us);
-        self.session
-            .as_ref()
-            .is_some_and(|session| session.state.lost_at(now).is_none())
-    }
-
-    /// It has held long enough.
-    fn let_go(&mut self, ground: &mut Ground) {
-        let Step::Hold { lock, token, .. } = self.step else {
-            return;
-        };
-        if ground.troubled() && ground.rng.chance(10_000) {
-            return self.die(ground);
-        }
-        ground.checks.one_holder.gives_up(lock, token);
-        ground.checks.lock_delay.gives_up(lock, token);
-        let Some(session) = &mut self.session else {
-            return;
-        };
-        let request = session.requests.begin();
-        ground.checks.liveness.begins(self.actor(), ground.now_us);
-        self.step = Step::Release {
-            lock,
-            token,
-            request,
-        };
-        self.release(ground);
-    }
-
-    /// With this number; 0 for none.
-    fn release_of(&self, lock: usize, token: u64, request: u64) -> command::Body {
-        let session = self.session.as_ref();
-        let command = LockRelease {
-            name: lock_name(lock),
-            session_id: session.map_or(0, |session| session.id),
-            owner: self.owner.clone(),
-            token,
-            entry: 0,
-            request: session.map(|session| internal(session.requests.number(request))),
-        };
-        conclave_primitives::command(primitive_command::Command::LockRelease(command))
-    }
-
-    fn release(&mut self, ground: &mut Ground) {
-        let (
-            Step::Release {
-                lock,
-                token,
-                request,
-            },
-            Some(session),
-        ) = (&self.step, &self.session)
-        else {
-            return;
-        };
-        let (lock, token, request) = (*lock, *token, *request);
-        let about = About::Release {
-            token,
-            session: session.id,
-            request,
-        };
-        let body = self.release_of(lock, token, request);
-        let patience_us = ground.rng.between(200_000, 1_000_000);
-        self.pending =
-            Some(
-                self.link
-                    .call(CallBody::Command(body.clone()), about, patience_us, ground),
-            );
-        self.copy_sometimes(&body, about, ground);
-    }
-
-    fn release_ended(&mut self, outcome: CallOutcome, ground: &mut Ground) {
-        let trusts_session = self.trusts_session(ground);
-        let Step::Release {
-            lock,
-            token,
-            request,
-        } = self.step
-        else {
-            return;
-        };
-        match without_answer(outcome).next() {
-            Next::Repeat => return,
-            Next::Done(Ok(())) => {
-                ground.did(Operation::Released);
-                self.released = Some((lock, token));
-            }
-            Next::Done(Err(Refusal::Rejected(Rejection::NotHolder { .. }))) => {
-                if trusts_session {
-                    let how = "its release is refused";
-                    let verdict = ground.checks.acknowledged.denied(token, how);
-                    ground.checks.note(verdict);
-                }
-            }
-            Next::Done(Err(_)) => {}
-        }
-        if let Some(session) = &mut self.session {
-            session.requests.end(request);
-        }
-        ground
-            .checks
-            .liveness
-            .completes(self.actor(), ground.now_us);
-        self.rest_a_little(ground);
+        self.begin_acquire(None, ground);
     }
 
     fn close(&mut self, ground: &mut Ground) {
@@ -905,12 +505,6 @@ impl LockClient {
             ground.did(Operation::SessionClosed);
             self.lose_session(ground);
         }
-    }
-}
-
-impl Acquiring {
-    fn is_withdrawn(&self) -> bool {
-        self.acquire.message() == Message::Cancel
     }
 }
 

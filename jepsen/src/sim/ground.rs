@@ -109,10 +109,18 @@ pub(crate) enum About {
         first: bool,
     },
     Release {
+        lock: usize,
         token: u64,
         session: i64,
         /// 0 for none.
         request: u64,
+        /// How many acquires share the grant afterwards.
+        left: usize,
+    },
+    /// Of an acquire that was undone before.
+    UndoneRelease {
+        token: u64,
+        session: i64,
     },
     Other,
 }

@@ -17,8 +17,8 @@ use crate::{
     rng::Rng,
 };
 
-/// What a leader proposes by itself just before the end, a compaction say, is given
-/// this time to reach everyone.
+/// What was applied anywhere by the end is given this time to reach everyone. A leader
+/// may propose more meanwhile, a compaction say.
 const SETTLES_US: u64 = 1_000_000;
 
 /// See the module.
@@ -27,6 +27,8 @@ pub(crate) struct World {
     ground: Ground,
     nodes: Vec<Node>,
     actors: Vec<Actor>,
+    /// The newest entry that a node had applied at the end.
+    end: Option<u64>,
 }
 
 /// Someone who calls.
@@ -85,6 +87,7 @@ impl World {
             ground,
             nodes,
             actors,
+            end: None,
         }
     }
 
@@ -92,6 +95,9 @@ impl World {
     pub(crate) fn run(mut self) -> Outcome {
         while let Some(event) = self.ground.advance() {
             let beyond_us = self.ground.now_us.checked_sub(self.ground.settings.end_us);
+            if beyond_us.is_some() && self.end.is_none() {
+                self.end = self.applied().max().flatten();
+            }
             if beyond_us.is_some_and(|us| us > SETTLES_US || self.has_settled()) {
                 self.finish();
                 break;
@@ -119,6 +125,7 @@ impl World {
             ground,
             nodes,
             actors,
+            end: _,
         } = self;
         match event {
             Event::Peer { from, to, message } => {
@@ -170,10 +177,15 @@ impl World {
 
     /// Whether all nodes have applied the same.
     fn has_settled(&self) -> bool {
-        let applied = |node: &Node| node.replica().map(|replica| replica.state().applied());
-        self.nodes
-            .windows(2)
-            .all(|pair| applied(&pair[0]) == applied(&pair[1]))
+        let mut applied = self.applied();
+        let first = applied.next().flatten();
+        applied.all(|index| index == first)
+    }
+
+    /// What each node has applied.
+    fn applied(&self) -> impl Iterator<Item = Option<u64>> {
+        let replicas = self.nodes.iter().map(Node::replica);
+        replicas.map(|replica| Some(replica?.state().applied()))
     }
 
     fn finish(&mut self) {
@@ -183,7 +195,10 @@ impl World {
             .map(|node| (id(node.index()), node.replica()))
             .collect();
         let (now_us, locks) = (self.ground.now_us, self.ground.settings.locks);
-        self.ground.checks.in_the_end(now_us, locks, &replicas);
+        let upto = self.end.unwrap_or(0);
+        self.ground
+            .checks
+            .in_the_end(now_us, locks, upto, &replicas);
     }
 }
 

@@ -271,7 +271,8 @@ async fn a_program_that_was_started_again_goes_on_with_its_session() {
     let client = cluster.client();
     let session = cluster.session(&client, Duration::from_secs(60)).await;
     let credentials = session.credentials().to_string();
-    let held = session.lock("held").await.unwrap();
+    let held = session.lock("held").reentrant().await.unwrap();
+    let shared = session.lock("held").reentrant().await.unwrap();
     let other = cluster.session(&client, Duration::from_secs(60)).await;
     let busy = other.lock("busy").await.unwrap();
     let waits = |owner: &'static str| {
@@ -299,7 +300,7 @@ async fn a_program_that_was_started_again_goes_on_with_its_session() {
     .await;
     assert_eq!(resumed.session.id(), session.id());
     let tokens: Vec<_> = resumed.guards.iter().map(LockGuard::token).collect();
-    assert_eq!(tokens, [held.token()]);
+    assert_eq!(tokens, [held.token(), shared.token()]);
     assert_eq!(session.lost().await, LossReason::Superseded);
     assert!(kept.await.unwrap().is_err() && dropped.await.unwrap().is_err());
     let fenced = held.release().await.unwrap_err();
@@ -311,8 +312,13 @@ async fn a_program_that_was_started_again_goes_on_with_its_session() {
     let granted = waiting.await.unwrap();
     assert!(client.check("busy", granted.token()).await.unwrap());
     granted.release().await.unwrap();
-    let [held] = <[_; 1]>::try_from(resumed.guards).unwrap();
+    // Free only when both acquires are undone, and then it is.
+    let [held, shared] = <[_; 2]>::try_from(resumed.guards).unwrap();
+    let token = held.token();
     held.release().await.unwrap();
+    assert!(client.check("held", token).await.unwrap());
+    shared.release().await.unwrap();
+    assert!(!client.check("held", token).await.unwrap());
     assert!(
         session.close().await.is_err(),
         "it is not this one's any more"

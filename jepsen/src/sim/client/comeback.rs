@@ -10,10 +10,10 @@ use conclave_core::{
     ids::{Attachment, SessionId},
     replica::{Answer, AnswerBody},
 };
-use conclave_primitives::{Answer as LockAnswer, Grant, Waiting};
+use conclave_primitives::{Answer as LockAnswer, Held, Waiting};
 use conclave_proto::internal::{AttachSession, command};
 
-use super::{Acquiring, Aside, LockClient, Session, Step};
+use super::{Acquiring, Aside, Holding, LockClient, Session, Step};
 use crate::sim::{
     checks::lock_name,
     ground::{About, CallBody, Ground},
@@ -53,7 +53,7 @@ struct Has {
     last_request: u64,
     ttl_ms: u64,
     wanted: Vec<u64>,
-    grants: Vec<Grant>,
+    grants: Vec<Held>,
     waiting: Vec<Waiting>,
 }
 
@@ -198,7 +198,7 @@ impl LockClient {
         }
         self.ask_for_before(id, has.attachment, ground);
         match (has.grants.first(), has.waiting.first()) {
-            (Some(grant), _) => self.hold_again(grant, ground),
+            (Some(held), _) => self.hold_again(held, ground),
             (None, Some(waiting)) => self.wait_again(waiting, ground),
             (None, None) => {
                 ground
@@ -222,23 +222,25 @@ impl LockClient {
         }
     }
 
-    fn hold_again(&mut self, grant: &Grant, ground: &mut Ground) {
-        ground.did(Operation::GrantResumed);
+    fn hold_again(&mut self, held: &Held, ground: &mut Ground) {
+        let Held { grant, entries } = held;
+        ground.did(match entries.len() {
+            1 => Operation::GrantResumed,
+            _ => Operation::SharedGrantResumed,
+        });
         let (lock, token) = (lock_of(&grant.lock, ground), grant.token);
-        let Some(session) = &self.session else { return };
-        let until_us = self.clock.true_at(session.state.deadline());
+        self.believe(lock, token, ground);
         let (now_us, actor) = (ground.now_us, self.actor());
-        let verdict = ground
-            .checks
-            .one_holder
-            .believes(now_us, lock, actor, token, until_us);
-        ground.checks.note(verdict);
         ground.checks.liveness.completes(actor, now_us);
-        self.step = Step::Hold {
+        let holding = Holding {
             lock,
             token,
-            until_us: now_us + ground.rng.skewed(6_000),
+            is_reentrant: (entries.len() > 1).then_some(true),
+            entries: entries.clone(),
+            undone: None,
+            until_us: 0,
         };
+        self.hold(holding, ground);
     }
 
     fn wait_again(&mut self, waiting: &Waiting, ground: &mut Ground) {
@@ -248,15 +250,17 @@ impl LockClient {
             acquire: Acquire::new(waiting.request),
             wait_ms: None,
             delay_ms: 0,
+            is_reentrant: None,
             // It was sent before.
             attempts: 1,
             withdraw_us: u64::MAX,
+            holding: None,
         });
     }
 }
 
 /// The number of a lock by its name.
-fn lock_of(name: &str, ground: &Ground) -> usize {
+pub(super) fn lock_of(name: &str, ground: &Ground) -> usize {
     let mut locks = 0..ground.settings.locks;
     locks
         .find(|lock| lock_name(*lock) == name)
