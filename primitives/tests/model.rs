@@ -38,7 +38,7 @@ const LOCKS: [&str; 3] = ["a", "a/b", "c"];
 /// Each as it is in a request and in a key.
 const OWNERS: [(&str, &str); 2] = [("", ""), ("o/1", ":o%2F1")];
 /// Contenders without a session in their name, and keys that contend for nothing.
-const OTHER_KEYS: [&str; 5] = ["a/etcd", "a/b/x", "c/", "plain", "e/f/1"];
+const OTHER_KEYS: [&str; 4] = ["a/etcd", "a/b/x", "c/", "plain"];
 /// In the values of native contenders.
 const MARK: u32 = 0xC09C_1A7E;
 const REASON: &str = "because";

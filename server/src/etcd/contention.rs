@@ -100,10 +100,7 @@ pub(super) async fn contend(
 
 /// As in etcd, a call that is given a lease renews it, whatever comes of the call.
 async fn renewed_once<T>(etcd: &Etcd, id: i64, call: impl Future<Output = T>) -> T {
-    let of = Attachment {
-        session: SessionId(id),
-        number: 0,
-    };
+    let of = Attachment::present(SessionId(id));
     let renewed = async {
         if let Err(refusal) = etcd.renew(of).await {
             tracing::debug!(%refusal, "a lease was not renewed by a call that came with it");
