@@ -224,11 +224,10 @@ impl<M: Machine> State<M> {
         let now = self.system.log_time();
         if expire.term == term {
             for id in expire.session_ids.iter().copied().map(SessionId) {
-                if self
-                    .sessions
-                    .get(id)
-                    .is_some_and(|live| live.opened_at + live.ttl_ms <= now)
-                {
+                // Of an id that came again, the session before may be meant.
+                let is_again = self.system.end_reason(id) != EndReason::Unknown;
+                let is_due = |live: &Session| !is_again || live.opened_at + live.ttl_ms <= now;
+                if self.sessions.get(id).is_some_and(is_due) {
                     self.end_session(id, EndReason::Expired, applied);
                 }
             }
