@@ -116,13 +116,16 @@ struct Place {
 
 type Told = (Revision, Result<Reply, Rejection>);
 
+/// The term, and the word of a leader with the revision at which it said that; nobody.
+type Said = Option<(Revision, Bytes)>;
+
 struct World {
     driver: Driver,
     sessions: Vec<SessionId>,
     places: Vec<Place>,
     last_tag: u64,
     /// Who led, from which revision on, and what it said; by name.
-    history: BTreeMap<usize, Vec<(Revision, Option<(Revision, Bytes)>)>>,
+    history: BTreeMap<usize, Vec<(Revision, Said)>>,
     opened: usize,
 }
 
@@ -748,7 +751,6 @@ impl World {
         }
     }
 
-    #[expect(clippy::type_complexity, reason = "as in the history")]
     fn observed(
         &self,
         name: &str,

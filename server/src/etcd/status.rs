@@ -134,9 +134,13 @@ impl Error {
     /// As the services for locks and elections tell it: all codes are UNKNOWN, but for
     /// those of what may be tried again.
     pub(super) fn in_recipe(self) -> Self {
-        match self {
-            failed @ Self::Refused(Refusal::Failed(_) | Refusal::Internal(_)) => failed,
-            error => Self::InRecipe(Box::new(error)),
+        let is_kept = matches!(
+            self,
+            Self::Refused(Refusal::Failed(_) | Refusal::Internal(_))
+        );
+        match is_kept {
+            true => self,
+            false => Self::InRecipe(Box::new(self)),
         }
     }
 
