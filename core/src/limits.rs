@@ -36,6 +36,9 @@ pub const REQUEST_NUMBER_MAX: u64 = u64::MAX >> 1;
 pub const LOCK_DELAY_MS_MAX: u64 = 60_000;
 /// Acquires that share one grant: each is in the value of its key.
 pub const LOCK_ENTRIES_MAX: usize = 64;
+/// Keys bound to a session above which it contends for nothing more: what it has is
+/// listed, handed over and ended in one go, which takes some ten milliseconds then.
+pub const SESSION_KEYS_MAX: usize = 16_384;
 
 /// Ended sessions whose reason is remembered.
 pub const ENDED_SESSIONS_KEPT: usize = 10_000;
@@ -48,6 +51,22 @@ pub const ENTRY_COMMANDS_MAX: usize = 1_024;
 pub const ENTRY_BYTES_MAX: usize = 1 << 20;
 /// Bytes of one command.
 pub const COMMAND_BYTES_MAX: usize = 3 << 19;
+/// Operations of a transaction, in each of its lists, unless told otherwise.
+pub const TXN_OPERATIONS_DEFAULT: usize = 128;
+/// Compares and operations of a transaction and all inside it: some milliseconds of
+/// work.
+pub const TXN_OPERATIONS_MAX: usize = 4_096;
+/// Transactions inside each other: a decoder takes a hundred messages inside each other,
+/// and each of them is two, in an entry that is in a message of its own.
+pub const TXN_DEPTH_MAX: usize = 40;
+/// Keys that a read looks at in one turn before it goes on in a later one: a fraction of
+/// a millisecond.
+pub const READ_STEPS_MAX: usize = 4_096;
+/// Keys that all reads of a turn look at, if each of them comes to
+/// [`READ_STEPS_MIN`] beyond that: some milliseconds.
+pub const READ_STEPS_PER_TURN_MAX: usize = 65_536;
+/// See [`READ_STEPS_PER_TURN_MAX`].
+pub const READ_STEPS_MIN: usize = 64;
 /// Timers fired by one entry, so that no entry takes long to apply.
 pub const TIMERS_PER_ENTRY_MAX: usize = 1_024;
 /// Changes of keys after which a turn applies no further entry: some ten milliseconds

@@ -6,11 +6,14 @@
 //! - here: what all of its services share;
 //! - `kv`: keys, transactions, compaction;
 //! - `watch`: events of keys;
+//! - `json`: all services over HTTP and JSON, too;
+//! - `replies`: what tonic says by itself, in etcd's words;
 //! - `status`: every error, with etcd's code and text.
 //!
 //! A service asks for what etcd asks, in etcd's order, then takes the way of the
 //! native services: through the [`Gateway`] to the replica and back.
 
+pub(crate) mod json;
 mod kv;
 mod replies;
 pub(crate) mod status;

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Router,
     extract::State,
-    http::{HeaderMap, StatusCode, header},
+    http::{HeaderMap, StatusCode, Uri, header},
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -32,12 +32,14 @@ pub(crate) fn routes(gateway: Arc<Gateway>) -> Router {
 }
 
 /// What is not there: gRPC clients and people are told in their own terms.
-pub(crate) async fn unknown(headers: HeaderMap) -> Response {
+pub(crate) async fn unknown(uri: Uri, headers: HeaderMap) -> Response {
     let kind = headers
         .get(header::CONTENT_TYPE)
         .map_or(&b""[..], |kind| kind.as_bytes());
     if kind.starts_with(b"application/grpc") {
-        return Status::unimplemented("unknown service").into_http::<axum::body::Body>();
+        let service = uri.path().trim_start_matches('/').split('/').next();
+        let text = format!("unknown service {}", service.unwrap_or_default());
+        return Status::unimplemented(text).into_http::<axum::body::Body>();
     }
     (StatusCode::NOT_FOUND, "not found\n").into_response()
 }

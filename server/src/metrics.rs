@@ -175,7 +175,11 @@ pub(crate) enum Method {
     ClusterDisarm,
     ChannelConnect,
     KvRange,
+    KvRangeStream,
     KvPut,
+    KvDeleteRange,
+    KvTxn,
+    KvCompact,
     Watch,
 }
 
@@ -198,7 +202,11 @@ impl Method {
         Self::ClusterDisarm,
         Self::ChannelConnect,
         Self::KvRange,
+        Self::KvRangeStream,
         Self::KvPut,
+        Self::KvDeleteRange,
+        Self::KvTxn,
+        Self::KvCompact,
         Self::Watch,
     ];
 
@@ -221,7 +229,11 @@ impl Method {
             Self::ClusterCompact => "Cluster/Compact",
             Self::ClusterDisarm => "Cluster/Disarm",
             Self::KvRange => "etcdserverpb.KV/Range",
+            Self::KvRangeStream => "etcdserverpb.KV/RangeStream",
             Self::KvPut => "etcdserverpb.KV/Put",
+            Self::KvDeleteRange => "etcdserverpb.KV/DeleteRange",
+            Self::KvTxn => "etcdserverpb.KV/Txn",
+            Self::KvCompact => "etcdserverpb.KV/Compact",
             Self::Watch => "etcdserverpb.Watch/Watch",
         }
     }

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use conclave_proto::internal::{PeerMessage, command};
+use conclave_proto::internal::{Compare, PeerMessage, command};
 
 use super::{compaction::Retention, install::Fetch};
 use crate::{
     ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId, Term},
     keyspace::{
-        KeyRange, Record, RevisionError,
-        txn::{TxnError, TxnReply},
+        Filter, KeyRange, Piece, RevisionError,
+        txn::{OperationReply, TxnError, TxnReply},
     },
     log::Batch,
     machine::Machine,
@@ -81,6 +81,14 @@ pub enum Input<M: Machine> {
         /// What to answer.
         query: Query<M>,
     },
+    /// A read of what this node has applied, which may be less than what is committed:
+    /// it asks nobody. Answered in this turn, but for `Query::Swept`.
+    LocalRead {
+        /// Names the answer.
+        number: RequestNumber,
+        /// What to answer.
+        query: Query<M>,
+    },
     /// A renewal of a client of this node.
     Renew {
         /// Names the answer.
@@ -98,7 +106,7 @@ pub enum Input<M: Machine> {
     Resign,
 }
 
-/// A linearizable question.
+/// A question.
 #[derive(Debug)]
 pub enum Query<M: Machine> {
     /// Nothing but the confirmation.
@@ -112,15 +120,22 @@ pub enum Query<M: Machine> {
         /// At most so many.
         limit: usize,
     },
-    /// Keys, now or at an earlier revision.
+    /// Keys, now or at an earlier revision: as much of them as one turn bears.
     Range {
         /// Which keys.
         range: KeyRange,
         /// As of when; `None` for now.
         revision: Option<Revision>,
+        /// Which records are given.
+        filter: Filter,
         /// At most so many, from the first on.
         limit: usize,
     },
+    /// Whether all of these hold, as for a transaction.
+    Compare(Vec<Compare>),
+    /// Answered when what compactions up to this revision have given up is dropped, or
+    /// when that takes too long.
+    Swept(Revision),
     /// A question for the machine.
     Machine(M::Query),
 }
@@ -184,14 +199,18 @@ pub enum AnswerBody<M: Machine> {
         /// Whether there are more behind the last one.
         more: bool,
     },
-    /// To `Query::Range`.
-    Range(Result<Vec<Record>, RevisionError>),
+    /// To `Query::Range`; of the revision that was asked for, or of [`Answer::revision`].
+    Range(Result<Piece, RevisionError>),
+    /// To `Query::Compare`.
+    Compared(Result<bool, TxnError>),
     /// Of a compaction by request.
     Compacted(Result<(), RevisionError>),
     /// Refused, because it would grow a state that is at its quota.
     NoSpace,
     /// Of a transaction.
     Txn(Result<TxnReply, TxnError>),
+    /// Of a put or a delete.
+    Operation(Result<OperationReply, TxnError>),
     /// Of a machine's command.
     Machine(Result<M::Reply, M::Rejection>),
     /// To `Query::Machine`.
@@ -208,6 +227,7 @@ impl<M: Machine> AnswerBody<M> {
                 | Self::NoSpace
                 | Self::Compacted(Err(_))
                 | Self::Txn(Err(_))
+                | Self::Operation(Err(_))
                 | Self::Machine(Err(_))
         )
     }

@@ -495,8 +495,13 @@ impl Node {
         running.inbox.retain(|input| match input {
             Input::Command { number: other, .. }
             | Input::Read { number: other, .. }
+            | Input::LocalRead { number: other, .. }
             | Input::Renew { number: other, .. } => *other != number,
-            Input::Peer { .. } | Input::PeerLost { .. } | Input::Fetched(_) | Input::Resign => true,
+            Input::Peer { .. }
+            | Input::PeerLost { .. }
+            | Input::Watch(_)
+            | Input::Fetched(_)
+            | Input::Resign => true,
         });
         if running.inbox.len() < before {
             running.callers.remove(&number);
