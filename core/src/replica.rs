@@ -208,11 +208,11 @@ impl<M: Machine> Replica<M> {
         });
         let mut clock = Clock::new(now, config.election_ms * 1_000);
         clock.follow(state.system().log_time());
-        let watchers = Hub::new(state.keyspace().revision());
         let admission = (!facts.admitted).then(|| Admission::new(config.node, &facts.voters));
         Self {
             consensus,
             clock,
+            watchers: Hub::new(state.keyspace().revision()),
             state,
             held: 0,
             incarnation: identity.incarnation,
@@ -239,7 +239,6 @@ impl<M: Machine> Replica<M> {
             renewals: BTreeMap::new(),
             renewals_ended: BTreeSet::new(),
             digests: Digests::default(),
-            watchers,
             hashings: Hashings::default(),
             install,
             base: None,
