@@ -4,7 +4,7 @@
 //! command that is kept takes one main revision, and its writes are numbered
 //! inside it in their order. Every earlier revision stays readable.
 //!
-//! Two maps hold the keys: `live` has the newest version of each key that is
+//! Two sets hold the keys: `live` has the newest version of each key that is
 //! there, so that reads of the present never meet what was deleted; `past` has
 //! every version that was replaced or deleted, each under the revision that
 //! ended it. The version of a key that was there at revision r is thus the one
@@ -13,22 +13,21 @@
 //! readable. Keys and values are reference-counted: an index on top costs a
 //! handle, not a copy.
 
+mod bound;
 mod hash;
 mod history;
+mod order;
 mod overlay;
 mod picture;
 mod range;
 pub mod txn;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-};
+use std::{collections::BTreeSet, fmt};
 
 use bytes::Bytes;
 use xxhash_rust::xxh3::Xxh3;
 
-use self::{history::History, picture::Drawing};
+use self::{bound::Bound, history::History, order::Live, picture::Drawing};
 use crate::{
     ids::{Revision, SessionId},
     limits,
@@ -106,17 +105,16 @@ pub struct Change {
 }
 
 /// The keyspace. See the module.
-#[derive(Clone, PartialEq)]
+#[derive(Clone)]
 pub struct Keyspace {
     revision: Revision,
     /// The newest version of every key that is there.
-    live: BTreeMap<Bytes, Record>,
+    live: BTreeSet<Live>,
     live_bytes: u64,
     /// Versions that are no more. A version made and ended inside one revision is
     /// never seen by a read, and not here.
     past: History,
-    /// The live keys of each session that has any.
-    bound: BTreeMap<SessionId, BTreeSet<Bytes>>,
+    bound: Bound,
     digest: u64,
     drawing: UnderWay<Drawing>,
 }
@@ -126,10 +124,10 @@ impl Keyspace {
     pub fn new() -> Self {
         Self {
             revision: REVISION_FRESH,
-            live: BTreeMap::new(),
+            live: BTreeSet::new(),
             live_bytes: 0,
             past: History::default(),
-            bound: BTreeMap::new(),
+            bound: Bound::default(),
             digest: 0,
             drawing: UnderWay::default(),
         }
@@ -152,7 +150,7 @@ impl Keyspace {
 
     /// A key's newest version, if it lives.
     pub fn get(&self, key: &[u8]) -> Option<&Record> {
-        self.live.get(key)
+        self.live.get(key).map(|Live(record)| record)
     }
 
     /// The revision of the newest compaction: the lowest that can be read. 0
@@ -225,7 +223,7 @@ impl Keyspace {
         let live = self
             .live
             .range::<[u8], _>(range.bounds())
-            .map(|(_, record)| record)
+            .map(|Live(record)| record)
             .filter(move |record| record.mod_revision <= at);
         // Of one key, at most one version was there at a time, so no key is in both.
         let ended = (at < self.revision).then(|| self.past.ended_after(range, at));
@@ -234,12 +232,12 @@ impl Keyspace {
 
     /// The keys bound to a session, in order.
     pub fn keys_of(&self, session: SessionId) -> impl Iterator<Item = &Bytes> {
-        self.bound.get(&session).into_iter().flatten()
+        self.bound.keys_of(session)
     }
 
     /// How many keys are bound to a session, without a walk over them.
     pub fn keys_bound(&self, session: SessionId) -> usize {
-        self.bound.get(&session).map_or(0, BTreeSet::len)
+        self.bound.count(session)
     }
 
     /// Begins a command.
@@ -297,20 +295,15 @@ impl Keyspace {
             live,
             past,
         } = picture;
-        let mut bound: BTreeMap<SessionId, BTreeSet<Bytes>> = BTreeMap::new();
-        for record in &live {
-            if let Some(session) = record.lease {
-                bound.entry(session).or_default().insert(record.key.clone());
-            }
-        }
         let live_bytes = live.iter().map(Record::bytes).sum();
-        let live = live.into_iter().map(|record| (record.key.clone(), record));
+        // In place, and then a tree at once, since it is sorted: no insert for each.
+        let live: BTreeSet<_> = live.into_iter().map(Live).collect();
         Self {
             revision,
-            live: live.collect(),
+            bound: Bound::restore(live.iter().map(|Live(record)| record)),
+            live,
             live_bytes,
             past: History::restore(compacted, past),
-            bound,
             digest,
             drawing: UnderWay::default(),
         }
@@ -320,9 +313,10 @@ impl Keyspace {
         self.digest = chain(self.digest, change);
         self.bind(change);
         let replaced = match &change.after {
-            Some(after) => self.live.insert(change.key.clone(), after.clone()),
-            None => self.live.remove(&change.key),
+            Some(after) => self.live.replace(Live(after.clone())),
+            None => self.live.take(&change.key[..]),
         };
+        let replaced = replaced.map(|Live(record)| record);
         let size = |record: &Option<Record>| record.as_ref().map_or(0, Record::bytes);
         self.live_bytes = self.live_bytes + size(&change.after) - size(&replaced);
         debug_assert_eq!(
@@ -343,19 +337,11 @@ impl Keyspace {
         if before == after {
             return;
         }
-        if let Some(session) = before
-            && let Some(keys) = self.bound.get_mut(&session)
-        {
-            keys.remove(&change.key);
-            if keys.is_empty() {
-                self.bound.remove(&session);
-            }
+        if let Some(session) = before {
+            self.bound.remove(session, change.key.clone());
         }
         if let Some(session) = after {
-            self.bound
-                .entry(session)
-                .or_default()
-                .insert(change.key.clone());
+            self.bound.insert(session, change.key.clone());
         }
     }
 
@@ -373,6 +359,26 @@ impl Keyspace {
 impl Default for Keyspace {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+impl PartialEq for Keyspace {
+    fn eq(&self, other: &Self) -> bool {
+        let Self {
+            revision,
+            live,
+            live_bytes,
+            past,
+            bound,
+            digest,
+            drawing: _,
+        } = self;
+        let counts = (*revision, *live_bytes, *digest);
+        let records = live.iter().map(|Live(record)| record);
+        counts == (other.revision, other.live_bytes, other.digest)
+            && records.eq(other.live.iter().map(|Live(record)| record))
+            && *past == other.past
+            && *bound == other.bound
     }
 }
 
@@ -504,7 +510,7 @@ mod tests {
         put(&mut keyspace, "b", None);
         assert_eq!((keyspace.keys_bound(ONE), keyspace.keys_bound(TWO)), (0, 1));
         delete(&mut keyspace, "a");
-        assert!(keyspace.bound.is_empty());
+        assert_eq!(keyspace.bound, Bound::default());
     }
 
     #[test]

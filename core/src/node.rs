@@ -23,6 +23,7 @@ use std::{
 };
 
 use conclave_proto::internal::{PeerMessage, command};
+use prost::Message as _;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::{
@@ -142,6 +143,7 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         log_bytes: AtomicU64::new(log.bytes()),
         checkpoint: AtomicU64::new(newest),
         wanted: AtomicU64::new(0),
+        installs: AtomicU64::new(0),
         sent: Arc::default(),
     });
     let handle = Handle {
@@ -236,6 +238,11 @@ impl<M: Machine> Handle<M> {
         Arc::clone(&*unpoisoned(self.shared.status.lock()))
     }
 
+    /// How many checkpoints of other members this one has gone on from, since its start.
+    pub fn installs(&self) -> u64 {
+        self.shared.installs.load(Ordering::Relaxed)
+    }
+
     /// Bytes of the log on disk.
     pub fn log_bytes(&self) -> u64 {
         self.shared.log_bytes.load(Ordering::Relaxed)
@@ -277,6 +284,7 @@ struct Shared<M: Machine> {
     checkpoint: AtomicU64,
     /// Some member needs one that reaches up to here.
     wanted: AtomicU64,
+    installs: AtomicU64,
     /// Those that are being sent.
     sent: Arc<Mutex<Vec<Index>>>,
 }
@@ -300,11 +308,19 @@ impl Drop for Sent {
 /// What has arrived, by urgency.
 struct Inbox<M: Machine> {
     peers: Vec<Input<M>>,
-    renewals: Vec<(Attachment, Responder<M>)>,
-    endings: Vec<(command::Body, Responder<M>)>,
-    work: Vec<(Request<M>, Responder<M>)>,
+    peer_bytes: usize,
+    renewals: Queue<Attachment, Responder<M>>,
+    endings: Queue<command::Body, Responder<M>>,
+    work: Queue<Request<M>, Responder<M>>,
     hand_over: Option<NodeId>,
     stopping: bool,
+}
+
+/// Requests that wait, the oldest first, within bounds on their number and bytes; each
+/// with whom to answer.
+struct Queue<T, R> {
+    waiting: Vec<(T, usize, R)>,
+    bytes: usize,
 }
 
 enum Request<M: Machine> {
@@ -320,12 +336,52 @@ impl<M: Machine> Default for Inbox<M> {
     fn default() -> Self {
         Self {
             peers: Vec::new(),
-            renewals: Vec::new(),
-            endings: Vec::new(),
-            work: Vec::new(),
+            peer_bytes: 0,
+            renewals: Queue::default(),
+            endings: Queue::default(),
+            work: Queue::default(),
             hand_over: None,
             stopping: false,
         }
+    }
+}
+
+impl<T, R> Default for Queue<T, R> {
+    fn default() -> Self {
+        Self {
+            waiting: Vec::new(),
+            bytes: 0,
+        }
+    }
+}
+
+impl<T, R> Queue<T, R> {
+    /// Adds a request of so many bytes, if there is room: for `max` in all.
+    fn put(&mut self, request: T, bytes: usize, respond: R, max: usize) -> Result<(), Failure> {
+        if self.waiting.len() >= max || self.bytes + bytes > limits::QUEUED_BYTES_MAX {
+            return Err(Failure::Overloaded);
+        }
+        self.bytes += bytes;
+        self.waiting.push((request, bytes, respond));
+        Ok(())
+    }
+
+    /// Splits the first `max` off.
+    fn take(&mut self, max: usize) -> Self {
+        let rest = self.waiting.split_off(max.min(self.waiting.len()));
+        let waiting = mem::replace(&mut self.waiting, rest);
+        let bytes = waiting.iter().map(|(_, bytes, _)| bytes).sum();
+        self.bytes -= bytes;
+        Self { waiting, bytes }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    fn into_iter(self) -> impl Iterator<Item = (T, R)> {
+        let waiting = self.waiting.into_iter();
+        waiting.map(|(request, _, respond)| (request, respond))
     }
 }
 
@@ -345,19 +401,23 @@ impl<M: Machine> Shared<M> {
             return Err(Failure::ShuttingDown);
         }
         let was_empty = inbox.is_empty();
+        let bytes = match &request {
+            Request::Command(body) | Request::Ending(body) => body.encoded_len(),
+            Request::Read(_) | Request::Renew(_) | Request::TimeLeft(_) | Request::Hash(_) => 0,
+        };
         match request {
-            Request::Renew(of) if inbox.renewals.len() < limits::QUEUED_RENEWALS_MAX => {
-                inbox.renewals.push((of, respond));
+            Request::Renew(of) => {
+                let max = limits::QUEUED_RENEWALS_MAX;
+                inbox.renewals.put(of, bytes, respond, max)?;
             }
-            Request::Ending(body) if inbox.endings.len() < limits::QUEUED_ENDINGS_MAX => {
-                inbox.endings.push((body, respond));
+            Request::Ending(body) => {
+                let max = limits::QUEUED_ENDINGS_MAX;
+                inbox.endings.put(body, bytes, respond, max)?;
             }
-            Request::Command(_) | Request::Read(_) | Request::TimeLeft(_) | Request::Hash(_)
-                if inbox.work.len() < limits::QUEUED_REQUESTS_MAX =>
-            {
-                inbox.work.push((request, respond));
+            Request::Command(_) | Request::Read(_) | Request::TimeLeft(_) | Request::Hash(_) => {
+                let max = limits::QUEUED_REQUESTS_MAX;
+                inbox.work.put(request, bytes, respond, max)?;
             }
-            _ => return Err(Failure::Overloaded),
         }
         drop(inbox);
         self.wake_if(was_empty);
@@ -367,8 +427,18 @@ impl<M: Machine> Shared<M> {
     fn peer(&self, inputs: impl IntoIterator<Item = Input<M>>) {
         let mut inbox = unpoisoned(self.inbox.lock());
         let was_empty = inbox.is_empty();
-        let room = limits::QUEUED_PEER_MESSAGES_MAX.saturating_sub(inbox.peers.len());
-        inbox.peers.extend(inputs.into_iter().take(room));
+        for input in inputs {
+            let bytes = match &input {
+                Input::Peer { message, .. } => message.encoded_len(),
+                _ => 0,
+            };
+            if inbox.peers.len() < limits::QUEUED_PEER_MESSAGES_MAX
+                && inbox.peer_bytes + bytes <= limits::QUEUED_PEER_BYTES_MAX
+            {
+                inbox.peer_bytes += bytes;
+                inbox.peers.push(input);
+            }
+        }
         drop(inbox);
         self.wake_if(was_empty);
     }
@@ -388,9 +458,10 @@ impl<M: Machine> Shared<M> {
         let stopping = inbox.stopping;
         let taken = Inbox {
             peers: mem::take(&mut inbox.peers),
-            renewals: first(&mut inbox.renewals, limits::RENEWALS_PER_TURN_MAX),
-            endings: first(&mut inbox.endings, limits::REQUESTS_PER_TURN_MAX),
-            work: first(&mut inbox.work, limits::REQUESTS_PER_TURN_MAX),
+            peer_bytes: mem::take(&mut inbox.peer_bytes),
+            renewals: inbox.renewals.take(limits::RENEWALS_PER_TURN_MAX),
+            endings: inbox.endings.take(limits::REQUESTS_PER_TURN_MAX),
+            work: inbox.work.take(limits::REQUESTS_PER_TURN_MAX),
             hand_over: inbox.hand_over.take(),
             stopping,
         };
@@ -414,12 +485,6 @@ struct Taken<M: Machine> {
     inbox: Inbox<M>,
     /// The next turn is to follow at once: nobody wakes for what lies there already.
     is_more_left: bool,
-}
-
-/// Splits the first `max` off.
-fn first<T>(queue: &mut Vec<T>, max: usize) -> Vec<T> {
-    let rest = queue.split_off(max.min(queue.len()));
-    mem::replace(queue, rest)
 }
 
 /// One member of the cluster with its log. See the module. When it is dropped,
@@ -596,6 +661,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
 
     /// The state of another member's checkpoint is that of this one.
     fn installed(&mut self, at: Index) {
+        self.shared.installs.fetch_add(1, Ordering::Relaxed);
         self.schedule.install(at);
         self.checkpoints.adopt(at);
     }
@@ -637,15 +703,15 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
 
     fn inputs(&mut self, inbox: Inbox<M>) -> Vec<Input<M>> {
         let mut inputs = inbox.peers;
-        for (of, respond) in inbox.renewals {
+        for (of, respond) in inbox.renewals.into_iter() {
             let number = self.expect_answer(respond);
             inputs.push(Input::Renew { number, of });
         }
-        for (body, respond) in inbox.endings {
+        for (body, respond) in inbox.endings.into_iter() {
             let number = self.expect_answer(respond);
             inputs.push(Input::Command { number, body });
         }
-        for (request, respond) in inbox.work {
+        for (request, respond) in inbox.work.into_iter() {
             let number = self.expect_answer(respond);
             inputs.push(match request {
                 Request::Command(body) | Request::Ending(body) => Input::Command { number, body },
@@ -722,5 +788,25 @@ fn now() -> Now {
     Now {
         boot_us: seconds * 1_000_000 + nanos / 1_000,
         date_ms: u64::try_from(date.as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_queue_is_full_by_number_or_by_bytes_until_some_are_taken() {
+        let mut queue = Queue::default();
+        let half = limits::QUEUED_BYTES_MAX / 2;
+        queue.put(1, half, (), 3).unwrap();
+        queue.put(2, half, (), 3).unwrap();
+        assert_eq!(queue.put(3, 1, (), 3), Err(Failure::Overloaded));
+        assert!(queue.take(1).into_iter().eq([(1, ())]));
+        queue.put(3, 1, (), 3).unwrap();
+        queue.put(4, 1, (), 3).unwrap();
+        assert_eq!(queue.put(5, 1, (), 3), Err(Failure::Overloaded));
+        assert!(queue.take(9).into_iter().eq([(2, ()), (3, ()), (4, ())]));
+        assert_eq!(queue.bytes, 0);
     }
 }

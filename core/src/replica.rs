@@ -452,6 +452,8 @@ impl<M: Machine> Replica<M> {
             }
             Message::RenewalReplies(replies) => self.receive_renewal_replies(replies),
             Message::StateDigest(digest) => return self.receive_digest(from, digest),
+            // What every member holds, this one does, too.
+            Message::Held(Held { index }) if index > self.consensus.last_index() => {}
             Message::Held(Held { index }) => self.held = self.held.max(index),
         }
         Ok(())

@@ -2,13 +2,11 @@
 //! being taken, and taking it changes nothing. The machine does nothing, but its
 //! commands are numbered, so that sessions change, too.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, SessionId},
     keyspace::{Change, Keyspace, Record},
-    machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
+    machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
     session::EndReason,
     state::State,
 };
@@ -82,10 +80,6 @@ impl Machine for Notes {
 
     fn settle(&mut self, _: &[Change], _: Cause<'_, ()>) -> Settled<Self> {
         Settled::default()
-    }
-
-    fn places(&self, _: &BTreeSet<Place>) -> BTreeMap<Place, Option<Self::Reply>> {
-        BTreeMap::new()
     }
 
     fn query(&self, _: View<'_>, (): ()) {}

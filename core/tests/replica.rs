@@ -13,7 +13,7 @@ mod leases;
 
 use std::{
     cell::Cell,
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::mpsc,
     thread,
 };
@@ -37,8 +37,9 @@ use conclave_core::{
     state::State,
 };
 use conclave_proto::internal::{
-    AttachSession, CloseSession, Command, Compact, Forward, Hello, NoSpace, OpenSession, Operation,
-    Origin, PeerMessage, Put, Request, Txn, command, operation, peer_message,
+    AttachSession, CloseSession, Command, Compact, Forward, Held, Hello, NoSpace, OpenSession,
+    Operation, Origin, PeerMessage, Put, Request, StateDigest, Txn, command, operation,
+    peer_message,
 };
 use prost::Message as _;
 use protobuf::Message as _;
@@ -51,7 +52,6 @@ use raft::eraftpb::{Entry, MessageType};
 #[derive(Debug, PartialEq)]
 struct Register {
     is_timed: bool,
-    last: Option<Bytes>,
 }
 
 impl Machine for Register {
@@ -63,12 +63,8 @@ impl Machine for Register {
     type Query = ();
     type Answer = Bytes;
 
-    fn rebuild(keyspace: &Keyspace) -> Self {
-        let record = keyspace.get(b"register");
-        Self {
-            is_timed: false,
-            last: record.map(|record| record.value.clone()),
-        }
+    fn rebuild(_: &Keyspace) -> Self {
+        Self { is_timed: false }
     }
 
     fn decode(mut bytes: Bytes) -> Option<Self::Command> {
@@ -151,20 +147,11 @@ impl Machine for Register {
         for value in changes.iter().filter_map(|change| change.after.as_ref()) {
             let value = value.value.clone();
             self.is_timed |= value.ends_with(b"~");
-            self.last = Some(value.clone());
             if value.ends_with(b".") {
                 settled.resolved.push((PLACE, Ok(value)));
             }
         }
         settled
-    }
-
-    fn places(&self, asked: &BTreeSet<Place>) -> BTreeMap<Place, Option<Bytes>> {
-        let last = self.last.as_ref().filter(|_| asked.contains(&PLACE));
-        let answer = |value: &Bytes| value.ends_with(b".").then(|| value.clone());
-        last.map(|value| (PLACE, answer(value)))
-            .into_iter()
-            .collect()
     }
 
     fn query(&self, state: View<'_>, (): ()) -> Bytes {
@@ -1388,6 +1375,13 @@ fn above_the_quota_what_grows_is_refused_until_there_is_space_and_an_operator_sa
 fn a_member_whose_state_went_astray_stops_and_the_others_go_on() {
     let mut cluster = Cluster::ready(3);
     let node = NodeId(1);
+    // What one member says of entries that nobody has does not hide it.
+    for ahead in 1..=2 * limits::DIGESTS_KEPT as u64 {
+        let index = (1 << 32) + ahead * limits::DIGEST_EVERY;
+        let digest = StateDigest { index, digest: 1 };
+        let message = peer_message::Message::StateDigest(digest);
+        cluster.say(node, NodeId(3), message);
+    }
     cluster.append(node, "#");
     cluster.run_ms(100);
     let mut index = 0;
@@ -1413,6 +1407,21 @@ fn a_member_whose_state_went_astray_stops_and_the_others_go_on() {
     cluster.run_ms(100);
     assert!(cluster.outcome(node, number).ends_with("z\")))"));
     assert!(cluster.nodes[&node].fatal.is_none() && cluster.nodes[&NodeId(2)].fatal.is_none());
+}
+
+#[test]
+fn nobody_holds_more_of_the_log_than_there_is() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let last = cluster.nodes[&follower].replica.status().last;
+    let held = |index| peer_message::Message::Held(Held { index });
+    cluster.say(leader, follower, held(last + 1_000));
+    cluster.say(leader, follower, held(u64::MAX));
+    cluster.settle();
+    assert!(cluster.nodes[&follower].replica.held_by_all() <= last);
+    cluster.say(leader, follower, held(last));
+    cluster.settle();
+    assert!(cluster.nodes[&follower].replica.held_by_all() >= last);
 }
 
 #[test]

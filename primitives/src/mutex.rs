@@ -27,14 +27,12 @@
 //! grow. Of two who wait, the one that came first is granted first. A lock that
 //! anyone contends for is held, or its delay runs.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
     keyspace::Record,
     limits,
-    machine::{Cause, Context, Outcome, Place, Settled, View},
+    machine::{Cause, Context, Outcome, Settled, View},
     requests::Standing,
     session::{EndReason, Sessions},
     system::ForcedRelease,
@@ -486,23 +484,6 @@ pub(crate) fn check(contenders: &Contenders, name: String, token: Revision) -> A
     Answer::Checked(holder.is_some_and(|holder| holder.create_revision == token))
 }
 
-/// Of these places, those of who still contends, with what the holder is told.
-pub(crate) fn places(
-    contenders: &Contenders,
-    asked: &BTreeSet<Place>,
-) -> BTreeMap<Place, Option<Reply>> {
-    let still = contenders.all().filter_map(|ticket| {
-        let token = ticket.create_revision;
-        if !asked.contains(&token) {
-            return None;
-        }
-        let key = ticket.key.clone();
-        let holds = contenders.holder(&ticket.lock) == Some(ticket);
-        Some((token, holds.then_some(Reply::Granted { key, token })))
-    });
-    still.collect()
-}
-
 /// What a session holds and waits for, and what operators took from it.
 pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: SessionId) -> Answer {
     let (mut grants, mut waiting) = (Vec::new(), Vec::new());
@@ -542,7 +523,8 @@ fn lock_info(
     first: &Ticket,
     waiters_left: &mut usize,
 ) -> LockInfo {
-    let mut queue = contenders.queue(&first.lock).enumerate().skip(1);
+    let lock = first.lock();
+    let mut queue = contenders.queue(&lock).enumerate().skip(1);
     let waiters: Vec<Contender> = queue
         .by_ref()
         .take(*waiters_left)

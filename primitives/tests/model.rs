@@ -12,7 +12,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use conclave_core::{
     ids::{Revision, SessionId},
-    keyspace::KeyRange,
     limits,
     machine::{Machine as _, Outcome},
     replica::{AnswerBody, EventBody},
@@ -935,8 +934,6 @@ impl World {
             let Some(info) = locks.first() else { continue };
             let shown: Vec<&Contender> = [&info.holder].into_iter().chain(&info.waiters).collect();
             assert_eq!(shown.len(), queue.len());
-            let delays: Vec<bool> = queue.iter().map(|place| place.is_delay()).collect();
-            self.finds_places(&shown, &delays);
             for (at, (contender, place)) in shown.into_iter().zip(&queue).enumerate() {
                 self.shows(contender, place, at);
             }
@@ -957,36 +954,6 @@ impl World {
         for session in &self.model.sessions {
             self.check_grants(*session);
         }
-    }
-
-    /// By the state alone: who holds is told so, who waits waits on, and of all others
-    /// nothing is known.
-    fn finds_places(&self, queue: &[&Contender], delays: &[bool]) {
-        // Of keys that one transaction made, a revision names none; but no request of
-        // this API waits at such a place.
-        let keyspace = self.driver.state.keyspace();
-        let made_alone = |contender: &&Contender| {
-            let everything = KeyRange::prefix(b"");
-            let all = keyspace.range(&everything, None);
-            all.filter(|record| record.create_revision == contender.token)
-                .count()
-                == 1
-        };
-        if !queue.iter().all(made_alone) {
-            return;
-        }
-        let tokens = queue.iter().map(|contender| contender.token);
-        let asked: BTreeSet<_> = tokens.chain([u64::MAX]).collect();
-        let found = self.driver.state.machine().places(&asked);
-        let mut expected = BTreeMap::new();
-        for (at, (contender, is_delay)) in queue.iter().zip(delays).enumerate() {
-            let Contender { key, token, .. } = (*contender).clone();
-            if !is_delay {
-                let granted = (at == 0).then_some(Reply::Granted { key, token });
-                expected.insert(token, granted);
-            }
-        }
-        assert_eq!(found, expected);
     }
 
     fn locks(&self, name: Option<&str>, after: &str, limit: usize) -> (Vec<LockInfo>, bool) {

@@ -7,7 +7,9 @@
 //!
 //! `log-v1` is made by [`history`], with `UPDATE_FIXTURES=1`. Once a version is
 //! released its fixture never changes again: what would make this test fail needs
-//! a higher apply version, and a fixture of its own.
+//! a higher apply version, and a fixture of its own. Before the first release it was
+//! renewed when the size of the state, which is part of the digest, came to count what
+//! memory takes.
 
 #![expect(
     clippy::unwrap_used,

@@ -105,6 +105,7 @@ async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
         member: &gateway.settings.name,
         watched_sessions: gateway.hub.watched(),
         log_bytes: gateway.handle.log_bytes(),
+        installs: gateway.handle.installs(),
         links: gateway.peers.counters(),
     });
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()

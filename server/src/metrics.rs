@@ -66,6 +66,10 @@ const COMMITTED: Metric = gauge(
 const APPLIED: Metric = gauge("conclave_applied_index", "The last entry applied.");
 const LAST: Metric = gauge("conclave_last_index", "The last entry of the log.");
 const LOG_BYTES: Metric = gauge("conclave_log_bytes", "Bytes of the log on disk.");
+const INSTALLS: Metric = counter(
+    "conclave_checkpoints_installed_total",
+    "Checkpoints of other members that this one has gone on from.",
+);
 const REVISION: Metric = gauge("conclave_revision", "The newest revision of the keyspace.");
 const COMPACTED: Metric = gauge(
     "conclave_compacted_revision",
@@ -106,7 +110,7 @@ const CPU: Metric = counter("process_cpu_seconds_total", "Processor time used.")
 
 /// Every metric there is.
 #[cfg(test)]
-const CATALOGUE: [Metric; 26] = [
+const CATALOGUE: [Metric; 27] = [
     REQUESTS,
     IN_FLIGHT,
     CONNECTIONS,
@@ -120,6 +124,7 @@ const CATALOGUE: [Metric; 26] = [
     APPLIED,
     LAST,
     LOG_BYTES,
+    INSTALLS,
     REVISION,
     COMPACTED,
     SESSIONS,
@@ -335,6 +340,7 @@ pub(crate) struct Snapshot<'a> {
     pub(crate) member: &'a str,
     pub(crate) watched_sessions: usize,
     pub(crate) log_bytes: u64,
+    pub(crate) installs: u64,
     /// Name of the member, whether it is connected, its counters.
     pub(crate) links: Vec<(&'a str, bool, &'a LinkCounters)>,
 }
@@ -419,6 +425,7 @@ fn render_status(page: &mut Page, snapshot: &Snapshot<'_>) {
     page.one(APPLIED, status.applied);
     page.one(LAST, status.last);
     page.one(LOG_BYTES, snapshot.log_bytes);
+    page.one(INSTALLS, snapshot.installs);
     page.one(REVISION, status.revision);
     page.one(COMPACTED, status.compacted);
     page.one(SESSIONS, status.sessions);
@@ -493,6 +500,7 @@ mod tests {
             member: "a \"b\"",
             watched_sessions: 3,
             log_bytes: 4,
+            installs: 0,
             links: vec![("c", true, &counters)],
         })
     }

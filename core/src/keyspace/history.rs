@@ -1,13 +1,10 @@
 //! Versions that are no more, until a compaction drops them.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    ops::Bound,
-};
+use std::{collections::BTreeSet, ops::Bound};
 
 use bytes::Bytes;
 
-use super::{KeyRange, Record};
+use super::{KeyRange, Record, order::Past};
 use crate::ids::Revision;
 
 /// See the module. Every version is under the revision that ended it.
@@ -15,10 +12,10 @@ use crate::ids::Revision;
 /// A compaction takes effect at once: what it makes unreadable is refused from
 /// then on. The versions themselves go little by little, so that none stops the
 /// node. Both happen at the same entries on every node.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct History {
     compacted: Revision,
-    past: BTreeMap<(Bytes, Revision), Record>,
+    past: BTreeSet<Past>,
     /// The same versions, those that a compaction drops first in front.
     by_end: BTreeSet<(Revision, Bytes)>,
     bytes: u64,
@@ -27,23 +24,23 @@ pub(super) struct History {
 impl History {
     /// A history of these versions, each with the revision that ended it.
     pub(super) fn restore(compacted: Revision, past: Vec<(Revision, Record)>) -> Self {
-        let mut history = Self {
+        let of = |(ended, record)| Past { ended, record };
+        // In place, and then a tree at once, since it is sorted.
+        let past: BTreeSet<_> = past.into_iter().map(of).collect();
+        let by_end = past
+            .iter()
+            .map(|past| (past.ended, past.record.key.clone()));
+        Self {
             compacted,
-            ..Self::default()
-        };
-        for (ended, record) in past {
-            history.add(ended, record);
+            by_end: by_end.collect(),
+            bytes: past.iter().map(|past| past.record.bytes()).sum(),
+            past,
         }
-        history
     }
 
-    /// The versions behind this one, each under its key and the revision that ended
-    /// it, in that order.
-    pub(super) fn after(
-        &self,
-        (key, ended): &(Bytes, Revision),
-    ) -> impl Iterator<Item = (&(Bytes, Revision), &Record)> {
-        let from = Bound::Excluded((key.clone(), *ended));
+    /// The versions behind the one of this key that ended so, in order of both.
+    pub(super) fn after(&self, key: &Bytes, ended: Revision) -> impl Iterator<Item = &Past> {
+        let from = Bound::Excluded(Past::place(key.clone(), ended));
         self.past.range((from, Bound::Unbounded))
     }
 
@@ -66,7 +63,7 @@ impl History {
     pub(super) fn add(&mut self, ended: Revision, record: Record) {
         self.bytes += record.bytes();
         self.by_end.insert((ended, record.key.clone()));
-        self.past.insert((record.key.clone(), ended), record);
+        self.past.insert(Past { ended, record });
     }
 
     /// Makes `at` the lowest revision that can be read.
@@ -89,8 +86,8 @@ impl History {
                 return;
             }
             let (ended, key) = self.by_end.pop_first().expect("it has one");
-            let gone = self.past.remove(&(key, ended));
-            let gone = gone.expect("both maps hold the same versions");
+            let gone = self.past.take(&Past::place(key, ended));
+            let gone = gone.expect("both sets hold the same versions").record;
             self.bytes -= gone.bytes();
             dropped(ended, &gone);
         }
@@ -103,20 +100,40 @@ impl History {
         range: &KeyRange,
         at: Revision,
     ) -> impl Iterator<Item = &Record> {
-        let mut from = Bound::Included((range.start().clone(), 0));
+        let mut from = Bound::Included(Past::place(range.start().clone(), 0));
         std::iter::from_fn(move || {
             loop {
                 let next = self.past.range((from.clone(), Bound::Unbounded)).next();
-                let ((key, ended), record) = next.filter(|((key, _), _)| range.contains(key))?;
+                let Past { ended, record } =
+                    next.filter(|next| range.contains(&next.record.key))?;
+                let key = record.key.clone();
                 if *ended <= at {
-                    from = Bound::Included((key.clone(), at + 1));
+                    from = Bound::Included(Past::place(key, at + 1));
                     continue;
                 }
-                from = Bound::Excluded((key.clone(), Revision::MAX));
+                from = Bound::Excluded(Past::place(key, Revision::MAX));
                 if record.mod_revision <= at {
                     return Some(record);
                 }
             }
         })
+    }
+}
+
+impl PartialEq for History {
+    fn eq(&self, other: &Self) -> bool {
+        let Self {
+            compacted,
+            past,
+            by_end,
+            bytes,
+        } = self;
+        let versions = |past: &Past| (past.ended, past.record.clone());
+        (*compacted, *bytes) == (other.compacted, other.bytes)
+            && past
+                .iter()
+                .map(versions)
+                .eq(other.past.iter().map(versions))
+            && *by_end == other.by_end
     }
 }

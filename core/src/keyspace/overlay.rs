@@ -63,16 +63,19 @@ impl<'a> Overlay<'a> {
         merge(untouched, written)
     }
 
-    /// Writes a key, bound to a session or to none whatever it was bound to before.
+    /// Writes a key, bound to a session or to none whatever it was bound to before. Both
+    /// are copied, so that neither keeps in memory what it came with.
     ///
     /// Panics if the key is empty.
     pub fn put(&mut self, key: Bytes, value: Bytes, lease: Option<SessionId>) {
         assert!(!key.is_empty(), "a key is never empty");
         let revision = self.revision();
         let before = self.get(&key);
+        let own = |bytes: &Bytes| Bytes::copy_from_slice(bytes);
+        let key = before.map_or_else(|| own(&key), |record| record.key.clone());
         let after = Record {
             key: key.clone(),
-            value,
+            value: own(&value),
             create_revision: before.map_or(revision, |record| record.create_revision),
             mod_revision: revision,
             version: before.map_or(1, |record| record.version + 1),
