@@ -14,6 +14,8 @@
 //! handle, not a copy.
 
 mod bound;
+mod changes;
+mod events;
 mod hash;
 mod history;
 mod order;
@@ -22,18 +24,28 @@ mod picture;
 mod range;
 pub mod txn;
 
-use std::{collections::BTreeSet, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use bytes::Bytes;
 use xxhash_rust::xxh3::Xxh3;
 
-use self::{bound::Bound, history::History, order::Live, picture::Drawing};
+use self::{
+    bound::Bound,
+    changes::{Changes, Entry, Kind},
+    history::History,
+    order::{Live, Past},
+    picture::Drawing,
+};
 use crate::{
     ids::{Revision, SessionId},
     limits,
     picture::UnderWay,
 };
 
+pub use events::{Event, Excerpt, Selection};
 pub use hash::Hashed;
 pub(crate) use hash::Hashing;
 pub use overlay::{Overlay, Writes};
@@ -114,6 +126,8 @@ pub struct Keyspace {
     /// Versions that are no more. A version made and ended inside one revision is
     /// never seen by a read, and not here.
     past: History,
+    /// Both, by revision.
+    changes: Changes,
     bound: Bound,
     digest: u64,
     drawing: UnderWay<Drawing>,
@@ -127,6 +141,7 @@ impl Keyspace {
             live: BTreeSet::new(),
             live_bytes: 0,
             past: History::default(),
+            changes: Changes::default(),
             bound: Bound::default(),
             digest: 0,
             drawing: UnderWay::default(),
@@ -194,11 +209,13 @@ impl Keyspace {
         }
         self.check_reached(revision)?;
         self.past.compact(revision);
+        self.changes.compact(revision);
         Ok(())
     }
 
     /// Drops what compactions have given up, `max` versions at most.
     pub fn sweep(&mut self, max: usize) {
+        self.changes.sweep(max);
         let mut drawing = self.drawing.0.as_mut();
         self.past.sweep(max, |ended, record| {
             if let Some(drawing) = &mut drawing {
@@ -250,7 +267,7 @@ impl Keyspace {
     ///
     /// Panics if the writes were not made on this state of the keyspace.
     pub fn keep(&mut self, writes: Writes) -> Vec<Change> {
-        let changes = writes.into_changes();
+        let (changes, has_repeats) = writes.into_changes();
         let Some(first) = changes.first() else {
             return changes;
         };
@@ -262,6 +279,12 @@ impl Keyspace {
         self.revision = first.revision;
         for change in &changes {
             self.apply(change);
+        }
+        match has_repeats {
+            true => self.index_net(&changes),
+            false => changes.iter().for_each(|change| {
+                self.index(change, change.after.is_some());
+            }),
         }
         changes
     }
@@ -298,12 +321,14 @@ impl Keyspace {
         let live_bytes = live.iter().map(Record::bytes).sum();
         // In place, and then a tree at once, since it is sorted: no insert for each.
         let live: BTreeSet<_> = live.into_iter().map(Live).collect();
+        let past = History::restore(compacted, past);
         Self {
             revision,
             bound: Bound::restore(live.iter().map(|Live(record)| record)),
+            changes: Changes::restore(compacted, versions(&live, &past)),
             live,
             live_bytes,
-            past: History::restore(compacted, past),
+            past,
             digest,
             drawing: UnderWay::default(),
         }
@@ -327,6 +352,34 @@ impl Keyspace {
             && replaced.mod_revision < change.revision
         {
             self.past.add(change.revision, replaced);
+        }
+    }
+
+    fn index(&mut self, change: &Change, is_put: bool) {
+        self.changes.add(Entry {
+            revision: change.revision,
+            kind: if is_put { Kind::Put } else { Kind::Delete },
+            key: change.key.clone(),
+        });
+    }
+
+    /// Of a command that wrote some key more than once: what readers see of each.
+    fn index_net(&mut self, changes: &[Change]) {
+        let last = changes.iter().enumerate();
+        let last: BTreeMap<&Bytes, usize> = last.map(|(at, change)| (&change.key, at)).collect();
+        for (at, change) in changes.iter().enumerate() {
+            if last[&change.key] != at {
+                continue;
+            }
+            let was_there = self.past.ended_at(&change.key, change.revision).is_some();
+            let made = change.after.as_ref();
+            let is_new = made.is_none_or(|made| made.create_revision == change.revision);
+            if was_there && is_new {
+                self.index(change, false);
+            }
+            if made.is_some() {
+                self.index(change, true);
+            }
         }
     }
 
@@ -371,6 +424,8 @@ impl PartialEq for Keyspace {
             past,
             bound,
             digest,
+            // An index of the versions, and no truth of its own.
+            changes: _,
             drawing: _,
         } = self;
         let counts = (*revision, *live_bytes, *digest);
@@ -392,6 +447,28 @@ impl fmt::Debug for Keyspace {
             .field("digest", &format_args!("{:016x}", self.digest))
             .finish()
     }
+}
+
+/// All versions in order of key, those of one key in their order; the past ones with
+/// the revision that ended them.
+fn versions<'a>(
+    live: &'a BTreeSet<Live>,
+    past: &'a History,
+) -> impl Iterator<Item = (Option<Revision>, &'a Record)> {
+    let mut live = live.iter().map(|Live(record)| record).peekable();
+    let mut past = past.all().peekable();
+    std::iter::from_fn(move || {
+        let is_past = match (past.peek(), live.peek()) {
+            (Some(past), Some(live)) => past.record.key <= live.key,
+            (past, _) => past.is_some(),
+        };
+        match is_past {
+            true => past
+                .next()
+                .map(|Past { ended, record }| (Some(*ended), record)),
+            false => live.next().map(|record| (None, record)),
+        }
+    })
 }
 
 /// Two sequences in order of key as one.

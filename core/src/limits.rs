@@ -41,6 +41,9 @@ pub const REQUEST_NUMBER_MAX: u64 = u64::MAX >> 1;
 pub const LOCK_DELAY_MS_MAX: u64 = 60_000;
 /// Acquires that share one grant: each is in the value of its key.
 pub const LOCK_ENTRIES_MAX: usize = 64;
+/// Keys bound to a session above which it contends for nothing more: what it has is
+/// listed, handed over and ended in one go, which takes some ten milliseconds then.
+pub const SESSION_KEYS_MAX: usize = 16_384;
 
 /// Ended sessions whose reason is remembered.
 pub const ENDED_SESSIONS_KEPT: usize = 10_000;
@@ -146,6 +149,25 @@ pub const LOG_BYTES_MAX: u64 = 1 << 30;
 pub const CHECKPOINT_CHUNK_BYTES: usize = 128 << 10;
 /// Messages with records that wait for the disk of the member that gets them.
 pub const CHECKPOINT_CHUNKS_QUEUED_MAX: usize = 32;
+
+/// Bytes of events that wait for one stream of watchers; beyond it, they are left in
+/// the history until the reader has caught up. The events of one revision more may
+/// wait.
+pub const WATCH_QUEUE_BYTES_MAX: u64 = 1 << 20;
+/// Changes looked at when a watcher begins, so that one that lacks little is live at
+/// once.
+pub const WATCH_CHANGES_AT_ONCE: usize = 64;
+/// Changes that one turn looks at for watchers that are behind: some milliseconds of
+/// work.
+pub const WATCH_CHANGES_PER_TURN_MAX: usize = 8_192;
+/// Those for one watcher in a row, and so the most revisions that it is told of in one
+/// message.
+pub const WATCH_CHANGES_PER_STEP_MAX: usize = 1_000;
+/// How often in a turn live watchers are told something; the others are told in turns
+/// that follow, from the history. Some milliseconds of work.
+pub const WATCH_TELLINGS_PER_TURN_MAX: usize = 16_384;
+/// Requests of watchers waiting for the node that may be refused.
+pub const QUEUED_WATCHES_MAX: usize = 65_536;
 
 /// Sessions in one answer of a list.
 pub const LIST_SESSIONS_MAX: usize = 1_000;

@@ -38,6 +38,7 @@ use crate::{
         Status,
     },
     state::State,
+    watch,
 };
 
 /// How long nothing is written before the newest batch gets a mark behind it.
@@ -65,6 +66,8 @@ pub struct Outlets<M: Machine> {
     pub publish: Outlet<Event<M::Event>>,
     /// Told that sessions have missed events, before later ones are published.
     pub missed: Box<dyn FnMut() + Send>,
+    /// Tells readers of events, in order.
+    pub notify: Outlet<(watch::StreamId, watch::Notice)>,
     /// Gets a checkpoint from another member, record by record, into the sink; dropping
     /// that ends the attempt.
     pub fetch: Box<dyn FnMut(Fetch, Sink) + Send>,
@@ -133,6 +136,7 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         send,
         publish,
         missed,
+        notify,
         fetch,
     } = outlets;
     let newest = state.as_ref().map_or(0, State::applied);
@@ -161,6 +165,7 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         send,
         publish,
         missed,
+        notify,
         fetch,
         is_fetch_refused: false,
         shared,
@@ -218,6 +223,16 @@ impl<M: Machine> Handle<M> {
     pub fn hand_over(&self, to: NodeId) {
         unpoisoned(self.shared.inbox.lock()).hand_over = Some(to);
         (self.shared.wake)();
+    }
+
+    /// Hands over what a reader of events asks for; it is told by notices.
+    ///
+    /// # Errors
+    ///
+    /// If a new watcher or a question is too much at the moment, or the node is
+    /// stopping.
+    pub fn watch(&self, request: watch::Request) -> Result<(), Failure> {
+        self.shared.watch(request)
     }
 
     /// Hands over what a peer sent, in one go, so that one turn takes it all.
@@ -313,6 +328,7 @@ struct Inbox<M: Machine> {
     endings: Queue<command::Body, Responder<M>>,
     work: Queue<Request<M>, Responder<M>>,
     hand_over: Option<NodeId>,
+    watches: Queue<watch::Request, ()>,
     stopping: bool,
 }
 
@@ -341,6 +357,7 @@ impl<M: Machine> Default for Inbox<M> {
             endings: Queue::default(),
             work: Queue::default(),
             hand_over: None,
+            watches: Queue::default(),
             stopping: false,
         }
     }
@@ -391,6 +408,7 @@ impl<M: Machine> Inbox<M> {
             && self.renewals.is_empty()
             && self.endings.is_empty()
             && self.work.is_empty()
+            && self.watches.is_empty()
     }
 }
 
@@ -419,6 +437,28 @@ impl<M: Machine> Shared<M> {
                 inbox.work.put(request, bytes, respond, max)?;
             }
         }
+        drop(inbox);
+        self.wake_if(was_empty);
+        Ok(())
+    }
+
+    fn watch(&self, request: watch::Request) -> Result<(), Failure> {
+        let mut inbox = unpoisoned(self.inbox.lock());
+        if inbox.stopping {
+            return Err(Failure::ShuttingDown);
+        }
+        let was_empty = inbox.is_empty();
+        let (bytes, max) = match &request {
+            watch::Request::Create { of, .. } => (of.range.bytes(), limits::QUEUED_WATCHES_MAX),
+            watch::Request::Progress { .. } | watch::Request::ProgressOf { .. } => {
+                (0, limits::QUEUED_WATCHES_MAX)
+            }
+            // They give something back, and are no more than there are of the others.
+            watch::Request::Cancel { .. }
+            | watch::Request::Consumed { .. }
+            | watch::Request::Close { .. } => (0, usize::MAX),
+        };
+        inbox.watches.put(request, bytes, (), max)?;
         drop(inbox);
         self.wake_if(was_empty);
         Ok(())
@@ -463,6 +503,7 @@ impl<M: Machine> Shared<M> {
             endings: inbox.endings.take(limits::REQUESTS_PER_TURN_MAX),
             work: inbox.work.take(limits::REQUESTS_PER_TURN_MAX),
             hand_over: inbox.hand_over.take(),
+            watches: inbox.watches.take(limits::REQUESTS_PER_TURN_MAX),
             stopping,
         };
         Taken {
@@ -500,6 +541,7 @@ pub struct Node<M: Machine, D: Disk> {
     send: Outlet<(NodeId, PeerMessage)>,
     publish: Outlet<Event<M::Event>>,
     missed: Box<dyn FnMut() + Send>,
+    notify: Outlet<(watch::StreamId, watch::Notice)>,
     fetch: Box<dyn FnMut(Fetch, Sink) + Send>,
     /// A checkpoint of its own is being written: it must ask again.
     is_fetch_refused: bool,
@@ -575,6 +617,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             messages,
             answers,
             events,
+            notices,
             fetch,
             installed,
         } = self.replica.finish()?;
@@ -596,6 +639,9 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         }
         if !events.is_empty() {
             (self.publish)(events);
+        }
+        if !notices.is_empty() {
+            (self.notify)(notices);
         }
         match fetch {
             Some(_) if self.schedule.is_busy() => self.is_fetch_refused = true,
@@ -722,6 +768,8 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             });
         }
         inputs.extend(inbox.hand_over.map(Input::HandOver));
+        let watches = inbox.watches.into_iter();
+        inputs.extend(watches.map(|(request, ())| Input::Watch(request)));
         inputs
     }
 

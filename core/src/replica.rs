@@ -66,6 +66,7 @@ use crate::{
     log::{Batch, EntryKind, Facts, LogEntry, Recovered},
     machine::{Machine, Outcome, Place},
     state::{Applied, Resolved, State},
+    watch::{self, Hub, Notice},
 };
 
 /// Between two attempts to propose an entry for timers that are due.
@@ -124,6 +125,8 @@ pub struct Replica<M: Machine> {
 
     digests: Digests,
     hashings: Hashings,
+    /// Those of this node's clients who watch keys.
+    watchers: Hub,
 
     install: Install,
     /// The entry behind which the log begins anew, with the batch of this turn.
@@ -197,6 +200,7 @@ impl<M: Machine> Replica<M> {
         });
         let mut clock = Clock::new(now, config.election_ms * 1_000);
         clock.follow(state.system().log_time());
+        let watchers = Hub::new(state.keyspace().revision());
         let admission = (!facts.admitted).then(|| Admission::new(config.node, &facts.voters));
         Self {
             consensus,
@@ -225,6 +229,7 @@ impl<M: Machine> Replica<M> {
             renewals_ended: BTreeSet::new(),
             digests: Digests::default(),
             hashings: Hashings::default(),
+            watchers,
             install,
             base: None,
             outbox: Vec::new(),
@@ -288,7 +293,7 @@ impl<M: Machine> Replica<M> {
     /// When the next turn is due although nothing arrives, by CLOCK_BOOTTIME in
     /// microseconds.
     pub fn next_turn_us(&self) -> u64 {
-        let is_behind = !self.unapplied.is_empty();
+        let is_behind = !self.unapplied.is_empty() || self.watchers.has_work();
         if is_behind
             || !self.hashings.is_empty()
             || self.consensus.has_ready()
@@ -357,6 +362,8 @@ impl<M: Machine> Replica<M> {
         {
             changes += self.apply(&entry)?;
         }
+        self.watchers
+            .catch_up(self.state.keyspace(), &mut self.output.notices);
         self.follow_role();
         self.plan_to_tell_commit();
         self.fail_what_lost_its_leader();
@@ -400,6 +407,7 @@ impl<M: Machine> Replica<M> {
             }),
             Input::Hash { number, revision } => self.hash(number, revision),
             Input::HandOver(to) => self.consensus.hand_over_to(to),
+            Input::Watch(request) => self.watch(request),
             Input::Resign => self.consensus.hand_over(),
         }
         Ok(())
@@ -673,6 +681,17 @@ impl<M: Machine> Replica<M> {
         }
     }
 
+    fn watch(&mut self, request: watch::Request) {
+        let notices = &mut self.output.notices;
+        match request {
+            // What it has may be older than what its reader has seen elsewhere.
+            watch::Request::Create {
+                stream, watcher, ..
+            } if self.install.is_wanted() => notices.push((stream, Notice::Refused { watcher })),
+            request => self.watchers.take(request, self.state.keyspace(), notices),
+        }
+    }
+
     /// Applies an entry; how many keys it changed.
     fn apply(&mut self, entry: &LogEntry) -> Result<usize, Fatal> {
         if entry.kind == EntryKind::Membership {
@@ -685,6 +704,8 @@ impl<M: Machine> Replica<M> {
         #[cfg(conclave_plant)]
         crate::plant::note_node_term(self.consensus.term());
         let applied = self.state.apply(entry.index, entry.term, &entry.data)?;
+        self.watchers
+            .advance(self.state.keyspace(), &mut self.output.notices);
         self.note_own_digest()?;
         if self.leadership.is_none() && !entry.data.is_empty() {
             self.clock.follow(self.state.system().log_time());
@@ -869,6 +890,7 @@ impl<M: Machine> Replica<M> {
         self.status.sessions = self.state.sessions().len();
         self.status.keys = self.state.keyspace().len();
         self.status.state_bytes = self.state.bytes();
+        self.status.watching = self.watchers.load();
         self.status.is_behind = self.is_behind();
         let out_of_space = self.state.system().out_of_space();
         self.status.out_of_space = out_of_space.iter().copied().collect();

@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, SessionId},
-    keyspace::{Change, Keyspace, Record},
+    keyspace::{Change, Event, KeyRange, Keyspace, Record, Selection},
     machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
     session::EndReason,
     state::State,
@@ -189,6 +189,21 @@ fn entry(state: &State<Notes>, step: &Step) -> Bytes {
     entry.encode_to_vec().into()
 }
 
+/// All events from a revision on, those of one revision in order of key.
+fn events(keyspace: &Keyspace, from: u64) -> Vec<Event> {
+    let all = Selection {
+        range: KeyRange::prefix(b""),
+        puts: true,
+        deletes: true,
+    };
+    let mut events = keyspace
+        .events_since(&all, from, usize::MAX, u64::MAX)
+        .events;
+    // Stable: of one key, what was deleted comes before what was made.
+    events.sort_by(|a, b| (a.revision, &a.key).cmp(&(b.revision, &b.key)));
+    events
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: 2_000,
@@ -219,7 +234,14 @@ proptest! {
         let image = image.or_else(|| state.draw_image(usize::MAX)).unwrap();
         prop_assert!(!state.is_drawing());
         prop_assert_eq!(image.applied(), then.applied());
-        prop_assert_eq!(State::restore(image), then);
+        let restored = State::<Notes>::restore(image);
+        let complete_from = restored.keyspace().complete_from();
+        prop_assert!(complete_from <= then.keyspace().compacted() + 1);
+        prop_assert_eq!(
+            events(restored.keyspace(), complete_from),
+            events(then.keyspace(), complete_from)
+        );
+        prop_assert_eq!(restored, then);
         prop_assert_eq!(state, undisturbed);
     }
 }

@@ -10,6 +10,8 @@
 mod install;
 #[path = "replica/leases.rs"]
 mod leases;
+#[path = "replica/watch.rs"]
+mod watch;
 
 use std::{
     cell::Cell,
@@ -35,6 +37,7 @@ use conclave_core::{
     },
     session::EndReason,
     state::State,
+    watch::Notice,
 };
 use conclave_proto::internal::{
     AttachSession, CloseSession, Command, Compact, Forward, Held, Hello, NoSpace, OpenSession,
@@ -183,6 +186,7 @@ struct Node {
     /// The last that it has installed.
     installed: Option<Index>,
     fatal: Option<Fatal>,
+    notices: Vec<Notice>,
 }
 
 /// Nodes 1 to n, with a common clock.
@@ -545,6 +549,7 @@ impl Node {
             inbox: VecDeque::new(),
             outcomes: BTreeMap::new(),
             events: Vec::new(),
+            notices: Vec::new(),
             fetch: None,
             installed: None,
             fatal: None,
@@ -574,9 +579,12 @@ impl Node {
             messages,
             answers,
             events,
+            notices,
             fetch,
             installed,
         } = self.replica.finish()?;
+        self.notices
+            .extend(notices.into_iter().map(|(_, notice)| notice));
         assert!(self.fetch.is_none() || fetch.is_none(), "asks twice");
         self.fetch = self.fetch.or(fetch);
         self.installed = installed.or(self.installed);
@@ -1475,6 +1483,7 @@ impl Member {
             }),
             publish: Box::new(|_| ()),
             missed: Box::new(|| ()),
+            notify: Box::new(|_| ()),
             fetch: Box::new(|_, _| ()),
         };
         let config = Config {

@@ -91,6 +91,8 @@ pub enum Rejection {
     TooManyRequests,
     /// Too many acquires share the grant.
     TooManyEntries,
+    /// The session holds and waits for too many locks already.
+    TooManyLocks,
 }
 
 impl From<Invalid> for Rejection {

@@ -201,9 +201,7 @@ impl Place {
         self.lost = self.session.take();
         self.delay_until = now + self.delay_ms + 1;
         self.wait_until = 0;
-        self.requests = vec![0];
         self.is_native = false;
-        self.reentrant = false;
     }
 }
 
@@ -406,7 +404,10 @@ impl Model {
         let key = self.key(who);
         let lock = LOCKS[who.lock];
         let is_meant = |place: &Place| {
-            let has_entry = entry == 0 || place.requests.contains(&entry) || place.is_delay();
+            let has_entry = match entry {
+                0 => !(place.is_delay() && place.reentrant),
+                entry => place.requests.contains(&entry),
+            };
             place.key == key && place.token == token && has_entry
         };
         if !self.first(lock).is_some_and(is_meant) {
@@ -509,6 +510,8 @@ impl Model {
         let value = write.value.as_ref().filter(|_| session.is_none());
         if let Some(value) = value.filter(|value| value.delay_until_ms != 0) {
             place.delay_until = value.delay_until_ms;
+            place.requests = [&[value.request][..], &value.inner].concat();
+            place.reentrant = value.reentrant;
             if let Key::Native(who) = key {
                 place.lost = Some(self.sessions[who.session]);
             }

@@ -654,5 +654,6 @@ fn refusal(rejection: Rejection) -> String {
         Rejection::NotHeld => "not held".to_owned(),
         Rejection::TooManyRequests => "too many requests".to_owned(),
         Rejection::TooManyEntries => "too many entries".to_owned(),
+        Rejection::TooManyLocks => "too many locks".to_owned(),
     }
 }

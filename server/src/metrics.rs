@@ -55,6 +55,15 @@ const SLOW_READERS: Metric = counter(
     "conclave_slow_readers_total",
     "Event streams cut because they were read too slowly.",
 );
+const WATCHERS: Metric = gauge("conclave_watchers", "Watchers of keys on this member.");
+const WATCHERS_BEHIND: Metric = gauge(
+    "conclave_watchers_behind",
+    "Watchers that are being caught up, or whose readers are slow.",
+);
+const WATCH_EVENTS: Metric = counter(
+    "conclave_watch_events_total",
+    "Events of keys that were told, once for each watcher.",
+);
 const INFO: Metric = gauge("conclave_info", "Always 1; the labels say what runs.");
 const HAS_LEADER: Metric = gauge("conclave_has_leader", "Whether this member knows a leader.");
 const IS_LEADER: Metric = gauge("conclave_is_leader", "Whether this member leads.");
@@ -110,12 +119,15 @@ const CPU: Metric = counter("process_cpu_seconds_total", "Processor time used.")
 
 /// Every metric there is.
 #[cfg(test)]
-const CATALOGUE: [Metric; 27] = [
+const CATALOGUE: [Metric; 30] = [
     REQUESTS,
     IN_FLIGHT,
     CONNECTIONS,
     WATCHED,
     SLOW_READERS,
+    WATCHERS,
+    WATCHERS_BEHIND,
+    WATCH_EVENTS,
     INFO,
     HAS_LEADER,
     IS_LEADER,
@@ -183,6 +195,7 @@ pub(crate) enum Method {
     MoveLeader,
     Downgrade,
     Auth,
+    Watch,
 }
 
 impl Method {
@@ -224,6 +237,7 @@ impl Method {
         Self::MoveLeader,
         Self::Downgrade,
         Self::Auth,
+        Self::Watch,
     ];
 
     fn label(self) -> &'static str {
@@ -265,6 +279,7 @@ impl Method {
             Self::MoveLeader => "etcdserverpb.Maintenance/MoveLeader",
             Self::Downgrade => "etcdserverpb.Maintenance/Downgrade",
             Self::Auth => "etcdserverpb.Auth",
+            Self::Watch => "etcdserverpb.Watch/Watch",
         }
     }
 }
@@ -433,6 +448,9 @@ fn render_status(page: &mut Page, snapshot: &Snapshot<'_>) {
     page.one(STATE_BYTES, status.state_bytes);
     page.one(NO_SPACE, u8::from(status.is_out_of_space()));
     page.one(WATCHED, snapshot.watched_sessions);
+    page.one(WATCHERS, status.watching.watchers);
+    page.one(WATCHERS_BEHIND, status.watching.behind);
+    page.one(WATCH_EVENTS, status.watching.events);
 }
 
 fn load(counter: &AtomicU64) -> u64 {

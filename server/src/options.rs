@@ -20,6 +20,8 @@ const MEMBERS_MAX: usize = 7;
 const MEMBER_NAME_BYTES_MAX: usize = 128;
 /// Below this, a timer of the operating system decides, not the heartbeat.
 const HEARTBEAT_MS_MIN: u64 = 10;
+/// As etcd has it: more often than that, it would be traffic for nothing.
+const WATCH_PROGRESS_MS_MIN: u64 = 100;
 /// A single late heartbeat must not start an election.
 const HEARTBEATS_PER_ELECTION_MIN: u64 = 5;
 /// Above this a dead leader would stop the service for minutes.
@@ -74,6 +76,9 @@ pub struct Options {
     /// Bytes of log that are kept for members who are away; who needs more gets a
     /// checkpoint. 0 stands for the default of 1 GiB.
     pub log_retention_bytes: u64,
+    /// How often a watcher that asked for it hears how far it has come, although nothing
+    /// happens, in milliseconds.
+    pub watch_progress_notify_interval_ms: u64,
     /// Threads that serve clients; with 0 the thread of the node serves them, too.
     /// By default none with one or two processors, where a change of threads costs
     /// more than it gains, else half as many as processors, up to 4.
@@ -101,6 +106,7 @@ impl Default for Options {
             quota_backend_bytes: 0,
             snapshot_count: limits::CHECKPOINT_ENTRIES,
             log_retention_bytes: limits::LOG_BYTES_MAX,
+            watch_progress_notify_interval_ms: 10 * 60 * 1_000,
             io_threads: None,
         }
     }
@@ -161,6 +167,7 @@ impl Options {
                 0 => limits::LOG_BYTES_MAX,
                 bytes => bytes,
             },
+            watch_progress_ms: self.watch_progress_notify_interval_ms,
             io_threads: self.io_threads.unwrap_or_else(default_io_threads),
         })
     }
@@ -169,6 +176,10 @@ impl Options {
         let (heartbeat_ms, election_ms) = (self.heartbeat_interval_ms, self.election_timeout_ms);
         if heartbeat_ms < HEARTBEAT_MS_MIN {
             return Err(OptionsError::HeartbeatTooShort { heartbeat_ms });
+        }
+        let progress_ms = self.watch_progress_notify_interval_ms;
+        if progress_ms < WATCH_PROGRESS_MS_MIN {
+            return Err(OptionsError::WatchProgressTooOften { progress_ms });
         }
         if election_ms > ELECTION_MS_MAX {
             return Err(OptionsError::ElectionTooLong { election_ms });
@@ -294,6 +305,8 @@ pub struct Settings {
     pub snapshot_count: u64,
     /// Bytes of log that are kept for members who are away, at least 1.
     pub log_retention_bytes: u64,
+    /// See [`Options::watch_progress_notify_interval_ms`].
+    pub watch_progress_ms: u64,
     /// See [`Options::io_threads`].
     pub io_threads: usize,
 }
@@ -570,6 +583,11 @@ pub enum OptionsError {
     ListensTwice { url: Url },
     #[error("--heartbeat-interval is {heartbeat_ms} ms; at least {HEARTBEAT_MS_MIN} ms are needed")]
     HeartbeatTooShort { heartbeat_ms: u64 },
+    #[error(
+        "--watch-progress-notify-interval is {progress_ms} ms; at least \
+         {WATCH_PROGRESS_MS_MIN} ms are needed"
+    )]
+    WatchProgressTooOften { progress_ms: u64 },
     #[error(
         "--election-timeout is {election_ms} ms; it must be at least \
          {HEARTBEATS_PER_ELECTION_MIN} times --heartbeat-interval ({heartbeat_ms} ms)"

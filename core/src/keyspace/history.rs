@@ -44,6 +44,23 @@ impl History {
         self.past.range((from, Bound::Unbounded))
     }
 
+    /// All versions, in order of key and of when they ended.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Past> {
+        self.past.iter()
+    }
+
+    /// The version of a key that a revision ended.
+    pub(super) fn ended_at(&self, key: &Bytes, revision: Revision) -> Option<&Record> {
+        let ended = self.past.get(&Past::place(key.clone(), revision))?;
+        Some(&ended.record)
+    }
+
+    /// The first version of a key that ended at `from` or later, and when.
+    pub(super) fn first_of(&self, key: &Bytes, from: Revision) -> Option<(Revision, &Record)> {
+        let first = self.past.range(Past::place(key.clone(), from)..).next()?;
+        (first.record.key == *key).then_some((first.ended, &first.record))
+    }
+
     /// The lowest revision that can be read, if it is not 0.
     pub(super) fn compacted(&self) -> Revision {
         self.compacted

@@ -21,6 +21,8 @@ pub struct Overlay<'a> {
 #[derive(Debug)]
 pub struct Writes {
     changes: Vec<Change>,
+    /// Whether some key was written more than once.
+    has_repeats: bool,
 }
 
 impl<'a> Overlay<'a> {
@@ -107,6 +109,7 @@ impl<'a> Overlay<'a> {
     /// Ends the borrow, for [`Keyspace::keep`].
     pub fn into_writes(self) -> Writes {
         Writes {
+            has_repeats: self.newest.len() < self.changes.len(),
             changes: self.changes,
         }
     }
@@ -136,8 +139,9 @@ impl Writes {
         self.changes.iter().any(|change| change.after.is_some())
     }
 
-    pub(super) fn into_changes(self) -> Vec<Change> {
-        self.changes
+    /// In order, and whether some key was written more than once.
+    pub(super) fn into_changes(self) -> (Vec<Change>, bool) {
+        (self.changes, self.has_repeats)
     }
 }
 

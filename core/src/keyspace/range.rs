@@ -53,8 +53,26 @@ impl KeyRange {
         RangeBounds::<[u8]>::contains(&self.bounds(), key)
     }
 
-    pub(super) fn start(&self) -> &Bytes {
+    /// The length of what it is made of.
+    pub(crate) fn bytes(&self) -> usize {
+        let end = match &self.end {
+            Bound::Included(end) | Bound::Excluded(end) => end.len(),
+            Bound::Unbounded => 0,
+        };
+        self.start.len() + end
+    }
+
+    /// The key, if it was made for one.
+    pub fn as_single(&self) -> Option<&Bytes> {
+        matches!(self.end, Bound::Included(_)).then_some(&self.start)
+    }
+
+    pub(crate) fn start(&self) -> &Bytes {
         &self.start
+    }
+
+    pub(crate) fn end(&self) -> Bound<&Bytes> {
+        self.end.as_ref()
     }
 
     /// For a map that is ordered by key.

@@ -17,6 +17,7 @@ use crate::{
     requests::NotRun,
     session::{EndReason, Session},
     state::State,
+    watch,
 };
 
 /// The clocks, read by the driver at the start of each turn.
@@ -104,6 +105,8 @@ pub enum Input<M: Machine> {
         /// As of when; `None` for now.
         revision: Option<Revision>,
     },
+    /// Of a reader of events of this node.
+    Watch(watch::Request),
     /// What became of a [`Fetch`]: the state of a checkpoint that is durable and
     /// verified, or nothing.
     Fetched(Option<Box<State<M>>>),
@@ -326,6 +329,8 @@ pub struct Finished<M: Machine> {
     /// To sessions, in order; each node sees the same ones, unless it installs a
     /// checkpoint.
     pub events: Vec<Event<M::Event>>,
+    /// To this node's readers of events, in order.
+    pub notices: watch::Notices,
     /// Get a checkpoint of another member; the outcome is [`Input::Fetched`], once.
     pub fetch: Option<Fetch>,
     /// The state of the checkpoint that was fetched last, up to this entry, is now that
@@ -340,6 +345,7 @@ impl<M: Machine> Default for Finished<M> {
             messages: Vec::new(),
             answers: Vec::new(),
             events: Vec::new(),
+            notices: Vec::new(),
             fetch: None,
             installed: None,
         }
@@ -371,6 +377,8 @@ pub struct Status {
     pub keys: usize,
     /// The size of the state; see [`crate::state::State::bytes`].
     pub state_bytes: u64,
+    /// What readers of events take, on this node.
+    pub watching: watch::Load,
     /// Whether this node waits for a checkpoint of the leader.
     pub is_behind: bool,
     /// The members that raised the alarm NOSPACE.

@@ -48,13 +48,17 @@ impl Install {
     pub(super) fn want(&mut self, at_least: Index) {
         self.wanted = Some(at_least);
     }
+
+    pub(super) fn is_wanted(&self) -> bool {
+        self.wanted.is_some()
+    }
 }
 
 impl<M: Machine> Replica<M> {
     /// Whether this member waits for a checkpoint: it cannot say what became of a
     /// request.
     pub(super) fn is_behind(&self) -> bool {
-        self.install.wanted.is_some()
+        self.install.is_wanted()
     }
 
     /// Orders the checkpoint that is needed, once at a time.
@@ -109,6 +113,7 @@ impl<M: Machine> Replica<M> {
         }
         let waiting = self.take_waiting();
         self.state = state;
+        self.watchers.install(self.state.keyspace());
         self.install.wanted = None;
         self.clock.follow(self.state.system().log_time());
         self.fail_pending(|_| true);

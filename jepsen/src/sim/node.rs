@@ -500,6 +500,7 @@ impl Node {
             | Input::Hash { number: other, .. } => *other != number,
             Input::Peer { .. }
             | Input::PeerLost { .. }
+            | Input::Watch(_)
             | Input::Fetched(_)
             | Input::Resign
             | Input::HandOver(_) => true,

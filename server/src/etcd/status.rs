@@ -73,6 +73,8 @@ pub(crate) enum Error {
     RoleNotFound,
     /// A grant of nothing.
     PermissionNotGiven,
+    /// This member lags too far behind to serve.
+    Behind,
     /// A revision that cannot be read or compacted.
     Revision(RevisionError),
     /// Everything that native calls fail with, too.
@@ -173,6 +175,10 @@ impl Error {
             Self::UserNotFound => (Code::FailedPrecondition, "etcdserver: user name not found"),
             Self::RoleNotFound => (Code::FailedPrecondition, "etcdserver: role name not found"),
             Self::PermissionNotGiven => (Code::InvalidArgument, "etcdserver: permission not given"),
+            Self::Behind => (
+                Code::Unavailable,
+                "etcdserver: request timed out, waiting for the applied index took too long",
+            ),
             Self::Revision(RevisionError::Compacted { .. }) => (
                 Code::OutOfRange,
                 "etcdserver: mvcc: required revision has been compacted",
@@ -266,6 +272,11 @@ mod tests {
                 "invalid client api version",
             ),
             (Error::NoLeader, Code::Unavailable, "no leader"),
+            (
+                Error::Behind,
+                Code::Unavailable,
+                "request timed out, waiting for the applied index took too long",
+            ),
             (
                 Error::RequestTooLarge,
                 Code::InvalidArgument,
