@@ -72,8 +72,9 @@ async fn members_are_listed_and_not_changed() {
     let (_nodes, clients) = cluster(&directory).await;
     let list = |client: Client| async move {
         let linearizable = true;
-        let list = members(&client).member_list(MemberListRequest { linearizable });
-        list.await.unwrap().into_inner()
+        let request = MemberListRequest { linearizable };
+        let list = members(&client).member_list(request).await;
+        list.unwrap().into_inner()
     };
     let mut listed = list(clients[0].clone()).await;
     while listed.members.iter().any(|member| member.name.is_empty()) {
@@ -143,8 +144,8 @@ async fn members_hash_the_same_at_the_same_revision() {
     for client in &clients {
         // Up to date from here on.
         let linearizable = true;
-        let list = members(client).member_list(MemberListRequest { linearizable });
-        list.await.unwrap();
+        let request = MemberListRequest { linearizable };
+        members(client).member_list(request).await.unwrap();
         hashes.push(hash_kv(client, last).await.unwrap());
         let hash = maintenance(client).hash(HashRequest {}).await.unwrap();
         assert_eq!(hash.into_inner().hash, hashes[0].hash);
