@@ -22,9 +22,11 @@ mod order;
 mod overlay;
 mod picture;
 mod range;
+mod select;
 pub mod txn;
 
 use std::{
+    cmp::Ordering,
     collections::{BTreeMap, BTreeSet},
     fmt,
 };
@@ -45,15 +47,19 @@ use crate::{
     picture::UnderWay,
 };
 
-pub use events::{Event, Excerpt, Selection};
+pub use events::{Event, Excerpt, Interest};
 pub use hash::Hashed;
 pub(crate) use hash::Hashing;
 pub use overlay::{Overlay, Writes};
 pub(crate) use picture::Picture;
 pub use range::KeyRange;
+pub use select::{Filter, Found, Piece, Selection};
 
 /// The revision of a keyspace that nothing was ever written to.
 pub const REVISION_FRESH: Revision = 1;
+
+/// Keys under it are the service's own: clients read them, and cannot write them.
+pub const RESERVED_PREFIX: &[u8] = b"_conclave/";
 
 /// One version of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -224,6 +230,11 @@ impl Keyspace {
         });
     }
 
+    /// Whether nothing is left of what compactions up to this revision have given up.
+    pub fn is_swept(&self, revision: Revision) -> bool {
+        self.past.is_swept(revision)
+    }
+
     /// Whether compactions have given up something that is not dropped yet.
     pub fn has_superseded(&self) -> bool {
         self.past.has_superseded()
@@ -237,14 +248,54 @@ impl Keyspace {
         revision: Option<Revision>,
     ) -> impl Iterator<Item = &Record> {
         let at = revision.unwrap_or(self.revision);
+        self.looked_at(range, at).filter_map(|(_, record)| record)
+    }
+
+    /// A part of a range as it was at `revision`, which must be readable: from its
+    /// first key on, `steps` keys at most, those included that were not there then. So
+    /// the work is bounded, whatever is in the range. At most `limit` records are given;
+    /// the others are only counted.
+    pub fn piece(
+        &self,
+        range: &KeyRange,
+        revision: Revision,
+        filter: &Filter,
+        limit: usize,
+        steps: usize,
+    ) -> Piece {
+        let mut piece = Piece::default();
+        for (key, record) in self.looked_at(range, revision) {
+            if piece.steps == steps {
+                piece.next = Some(key.clone());
+                break;
+            }
+            piece.steps += 1;
+            if let Some(record) = record {
+                piece.add(record, filter, limit);
+            }
+        }
+        piece
+    }
+
+    /// The keys of a range that are there or were, in order, each with its version at
+    /// `at` if it had one. Bounded work for each.
+    fn looked_at(
+        &self,
+        range: &KeyRange,
+        at: Revision,
+    ) -> impl Iterator<Item = (&Bytes, Option<&Record>)> {
         let live = self
             .live
             .range::<[u8], _>(range.bounds())
-            .map(|Live(record)| record)
-            .filter(move |record| record.mod_revision <= at);
-        // Of one key, at most one version was there at a time, so no key is in both.
+            .map(move |Live(live)| (&live.key, Some(live).filter(|live| live.mod_revision <= at)));
         let ended = (at < self.revision).then(|| self.past.ended_after(range, at));
-        merge(live, ended.into_iter().flatten())
+        // Of one key, at most one version was there at a time, so one of them is none.
+        merge_by(
+            live,
+            ended.into_iter().flatten(),
+            |(key, _)| *key,
+            |a, b| (a.0, a.1.or(b.1)),
+        )
     }
 
     /// The keys bound to a session, in order.
@@ -471,17 +522,31 @@ fn versions<'a>(
     })
 }
 
-/// Two sequences in order of key as one.
-fn merge<'a>(
-    left: impl Iterator<Item = &'a Record>,
-    right: impl Iterator<Item = &'a Record>,
-) -> impl Iterator<Item = &'a Record> {
+/// Two sequences in order of key as one. What both have is joined.
+fn merge_by<'a, T>(
+    left: impl Iterator<Item = T>,
+    right: impl Iterator<Item = T>,
+    key: impl Fn(&T) -> &'a Bytes,
+    join: impl Fn(T, T) -> T,
+) -> impl Iterator<Item = T> {
     let (mut left, mut right) = (left.peekable(), right.peekable());
-    std::iter::from_fn(move || match (left.peek(), right.peek()) {
-        (Some(a), Some(b)) if b.key < a.key => right.next(),
-        (Some(_), _) => left.next(),
-        (None, _) => right.next(),
+    std::iter::from_fn(move || {
+        let ordering = match (left.peek(), right.peek()) {
+            (Some(a), Some(b)) => key(a).cmp(key(b)),
+            (_, None) => Ordering::Less,
+            (None, _) => Ordering::Greater,
+        };
+        match ordering {
+            Ordering::Less => left.next(),
+            Ordering::Greater => right.next(),
+            Ordering::Equal => Some(join(left.next()?, right.next()?)),
+        }
     })
+}
+
+/// A revision or a version as the wire has it. None ever gets near the limit.
+fn as_signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
 /// The digest of a history that goes on with `change`. Each field has a fixed

@@ -56,6 +56,22 @@ pub const ENTRY_COMMANDS_MAX: usize = 1_024;
 pub const ENTRY_BYTES_MAX: usize = 1 << 20;
 /// Bytes of one command.
 pub const COMMAND_BYTES_MAX: usize = 3 << 19;
+/// Operations of a transaction, in each of its lists, unless told otherwise.
+pub const TXN_OPERATIONS_DEFAULT: usize = 128;
+/// Compares and operations of a transaction and all inside it: some milliseconds of
+/// work.
+pub const TXN_OPERATIONS_MAX: usize = 4_096;
+/// Transactions inside each other: a decoder takes a hundred messages inside each other,
+/// and each of them is two, in an entry that is in a message of its own.
+pub const TXN_DEPTH_MAX: usize = 40;
+/// Keys that a read looks at in one turn before it goes on in a later one: a fraction of
+/// a millisecond.
+pub const READ_STEPS_MAX: usize = 4_096;
+/// Keys that all reads of a turn look at, if each of them comes to
+/// [`READ_STEPS_MIN`] beyond that: some milliseconds.
+pub const READ_STEPS_PER_TURN_MAX: usize = 65_536;
+/// See [`READ_STEPS_PER_TURN_MAX`].
+pub const READ_STEPS_MIN: usize = 64;
 /// Timers fired by one entry, so that no entry takes long to apply.
 pub const TIMERS_PER_ENTRY_MAX: usize = 1_024;
 /// Changes of keys after which a turn applies no further entry: some ten milliseconds

@@ -201,6 +201,12 @@ impl<M: Machine> Handle<M> {
         self.shared.request(Request::Read(query), respond)
     }
 
+    /// Asks what this node has applied, without a word to others; otherwise as
+    /// [`Handle::command`].
+    pub fn read_local(&self, query: Query<M>, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::LocalRead(query), respond)
+    }
+
     /// Renews a session for one of its attachments; otherwise as [`Handle::command`].
     pub fn renew(&self, of: Attachment, respond: Responder<M>) -> Result<(), Failure> {
         self.shared.request(Request::Renew(of), respond)
@@ -343,6 +349,7 @@ enum Request<M: Machine> {
     Command(command::Body),
     Ending(command::Body),
     Read(Query<M>),
+    LocalRead(Query<M>),
     Renew(Attachment),
     TimeLeft(SessionId),
     Hash(Option<Revision>),
@@ -421,7 +428,11 @@ impl<M: Machine> Shared<M> {
         let was_empty = inbox.is_empty();
         let bytes = match &request {
             Request::Command(body) | Request::Ending(body) => body.encoded_len(),
-            Request::Read(_) | Request::Renew(_) | Request::TimeLeft(_) | Request::Hash(_) => 0,
+            Request::Read(_)
+            | Request::LocalRead(_)
+            | Request::Renew(_)
+            | Request::TimeLeft(_)
+            | Request::Hash(_) => 0,
         };
         match request {
             Request::Renew(of) => {
@@ -432,7 +443,11 @@ impl<M: Machine> Shared<M> {
                 let max = limits::QUEUED_ENDINGS_MAX;
                 inbox.endings.put(body, bytes, respond, max)?;
             }
-            Request::Command(_) | Request::Read(_) | Request::TimeLeft(_) | Request::Hash(_) => {
+            Request::Command(_)
+            | Request::Read(_)
+            | Request::LocalRead(_)
+            | Request::TimeLeft(_)
+            | Request::Hash(_) => {
                 let max = limits::QUEUED_REQUESTS_MAX;
                 inbox.work.put(request, bytes, respond, max)?;
             }
@@ -762,6 +777,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             inputs.push(match request {
                 Request::Command(body) | Request::Ending(body) => Input::Command { number, body },
                 Request::Read(query) => Input::Read { number, query },
+                Request::LocalRead(query) => Input::LocalRead { number, query },
                 Request::Renew(of) => Input::Renew { number, of },
                 Request::TimeLeft(session) => Input::TimeLeft { number, session },
                 Request::Hash(revision) => Input::Hash { number, revision },

@@ -61,7 +61,8 @@ use crate::{
     checkpoint::Image,
     clock::Clock,
     consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
-    ids::{Attachment, Index, NodeId, RequestNumber, SessionId, Term},
+    ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId, Term},
+    keyspace::{Filter, KeyRange, Piece, RevisionError, txn},
     limits,
     log::{Batch, EntryKind, Facts, LogEntry, Recovered},
     machine::{Machine, Outcome, Place},
@@ -117,6 +118,13 @@ pub struct Replica<M: Machine> {
     /// Requests of this node's clients that have a place in a queue.
     waiting: BTreeMap<Place, Vec<RequestNumber>>,
     reads: Reads<M>,
+    /// Reads that need nobody's confirmation.
+    local_reads: Vec<(RequestNumber, Query<M>)>,
+    /// Who waits until what compactions up to a revision have given up is dropped, and
+    /// for how long.
+    sweeps: Vec<(RequestNumber, Revision, u64)>,
+    /// Keys that reads of this turn may still look at.
+    read_steps_left: usize,
     /// Renewals of this node's clients on their way to the leader.
     renewals: BTreeMap<RequestNumber, PendingRenewal>,
     /// Those of which the leader said that the session ended; why is in this
@@ -225,6 +233,9 @@ impl<M: Machine> Replica<M> {
             pending: BTreeMap::new(),
             waiting: BTreeMap::new(),
             reads: Reads::default(),
+            local_reads: Vec::new(),
+            sweeps: Vec::new(),
+            read_steps_left: 0,
             renewals: BTreeMap::new(),
             renewals_ended: BTreeSet::new(),
             digests: Digests::default(),
@@ -283,6 +294,7 @@ impl<M: Machine> Replica<M> {
             || !self.renewals.is_empty()
             || !self.reads.is_empty()
             || !self.hashings.is_empty()
+            || !self.sweeps.is_empty()
     }
 
     /// What this node knows, as of the end of its last turn.
@@ -387,7 +399,9 @@ impl<M: Machine> Replica<M> {
             Input::PeerLost { peer } => self.lose_peer(peer),
             Input::Fetched(state) => self.fetched(state.map(|state| *state)),
             Input::Command { number, body } => self.arrived.commands.push((number, body)),
-            Input::Read { number, .. } if self.is_behind() => {
+            Input::Read { number, .. } | Input::LocalRead { number, .. }
+                if self.is_behind() || self.admission.is_some() =>
+            {
                 let leader = self.consensus.leader();
                 self.fail(number, Failure::NotLeader { leader });
             }
@@ -395,6 +409,7 @@ impl<M: Machine> Replica<M> {
                 deadline_us: self.request_deadline_us(),
                 body: AskBody::Read { number, query },
             }),
+            Input::LocalRead { number, query } => self.local_reads.push((number, query)),
             Input::Renew { number, of } => self.arrived.renewals.push(Wish {
                 of,
                 from: Renewer::Here(number),
@@ -620,6 +635,20 @@ impl<M: Machine> Replica<M> {
     }
 
     fn answer_reads(&mut self) {
+        self.read_steps_left = limits::READ_STEPS_PER_TURN_MAX;
+        for (number, query) in mem::take(&mut self.local_reads) {
+            match query {
+                Query::Swept(revision) => {
+                    let deadline_us = self.request_deadline_us();
+                    self.sweeps.push((number, revision, deadline_us));
+                }
+                query => {
+                    let body = self.query(query);
+                    self.answer(number, body);
+                }
+            }
+        }
+        self.answer_sweeps();
         for ask in self.reads.take_ready(self.state.applied()) {
             match ask.body {
                 AskBody::Read { number, query } => {
@@ -631,10 +660,52 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    fn query(&self, query: Query<M>) -> AnswerBody<M> {
+    /// A sweep that is late is answered, too: what was asked for is done, only its
+    /// traces are not gone yet.
+    fn answer_sweeps(&mut self) {
+        let (keyspace, now_us) = (self.state.keyspace(), self.now.boot_us);
+        let is_over = |(_, revision, deadline_us): &(RequestNumber, Revision, u64)| {
+            keyspace.is_swept(*revision) || *deadline_us <= now_us
+        };
+        let over: Vec<_> = self.sweeps.extract_if(.., |sweep| is_over(sweep)).collect();
+        for (number, ..) in over {
+            self.answer(number, AnswerBody::Done);
+        }
+    }
+
+    fn range(
+        &mut self,
+        range: &KeyRange,
+        revision: Option<Revision>,
+        filter: &Filter,
+        limit: usize,
+    ) -> Result<Piece, RevisionError> {
+        let keyspace = self.state.keyspace();
+        let at = revision.unwrap_or_else(|| keyspace.revision());
+        keyspace.check_readable(at)?;
+        let steps = self
+            .read_steps_left
+            .clamp(limits::READ_STEPS_MIN, limits::READ_STEPS_MAX);
+        let piece = keyspace.piece(range, at, filter, limit, steps);
+        self.read_steps_left = self.read_steps_left.saturating_sub(piece.steps);
+        Ok(piece)
+    }
+
+    fn query(&mut self, query: Query<M>) -> AnswerBody<M> {
+        if let Query::Range {
+            range,
+            revision,
+            filter,
+            limit,
+        } = query
+        {
+            return AnswerBody::Range(self.range(&range, revision, &filter, limit));
+        }
         let (keyspace, sessions) = (self.state.keyspace(), self.state.sessions());
         match query {
-            Query::Barrier => AnswerBody::Done,
+            // A range was read above.
+            Query::Barrier | Query::Swept(_) | Query::Range { .. } => AnswerBody::Done,
+            Query::Compare(compares) => AnswerBody::Compared(txn::compare(keyspace, &compares)),
             Query::Session(id) => match sessions.get(id) {
                 Some(session) => AnswerBody::Session {
                     session: session.clone(),
@@ -664,17 +735,6 @@ impl<M: Machine> Replica<M> {
                 let raised_by = self.state.system().out_of_space();
                 AnswerBody::Alarms(raised_by.iter().copied().collect())
             }
-            Query::Range {
-                range,
-                revision,
-                limit,
-            } => {
-                let at = revision.unwrap_or_else(|| keyspace.revision());
-                let records = keyspace
-                    .check_readable(at)
-                    .map(|()| keyspace.range(&range, revision).take(limit).cloned());
-                AnswerBody::Range(records.map(Iterator::collect))
-            }
             Query::Machine(query) => {
                 AnswerBody::Query(self.state.machine().query(self.state.view(), query))
             }
@@ -703,7 +763,11 @@ impl<M: Machine> Replica<M> {
         }
         #[cfg(conclave_plant)]
         crate::plant::note_node_term(self.consensus.term());
-        let applied = self.state.apply(entry.index, entry.term, &entry.data)?;
+        let (node, boot) = (self.config.node.0, self.config.boot);
+        let is_own = |origin: &Origin| origin.node == node && origin.boot == boot;
+        let applied = self
+            .state
+            .apply_for(entry.index, entry.term, &entry.data, is_own)?;
         self.watchers
             .advance(self.state.keyspace(), &mut self.output.notices);
         self.note_own_digest()?;

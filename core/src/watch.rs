@@ -25,7 +25,7 @@ use std::{
 use self::matcher::Matcher;
 use crate::{
     ids::Revision,
-    keyspace::{Event, Keyspace, Selection},
+    keyspace::{Event, Interest, Keyspace},
     limits,
 };
 
@@ -47,7 +47,7 @@ pub enum Request {
         /// Its name.
         watcher: WatcherId,
         /// Which events it is told.
-        of: Selection,
+        of: Interest,
         /// From which revision on; `None`: those that are yet to come.
         start: Option<Revision>,
     },
@@ -158,7 +158,7 @@ pub struct Hub {
 #[derive(Debug)]
 struct Watcher {
     stream: StreamId,
-    of: Selection,
+    of: Interest,
     /// The lowest revision that it has not been told, if it is not live.
     next: Revision,
     stage: Stage,
@@ -323,7 +323,7 @@ impl Hub {
         &mut self,
         stream: StreamId,
         id: WatcherId,
-        of: Selection,
+        of: Interest,
         next: Revision,
         out: &mut Notices,
     ) {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use conclave_core::{
     ids::{Revision, SessionId},
-    keyspace::{Change, Event as Told, KeyRange, Keyspace, Record, RevisionError, Selection},
+    keyspace::{Change, Event as Told, Interest, KeyRange, Keyspace, Record, RevisionError},
 };
 use proptest::prelude::*;
 
@@ -146,7 +146,7 @@ impl Model {
 
     /// What a selection asks for, from a revision on, with what was before as far as
     /// that can be read.
-    fn told_since(&self, of: &Selection, from: Revision, compacted: Revision) -> Vec<Told> {
+    fn told_since(&self, of: &Interest, from: Revision, compacted: Revision) -> Vec<Told> {
         let all = (from..=self.revision()).flat_map(|revision| self.told(revision));
         let mut told: Vec<Told> = all
             .filter(|told| of.range.contains(&told.key))
@@ -257,8 +257,8 @@ fn check_present(keyspace: &Keyspace, model: &Model) {
     }
 }
 
-fn selection() -> impl Strategy<Value = Selection> {
-    (key(), end(), any::<bool>(), any::<bool>()).prop_map(|(key, end, puts, deletes)| Selection {
+fn selection() -> impl Strategy<Value = Interest> {
+    (key(), end(), any::<bool>(), any::<bool>()).prop_map(|(key, end, puts, deletes)| Interest {
         range: KeyRange::new(key, end),
         puts,
         deletes,
@@ -266,7 +266,7 @@ fn selection() -> impl Strategy<Value = Selection> {
 }
 
 /// All events from a revision on, a few at a time.
-fn follow(keyspace: &Keyspace, of: &Selection, from: Revision, max: usize) -> Vec<Told> {
+fn follow(keyspace: &Keyspace, of: &Interest, from: Revision, max: usize) -> Vec<Told> {
     let (mut next, mut told) = (from, Vec::new());
     while next <= keyspace.revision() {
         let excerpt = keyspace.events_since(of, next, max, u64::MAX);

@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, SessionId},
-    keyspace::{Change, Event, KeyRange, Keyspace, Record, Selection},
+    keyspace::{Change, Event, Interest, KeyRange, Keyspace, Record},
     machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
     session::EndReason,
     state::State,
@@ -152,11 +152,20 @@ fn body(state: &State<Notes>, step: &Step) -> Option<command::Body> {
             let lease = lease.and_then(session).map_or(0, |id| id.0);
             let value = Bytes::from_static(b"value");
             let key = Bytes::from_static(key.as_bytes());
-            txn(operation::Operation::Put(Put { key, value, lease }))
+            txn(operation::Operation::Put(Put {
+                key,
+                value,
+                lease,
+                ..Put::default()
+            }))
         }
         Step::Delete(key, end) => {
             let (key, end) = (key.as_bytes().into(), end.as_bytes().into());
-            txn(operation::Operation::DeleteRange(DeleteRange { key, end }))
+            txn(operation::Operation::DeleteRange(DeleteRange {
+                key,
+                end,
+                previous: false,
+            }))
         }
         Step::Compact(back) => command::Body::Compact(Compact {
             revision: state.keyspace().revision().saturating_sub(*back),
@@ -191,7 +200,7 @@ fn entry(state: &State<Notes>, step: &Step) -> Bytes {
 
 /// All events from a revision on, those of one revision in order of key.
 fn events(keyspace: &Keyspace, from: u64) -> Vec<Event> {
-    let all = Selection {
+    let all = Interest {
         range: KeyRange::prefix(b""),
         puts: true,
         deletes: true,

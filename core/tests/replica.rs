@@ -26,7 +26,7 @@ use conclave_core::{
     checkpoint::{SimCheckpoints, Writer},
     disk::SimDisk,
     ids::{Attachment, Index, LogTime, NodeId, RequestNumber, SessionId, Term},
-    keyspace::{Change, KeyRange, Keyspace, Record},
+    keyspace::{Change, Filter, KeyRange, Keyspace, Record},
     limits,
     log::{Facts, HardState, Identity, Log, LogEntry, Recovered},
     machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
@@ -393,7 +393,7 @@ impl Cluster {
             operation: Some(operation::Operation::Put(Put {
                 key: Bytes::from_static(b"key"),
                 value: vec![0; bytes].into(),
-                lease: 0,
+                ..Put::default()
             })),
         };
         let txn = Txn {
@@ -1323,6 +1323,7 @@ fn a_compaction_asked_of_a_follower_holds_on_every_member() {
     let query = Query::Range {
         range: KeyRange::prefix(b""),
         revision: Some(3),
+        filter: Filter::default(),
         limit: 1,
     };
     cluster.input(follower, Input::Read { number, query });
@@ -1779,6 +1780,7 @@ fn a_turn_applies_no_more_than_it_bears_and_the_next_follows_at_once() {
                 key: format!("{session}/{number}").into(),
                 value: Bytes::new(),
                 lease: session.0,
+                ..Put::default()
             })),
         };
         let txn = Txn {

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use conclave_core::{
     ids::Revision,
-    keyspace::{Event, KeyRange, Keyspace, Selection},
+    keyspace::{Event, Interest, KeyRange, Keyspace},
     limits,
     watch::{Hub, Notice, Notices, Request, StreamId, WatcherId},
 };
@@ -30,7 +30,7 @@ enum Step {
     /// Compacts so far below the newest revision, and sweeps.
     Compact(u64, usize),
     /// Begins a watcher: so far below the next revision; far below 0 is later.
-    Create(u64, Selection, Option<i64>),
+    Create(u64, Interest, Option<i64>),
     Cancel(prop::sample::Index),
     Progress(u64),
     ProgressOf(prop::sample::Index),
@@ -65,7 +65,7 @@ fn step() -> impl Strategy<Value = Step> {
         prop::bool::weighted(0.8),
         prop::bool::weighted(0.8),
     )
-        .prop_map(|(key, end, puts, deletes)| Selection {
+        .prop_map(|(key, end, puts, deletes)| Interest {
             range: KeyRange::new(key, end),
             puts,
             deletes,
@@ -90,7 +90,7 @@ fn step() -> impl Strategy<Value = Step> {
 #[derive(Debug)]
 struct Reader {
     stream: StreamId,
-    of: Selection,
+    of: Interest,
     start: Option<Revision>,
     /// Told everything up to here, once it has begun.
     upto: Option<Revision>,
@@ -210,7 +210,7 @@ impl World {
         self.check(out);
     }
 
-    fn create(&mut self, stream: u64, of: &Selection, back: Option<i64>, out: &mut Notices) {
+    fn create(&mut self, stream: u64, of: &Interest, back: Option<i64>, out: &mut Notices) {
         let stream = self.streams[stream as usize];
         let watcher = WatcherId(self.id());
         let next = self.keyspace.revision() + 1;

@@ -38,7 +38,7 @@ const LOCKS: [&str; 3] = ["a", "a/b", "c"];
 /// Each as it is in a request and in a key.
 const OWNERS: [(&str, &str); 2] = [("", ""), ("o/1", ":o%2F1")];
 /// Contenders without a session in their name, and keys that contend for nothing.
-const OTHER_KEYS: [&str; 5] = ["a/etcd", "a/b/x", "c/", "plain", "_conclave/a/1"];
+const OTHER_KEYS: [&str; 4] = ["a/etcd", "a/b/x", "c/", "plain"];
 const REASON: &str = "because";
 
 /// Who contends for what, by number.
@@ -877,10 +877,12 @@ impl World {
                     lease: write
                         .session
                         .map_or(0, |session| self.model.sessions[session].0),
+                    ..Put::default()
                 }),
                 None => Kind::DeleteRange(DeleteRange {
                     key,
                     end: Bytes::new(),
+                    previous: false,
                 }),
             };
             Operation {

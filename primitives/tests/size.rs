@@ -113,7 +113,7 @@ fn put(key: String, value_bytes: usize) -> Body {
     write(Kind::Put(Put {
         key: key.into(),
         value: vec![7; value_bytes].into(),
-        lease: 0,
+        ..Put::default()
     }))
 }
 
@@ -147,6 +147,7 @@ fn deleted_keys() -> Made {
         made.run([write(Kind::DeleteRange(DeleteRange {
             key: key.into(),
             end: end.into(),
+            previous: false,
         }))]);
     }
     made

@@ -9,6 +9,7 @@
 //! - `cluster`, `maintenance` with `snapshot`, `auth`: what operators ask;
 //! - `watch`: events of keys;
 //! - `json`: all services over HTTP and JSON, too;
+//! - `replies`: what tonic says by itself, in etcd's words;
 //! - `status`: every error, with etcd's code and text.
 //!
 //! A service asks for what etcd asks, in etcd's order, then takes the way of the

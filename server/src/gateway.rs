@@ -126,6 +126,12 @@ impl Gateway {
             .await
     }
 
+    /// Asks what this member has applied.
+    pub(crate) async fn read_local(&self, query: Query<Primitives>) -> Result<Answer, Refusal> {
+        self.answered(|respond| self.handle.read_local(query, respond))
+            .await
+    }
+
     /// Renews a session for one of its attachments.
     pub(crate) async fn renew(&self, of: Attachment) -> Result<Answer, Refusal> {
         self.answered(|respond| self.handle.renew(of, respond))

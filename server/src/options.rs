@@ -63,6 +63,8 @@ pub struct Options {
     pub listen_metrics_urls: Vec<String>,
     /// The largest request of a client, in bytes.
     pub max_request_bytes: usize,
+    /// Operations that a transaction of the etcd API may have in each of its lists.
+    pub max_txn_ops: usize,
     /// What `auto_compaction_retention` counts.
     pub auto_compaction_mode: CompactionMode,
     /// What automatic compaction keeps, as text; `0`: everything. By default the
@@ -101,6 +103,7 @@ impl Default for Options {
             election_timeout_ms: 500,
             listen_metrics_urls: Vec::new(),
             max_request_bytes: limits::COMMAND_BYTES_MAX,
+            max_txn_ops: limits::TXN_OPERATIONS_DEFAULT,
             auto_compaction_mode: CompactionMode::default(),
             auto_compaction_retention: None,
             quota_backend_bytes: 0,
@@ -153,6 +156,7 @@ impl Options {
             heartbeat_ms: self.heartbeat_interval_ms,
             election_ms: self.election_timeout_ms,
             max_request_bytes: self.max_request_bytes,
+            max_txn_ops: self.max_txn_ops,
             retention: retention(
                 self.auto_compaction_mode,
                 self.auto_compaction_retention.as_deref(),
@@ -197,6 +201,10 @@ impl Options {
         let bytes = self.max_request_bytes;
         if !(REQUEST_BYTES_MIN..=limits::COMMAND_BYTES_MAX).contains(&bytes) {
             return Err(OptionsError::RequestBytes { bytes });
+        }
+        let operations = self.max_txn_ops;
+        if !(1..=limits::TXN_OPERATIONS_MAX).contains(&operations) {
+            return Err(OptionsError::TxnOperations { operations });
         }
         if let Some(threads) = self.io_threads
             && threads > IO_THREADS_MAX
@@ -297,6 +305,8 @@ pub struct Settings {
     pub election_ms: u64,
     /// See [`Options::max_request_bytes`].
     pub max_request_bytes: usize,
+    /// See [`Options::max_txn_ops`].
+    pub max_txn_ops: usize,
     /// What automatic compaction keeps; `None`: everything.
     pub retention: Option<Retention>,
     /// The size of the state above which it may not grow, in bytes.
@@ -601,6 +611,11 @@ pub enum OptionsError {
     )]
     RequestBytes { bytes: usize },
     #[error(
+        "--max-txn-ops is {operations}; it must be 1 to {}",
+        limits::TXN_OPERATIONS_MAX
+    )]
+    TxnOperations { operations: usize },
+    #[error(
         "--auto-compaction-retention: `{text}` is not a time such as 1h or 30m, \
          or, with --auto-compaction-mode=revision, a number"
     )]
@@ -758,6 +773,8 @@ mod tests {
         );
         assert_eq!(refused(|o| o.max_request_bytes = 1), "RequestBytes");
         assert_eq!(refused(|o| o.max_request_bytes = 1 << 30), "RequestBytes");
+        assert_eq!(refused(|o| o.max_txn_ops = 0), "TxnOperations");
+        assert_eq!(refused(|o| o.max_txn_ops = 5_000), "TxnOperations");
         assert_eq!(refused(|o| o.io_threads = Some(65)), "IoThreads");
         let retention = Some("1d".to_owned());
         assert_eq!(

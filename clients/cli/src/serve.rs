@@ -40,6 +40,7 @@ const OWN: &[&str] = &[
     "heartbeat-interval",
     "election-timeout",
     "max-request-bytes",
+    "max-txn-ops",
     "auto-compaction-mode",
     "auto-compaction-retention",
     "quota-backend-bytes",
@@ -57,7 +58,6 @@ const TUNING: &[&str] = &[
     "max-snapshots",
     "max-wals",
     "wal-dir",
-    "max-txn-ops",
     "max-concurrent-streams",
     "backend-bbolt-freelist-type",
     "backend-batch-interval",
@@ -208,6 +208,9 @@ pub(crate) struct ServeArgs {
     /// The largest request of a client.
     #[arg(long, default_value_t = 1_572_864, value_name = "BYTES")]
     pub(crate) max_request_bytes: usize,
+    /// Operations that a transaction may have in each of its lists.
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    pub(crate) max_txn_ops: usize,
     /// What --auto-compaction-retention counts.
     #[arg(long, default_value = "periodic", value_parser = ["periodic", "revision"], value_name = "MODE")]
     pub(crate) auto_compaction_mode: String,
@@ -342,6 +345,7 @@ impl From<ServeArgs> for Options {
             election_timeout_ms: args.election_timeout,
             listen_metrics_urls: args.listen_metrics_urls,
             max_request_bytes: args.max_request_bytes,
+            max_txn_ops: args.max_txn_ops,
             auto_compaction_mode: match args.auto_compaction_mode.as_str() {
                 "revision" => CompactionMode::Revision,
                 _ => CompactionMode::Periodic,

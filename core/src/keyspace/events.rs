@@ -34,7 +34,7 @@ impl Event {
 
 /// Which events are asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Selection {
+pub struct Interest {
     /// Of which keys.
     pub range: KeyRange,
     /// Versions that were made.
@@ -43,7 +43,7 @@ pub struct Selection {
     pub deletes: bool,
 }
 
-impl Selection {
+impl Interest {
     fn takes(&self, kind: Kind) -> bool {
         match kind {
             Kind::Put => self.puts,
@@ -82,7 +82,7 @@ impl Keyspace {
 
     /// Whether nothing that a selection asks for happened from `from` on that is not
     /// known any more.
-    pub fn knows_all(&self, of: &Selection, from: Revision) -> bool {
+    pub fn knows_all(&self, of: &Interest, from: Revision) -> bool {
         if from >= self.complete_from() {
             return true;
         }
@@ -113,7 +113,7 @@ impl Keyspace {
     /// revision is brought to its end.
     pub fn events_since(
         &self,
-        of: &Selection,
+        of: &Interest,
         from: Revision,
         max: usize,
         max_bytes: u64,
@@ -188,7 +188,7 @@ impl Keyspace {
 /// An excerpt, as far as it has come.
 struct Taking<'a> {
     keyspace: &'a Keyspace,
-    of: &'a Selection,
+    of: &'a Interest,
     max: usize,
     max_bytes: u64,
     bytes: u64,

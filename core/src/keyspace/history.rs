@@ -95,6 +95,11 @@ impl History {
             .is_some_and(|(ended, _)| *ended <= self.compacted)
     }
 
+    /// Whether nothing is held that ended by `at`.
+    pub(super) fn is_swept(&self, at: Revision) -> bool {
+        self.by_end.first().is_none_or(|(ended, _)| *ended > at)
+    }
+
     /// Drops versions that no read can see, `max` at most. `dropped` sees each, with
     /// the revision that ended it.
     pub(super) fn sweep(&mut self, max: usize, mut dropped: impl FnMut(Revision, &Record)) {
@@ -110,30 +115,35 @@ impl History {
         }
     }
 
-    /// What was there at `at` and has ended since, in order of key. Costs two
-    /// descents a key, however many versions it has had.
+    /// The keys of a range that any version of is held, in order: each with what was
+    /// there at `at` and has ended since, if anything was. Two descents a key, however
+    /// many versions it has had.
     pub(super) fn ended_after(
         &self,
         range: &KeyRange,
         at: Revision,
-    ) -> impl Iterator<Item = &Record> {
+    ) -> impl Iterator<Item = (&Bytes, Option<&Record>)> {
         let mut from = Bound::Included(Past::place(range.start().clone(), 0));
         std::iter::from_fn(move || {
-            loop {
-                let next = self.past.range((from.clone(), Bound::Unbounded)).next();
-                let Past { ended, record } =
-                    next.filter(|next| range.contains(&next.record.key))?;
-                let key = record.key.clone();
-                if *ended <= at {
-                    from = Bound::Included(Past::place(key, at + 1));
-                    continue;
-                }
-                from = Bound::Excluded(Past::place(key, Revision::MAX));
-                if record.mod_revision <= at {
-                    return Some(record);
-                }
-            }
+            let Past { ended, record } = self.first_behind(&from, range)?;
+            let key = &record.key;
+            from = Bound::Excluded(Past::place(key.clone(), Revision::MAX));
+            let there = if *ended > at {
+                Some(record)
+            } else {
+                let later = Bound::Included(Past::place(key.clone(), at + 1));
+                let later = self.first_behind(&later, range);
+                later
+                    .map(|past| &past.record)
+                    .filter(|later| later.key == *key)
+            };
+            Some((key, there.filter(|record| record.mod_revision <= at)))
         })
+    }
+
+    fn first_behind(&self, from: &Bound<Past>, range: &KeyRange) -> Option<&Past> {
+        let next = self.past.range((from.as_ref(), Bound::Unbounded)).next();
+        next.filter(|past| range.contains(&past.record.key))
     }
 }
 

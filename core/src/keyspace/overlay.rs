@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 
-use super::{Change, KeyRange, Keyspace, Record, merge};
+use super::{Change, KeyRange, Keyspace, Record, merge_by};
 use crate::ids::{Revision, SessionId};
 
 /// A keyspace with the writes of one command on top, to be kept or dropped. Its
@@ -62,7 +62,12 @@ impl<'a> Overlay<'a> {
             .newest
             .range::<[u8], _>(range.bounds())
             .filter_map(|(_, change)| self.changes[*change].after.as_ref());
-        merge(untouched, written)
+        merge_by(
+            untouched,
+            written,
+            |record| &record.key,
+            |written, _| written,
+        )
     }
 
     /// Writes a key, bound to a session or to none whatever it was bound to before. Both

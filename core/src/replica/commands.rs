@@ -368,6 +368,8 @@ fn may_be_forwarded<M: Machine>(from: NodeId, boot: u64, command: &Command) -> b
             | command::Body::GrantLease(_)
             | command::Body::RevokeLease(_)
             | command::Body::Txn(_)
+            | command::Body::Put(_)
+            | command::Body::DeleteRange(_)
             | command::Body::Compact(_)
             | command::Body::NoSpace(_),
         ) => command.origin.as_ref().is_some_and(from_sender),

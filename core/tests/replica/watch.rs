@@ -4,7 +4,7 @@
 
 use conclave_core::{
     ids::Revision,
-    keyspace::{KeyRange, Selection},
+    keyspace::{Interest, KeyRange},
     watch::{Request, StreamId, WatcherId},
 };
 
@@ -14,7 +14,7 @@ const WATCHER: WatcherId = WatcherId(1);
 
 impl Cluster {
     fn watch(&mut self, node: NodeId, start: Option<Revision>) {
-        let of = Selection {
+        let of = Interest {
             range: KeyRange::single("key".into()),
             puts: true,
             deletes: true,
@@ -29,7 +29,7 @@ impl Cluster {
         self.settle();
     }
 
-    fn revision(&self, node: NodeId) -> Revision {
+    pub(super) fn revision(&self, node: NodeId) -> Revision {
         self.nodes[&node].replica.state().keyspace().revision()
     }
 

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use conclave_core::{
     ids::Revision,
-    keyspace::{Event, KeyRange, Selection},
+    keyspace::{Event, Interest, KeyRange},
     limits,
     replica::Failure,
     watch::{self, Notice, WatcherId},
@@ -217,7 +217,7 @@ impl Serving {
         let request = watch::Request::Create {
             stream: self.reader.id(),
             watcher,
-            of: selection(create),
+            of: interest(create),
             start: (start > 0).then_some(start),
         };
         self.ask_patiently(request).await
@@ -443,12 +443,12 @@ fn range(create: &WatchCreateRequest) -> (&[u8], &[u8]) {
     (key, &create.range_end)
 }
 
-fn selection(create: WatchCreateRequest) -> Selection {
+fn interest(create: WatchCreateRequest) -> Interest {
     let (key, end) = range(&create);
     // Copies: a watcher outlives by far the message that it came in.
     let range = KeyRange::new(Bytes::copy_from_slice(key), Bytes::copy_from_slice(end));
     let leaves_out = |kind: FilterType| create.filters.contains(&kind.into());
-    Selection {
+    Interest {
         range,
         puts: !leaves_out(FilterType::Noput),
         deletes: !leaves_out(FilterType::Nodelete),
