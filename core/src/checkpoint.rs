@@ -36,7 +36,7 @@ pub use self::fjall::FjallCheckpoints;
 pub use records::{Invalid, Reader};
 pub use schedule::Schedule;
 pub use sim::SimCheckpoints;
-pub use start::{ReadError, RestoreError, choose, read, restore};
+pub use start::{ReadError, RestoreError, choose, read, restore, verify};
 pub use store::{CheckpointStore, Slot};
 pub use writer::{Done, Sink, WriteError, Writer, adopt, keep_two};
 

@@ -4,7 +4,7 @@
 //! command that is kept takes one main revision, and its writes are numbered
 //! inside it in their order. Every earlier revision stays readable.
 //!
-//! Two maps hold the keys: `live` has the newest version of each key that is
+//! Two sets hold the keys: `live` has the newest version of each key that is
 //! there, so that reads of the present never meet what was deleted; `past` has
 //! every version that was replaced or deleted, each under the revision that
 //! ended it. The version of a key that was there at revision r is thus the one
@@ -13,14 +13,20 @@
 //! readable. Keys and values are reference-counted: an index on top costs a
 //! handle, not a copy.
 
+mod bound;
+mod changes;
+mod events;
 mod hash;
 mod history;
+mod order;
 mod overlay;
 mod picture;
 mod range;
+mod select;
 pub mod txn;
 
 use std::{
+    cmp::Ordering,
     collections::{BTreeMap, BTreeSet},
     fmt,
 };
@@ -28,21 +34,32 @@ use std::{
 use bytes::Bytes;
 use xxhash_rust::xxh3::Xxh3;
 
-use self::{history::History, picture::Drawing};
+use self::{
+    bound::Bound,
+    changes::{Changes, Entry, Kind},
+    history::History,
+    order::{Live, Past},
+    picture::Drawing,
+};
 use crate::{
     ids::{Revision, SessionId},
     limits,
     picture::UnderWay,
 };
 
+pub use events::{Event, Excerpt, Interest};
 pub use hash::Hashed;
 pub(crate) use hash::Hashing;
 pub use overlay::{Overlay, Writes};
 pub(crate) use picture::Picture;
 pub use range::KeyRange;
+pub use select::{Filter, Found, Piece, Selection};
 
 /// The revision of a keyspace that nothing was ever written to.
 pub const REVISION_FRESH: Revision = 1;
+
+/// Keys under it are the service's own: clients read them, and cannot write them.
+pub const RESERVED_PREFIX: &[u8] = b"_conclave/";
 
 /// One version of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,17 +123,18 @@ pub struct Change {
 }
 
 /// The keyspace. See the module.
-#[derive(Clone, PartialEq)]
+#[derive(Clone)]
 pub struct Keyspace {
     revision: Revision,
     /// The newest version of every key that is there.
-    live: BTreeMap<Bytes, Record>,
+    live: BTreeSet<Live>,
     live_bytes: u64,
     /// Versions that are no more. A version made and ended inside one revision is
     /// never seen by a read, and not here.
     past: History,
-    /// The live keys of each session that has any.
-    bound: BTreeMap<SessionId, BTreeSet<Bytes>>,
+    /// Both, by revision.
+    changes: Changes,
+    bound: Bound,
     digest: u64,
     drawing: UnderWay<Drawing>,
 }
@@ -126,10 +144,11 @@ impl Keyspace {
     pub fn new() -> Self {
         Self {
             revision: REVISION_FRESH,
-            live: BTreeMap::new(),
+            live: BTreeSet::new(),
             live_bytes: 0,
             past: History::default(),
-            bound: BTreeMap::new(),
+            changes: Changes::default(),
+            bound: Bound::default(),
             digest: 0,
             drawing: UnderWay::default(),
         }
@@ -152,7 +171,7 @@ impl Keyspace {
 
     /// A key's newest version, if it lives.
     pub fn get(&self, key: &[u8]) -> Option<&Record> {
-        self.live.get(key)
+        self.live.get(key).map(|Live(record)| record)
     }
 
     /// The revision of the newest compaction: the lowest that can be read. 0
@@ -196,17 +215,24 @@ impl Keyspace {
         }
         self.check_reached(revision)?;
         self.past.compact(revision);
+        self.changes.compact(revision);
         Ok(())
     }
 
     /// Drops what compactions have given up, `max` versions at most.
     pub fn sweep(&mut self, max: usize) {
+        self.changes.sweep(max);
         let mut drawing = self.drawing.0.as_mut();
         self.past.sweep(max, |ended, record| {
             if let Some(drawing) = &mut drawing {
                 drawing.rescue(ended, record);
             }
         });
+    }
+
+    /// Whether nothing is left of what compactions up to this revision have given up.
+    pub fn is_swept(&self, revision: Revision) -> bool {
+        self.past.is_swept(revision)
     }
 
     /// Whether compactions have given up something that is not dropped yet.
@@ -222,24 +248,64 @@ impl Keyspace {
         revision: Option<Revision>,
     ) -> impl Iterator<Item = &Record> {
         let at = revision.unwrap_or(self.revision);
+        self.looked_at(range, at).filter_map(|(_, record)| record)
+    }
+
+    /// A part of a range as it was at `revision`, which must be readable: from its
+    /// first key on, `steps` keys at most, those included that were not there then. So
+    /// the work is bounded, whatever is in the range. At most `limit` records are given;
+    /// the others are only counted.
+    pub fn piece(
+        &self,
+        range: &KeyRange,
+        revision: Revision,
+        filter: &Filter,
+        limit: usize,
+        steps: usize,
+    ) -> Piece {
+        let mut piece = Piece::default();
+        for (key, record) in self.looked_at(range, revision) {
+            if piece.steps == steps {
+                piece.next = Some(key.clone());
+                break;
+            }
+            piece.steps += 1;
+            if let Some(record) = record {
+                piece.add(record, filter, limit);
+            }
+        }
+        piece
+    }
+
+    /// The keys of a range that are there or were, in order, each with its version at
+    /// `at` if it had one. Bounded work for each.
+    fn looked_at(
+        &self,
+        range: &KeyRange,
+        at: Revision,
+    ) -> impl Iterator<Item = (&Bytes, Option<&Record>)> {
         let live = self
             .live
             .range::<[u8], _>(range.bounds())
-            .map(|(_, record)| record)
-            .filter(move |record| record.mod_revision <= at);
-        // Of one key, at most one version was there at a time, so no key is in both.
+            .map(move |Live(live)| (&live.key, Some(live).filter(|live| live.mod_revision <= at)));
         let ended = (at < self.revision).then(|| self.past.ended_after(range, at));
-        merge(live, ended.into_iter().flatten())
+        // Of one key, at most one version was there at a time, so one of them is none.
+        merge_by(
+            live,
+            ended.into_iter().flatten(),
+            |(key, _)| *key,
+            |a, b| (a.0, a.1.or(b.1)),
+        )
     }
 
     /// The keys bound to a session, in order.
     pub fn keys_of(&self, session: SessionId) -> impl Iterator<Item = &Bytes> {
-        self.bound.get(&session).into_iter().flatten()
+        self.bound.keys_of(session)
     }
 
     /// How many keys are bound to a session, without a walk over them.
     pub fn keys_bound(&self, session: SessionId) -> usize {
-        self.bound.get(&session).map_or(0, BTreeSet::len)
+        self.bound.count(session)
     }
 
     /// Begins a command.
@@ -252,7 +318,7 @@ impl Keyspace {
     ///
     /// Panics if the writes were not made on this state of the keyspace.
     pub fn keep(&mut self, writes: Writes) -> Vec<Change> {
-        let changes = writes.into_changes();
+        let (changes, has_repeats) = writes.into_changes();
         let Some(first) = changes.first() else {
             return changes;
         };
@@ -264,6 +330,12 @@ impl Keyspace {
         self.revision = first.revision;
         for change in &changes {
             self.apply(change);
+        }
+        match has_repeats {
+            true => self.index_net(&changes),
+            false => changes.iter().for_each(|change| {
+                self.index(change, change.after.is_some());
+            }),
         }
         changes
     }
@@ -297,20 +369,17 @@ impl Keyspace {
             live,
             past,
         } = picture;
-        let mut bound: BTreeMap<SessionId, BTreeSet<Bytes>> = BTreeMap::new();
-        for record in &live {
-            if let Some(session) = record.lease {
-                bound.entry(session).or_default().insert(record.key.clone());
-            }
-        }
         let live_bytes = live.iter().map(Record::bytes).sum();
-        let live = live.into_iter().map(|record| (record.key.clone(), record));
+        // In place, and then a tree at once, since it is sorted: no insert for each.
+        let live: BTreeSet<_> = live.into_iter().map(Live).collect();
+        let past = History::restore(compacted, past);
         Self {
             revision,
-            live: live.collect(),
+            bound: Bound::restore(live.iter().map(|Live(record)| record)),
+            changes: Changes::restore(compacted, versions(&live, &past)),
+            live,
             live_bytes,
-            past: History::restore(compacted, past),
-            bound,
+            past,
             digest,
             drawing: UnderWay::default(),
         }
@@ -320,9 +389,10 @@ impl Keyspace {
         self.digest = chain(self.digest, change);
         self.bind(change);
         let replaced = match &change.after {
-            Some(after) => self.live.insert(change.key.clone(), after.clone()),
-            None => self.live.remove(&change.key),
+            Some(after) => self.live.replace(Live(after.clone())),
+            None => self.live.take(&change.key[..]),
         };
+        let replaced = replaced.map(|Live(record)| record);
         let size = |record: &Option<Record>| record.as_ref().map_or(0, Record::bytes);
         self.live_bytes = self.live_bytes + size(&change.after) - size(&replaced);
         debug_assert_eq!(
@@ -336,6 +406,34 @@ impl Keyspace {
         }
     }
 
+    fn index(&mut self, change: &Change, is_put: bool) {
+        self.changes.add(Entry {
+            revision: change.revision,
+            kind: if is_put { Kind::Put } else { Kind::Delete },
+            key: change.key.clone(),
+        });
+    }
+
+    /// Of a command that wrote some key more than once: what readers see of each.
+    fn index_net(&mut self, changes: &[Change]) {
+        let last = changes.iter().enumerate();
+        let last: BTreeMap<&Bytes, usize> = last.map(|(at, change)| (&change.key, at)).collect();
+        for (at, change) in changes.iter().enumerate() {
+            if last[&change.key] != at {
+                continue;
+            }
+            let was_there = self.past.ended_at(&change.key, change.revision).is_some();
+            let made = change.after.as_ref();
+            let is_new = made.is_none_or(|made| made.create_revision == change.revision);
+            if was_there && is_new {
+                self.index(change, false);
+            }
+            if made.is_some() {
+                self.index(change, true);
+            }
+        }
+    }
+
     /// Moves a changed key in the index of sessions.
     fn bind(&mut self, change: &Change) {
         let before = change.before.as_ref().and_then(|record| record.lease);
@@ -343,19 +441,11 @@ impl Keyspace {
         if before == after {
             return;
         }
-        if let Some(session) = before
-            && let Some(keys) = self.bound.get_mut(&session)
-        {
-            keys.remove(&change.key);
-            if keys.is_empty() {
-                self.bound.remove(&session);
-            }
+        if let Some(session) = before {
+            self.bound.remove(session, change.key.clone());
         }
         if let Some(session) = after {
-            self.bound
-                .entry(session)
-                .or_default()
-                .insert(change.key.clone());
+            self.bound.insert(session, change.key.clone());
         }
     }
 
@@ -376,6 +466,28 @@ impl Default for Keyspace {
     }
 }
 
+impl PartialEq for Keyspace {
+    fn eq(&self, other: &Self) -> bool {
+        let Self {
+            revision,
+            live,
+            live_bytes,
+            past,
+            bound,
+            digest,
+            // An index of the versions, and no truth of its own.
+            changes: _,
+            drawing: _,
+        } = self;
+        let counts = (*revision, *live_bytes, *digest);
+        let records = live.iter().map(|Live(record)| record);
+        counts == (other.revision, other.live_bytes, other.digest)
+            && records.eq(other.live.iter().map(|Live(record)| record))
+            && *past == other.past
+            && *bound == other.bound
+    }
+}
+
 impl fmt::Debug for Keyspace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Keyspace")
@@ -388,17 +500,53 @@ impl fmt::Debug for Keyspace {
     }
 }
 
-/// Two sequences in order of key as one.
-fn merge<'a>(
-    left: impl Iterator<Item = &'a Record>,
-    right: impl Iterator<Item = &'a Record>,
-) -> impl Iterator<Item = &'a Record> {
-    let (mut left, mut right) = (left.peekable(), right.peekable());
-    std::iter::from_fn(move || match (left.peek(), right.peek()) {
-        (Some(a), Some(b)) if b.key < a.key => right.next(),
-        (Some(_), _) => left.next(),
-        (None, _) => right.next(),
+/// All versions in order of key, those of one key in their order; the past ones with
+/// the revision that ended them.
+fn versions<'a>(
+    live: &'a BTreeSet<Live>,
+    past: &'a History,
+) -> impl Iterator<Item = (Option<Revision>, &'a Record)> {
+    let mut live = live.iter().map(|Live(record)| record).peekable();
+    let mut past = past.all().peekable();
+    std::iter::from_fn(move || {
+        let is_past = match (past.peek(), live.peek()) {
+            (Some(past), Some(live)) => past.record.key <= live.key,
+            (past, _) => past.is_some(),
+        };
+        match is_past {
+            true => past
+                .next()
+                .map(|Past { ended, record }| (Some(*ended), record)),
+            false => live.next().map(|record| (None, record)),
+        }
     })
+}
+
+/// Two sequences in order of key as one. What both have is joined.
+fn merge_by<'a, T>(
+    left: impl Iterator<Item = T>,
+    right: impl Iterator<Item = T>,
+    key: impl Fn(&T) -> &'a Bytes,
+    join: impl Fn(T, T) -> T,
+) -> impl Iterator<Item = T> {
+    let (mut left, mut right) = (left.peekable(), right.peekable());
+    std::iter::from_fn(move || {
+        let ordering = match (left.peek(), right.peek()) {
+            (Some(a), Some(b)) => key(a).cmp(key(b)),
+            (_, None) => Ordering::Less,
+            (None, _) => Ordering::Greater,
+        };
+        match ordering {
+            Ordering::Less => left.next(),
+            Ordering::Greater => right.next(),
+            Ordering::Equal => Some(join(left.next()?, right.next()?)),
+        }
+    })
+}
+
+/// A revision or a version as the wire has it. None ever gets near the limit.
+fn as_signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
 /// The digest of a history that goes on with `change`. Each field has a fixed
@@ -504,7 +652,7 @@ mod tests {
         put(&mut keyspace, "b", None);
         assert_eq!((keyspace.keys_bound(ONE), keyspace.keys_bound(TWO)), (0, 1));
         delete(&mut keyspace, "a");
-        assert!(keyspace.bound.is_empty());
+        assert_eq!(keyspace.bound, Bound::default());
     }
 
     #[test]

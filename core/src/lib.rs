@@ -33,6 +33,7 @@ pub mod requests;
 pub mod session;
 pub mod state;
 pub mod system;
+pub mod watch;
 
 /// The highest apply version that this binary supports: which meaning commands
 /// have. Procedures branch on the version that the log has settled on.

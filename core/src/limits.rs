@@ -31,7 +31,7 @@ pub const SECRET_BYTES: usize = 16;
 /// for, and the answers kept for them, are in the state.
 pub const REQUESTS_OPEN_MAX: usize = 4_096;
 /// What a numbered request counts for beside the answer that is kept.
-pub const SLOT_OVERHEAD_BYTES: u64 = 64;
+pub const SLOT_OVERHEAD_BYTES: u64 = 96;
 /// The highest number that a client may give to a request. Above are the tags that
 /// servers give to requests without one.
 pub const REQUEST_NUMBER_MAX: u64 = u64::MAX >> 1;
@@ -41,6 +41,9 @@ pub const REQUEST_NUMBER_MAX: u64 = u64::MAX >> 1;
 pub const LOCK_DELAY_MS_MAX: u64 = 60_000;
 /// Acquires that share one grant: each is in the value of its key.
 pub const LOCK_ENTRIES_MAX: usize = 64;
+/// Keys bound to a session above which it contends for nothing more: what it has is
+/// listed, handed over and ended in one go, which takes some ten milliseconds then.
+pub const SESSION_KEYS_MAX: usize = 16_384;
 
 /// Ended sessions whose reason is remembered.
 pub const ENDED_SESSIONS_KEPT: usize = 10_000;
@@ -53,13 +56,30 @@ pub const ENTRY_COMMANDS_MAX: usize = 1_024;
 pub const ENTRY_BYTES_MAX: usize = 1 << 20;
 /// Bytes of one command.
 pub const COMMAND_BYTES_MAX: usize = 3 << 19;
+/// Operations of a transaction, in each of its lists, unless told otherwise.
+pub const TXN_OPERATIONS_DEFAULT: usize = 128;
+/// Compares and operations of a transaction and all inside it: some milliseconds of
+/// work.
+pub const TXN_OPERATIONS_MAX: usize = 4_096;
+/// Transactions inside each other: a decoder takes a hundred messages inside each other,
+/// and each of them is two, in an entry that is in a message of its own.
+pub const TXN_DEPTH_MAX: usize = 40;
+/// Keys that a read looks at in one turn before it goes on in a later one: a fraction of
+/// a millisecond.
+pub const READ_STEPS_MAX: usize = 4_096;
+/// Keys that all reads of a turn look at, if each of them comes to
+/// [`READ_STEPS_MIN`] beyond that: some milliseconds.
+pub const READ_STEPS_PER_TURN_MAX: usize = 65_536;
+/// See [`READ_STEPS_PER_TURN_MAX`].
+pub const READ_STEPS_MIN: usize = 64;
 /// Timers fired by one entry, so that no entry takes long to apply.
 pub const TIMERS_PER_ENTRY_MAX: usize = 1_024;
 /// Changes of keys after which a turn applies no further entry: some ten milliseconds
 /// of work.
 pub const CHANGES_PER_TURN_MAX: usize = 4_096;
-/// Keys bound to the sessions that one entry closes, unless one session has more.
-pub const ENTRY_CLOSED_KEYS_MAX: usize = 4_096;
+/// Keys bound to the sessions that one entry closes, or hands over to who attaches,
+/// unless one session has more.
+pub const ENTRY_SESSION_KEYS_MAX: usize = 4_096;
 /// Sessions ended by one expiry command, with their keys: less than a millisecond of
 /// work, so that a turn has more time for others than for expiry, however many expire.
 pub const EXPIRY_WORK_PER_COMMAND_MAX: usize = 256;
@@ -77,10 +97,13 @@ pub const HISTORY_BYTES_KEPT: u64 = 512 << 20;
 pub const COMPACTION_SAMPLES: u64 = 600;
 /// Superseded versions dropped by one entry: some milliseconds of work.
 pub const SWEPT_PER_ENTRY_MAX: usize = 4_096;
-/// What a version of a key counts for beside its key and value.
-pub const RECORD_OVERHEAD_BYTES: u64 = 128;
-/// What a session counts for beside its name, its metadata and its requests.
-pub const SESSION_OVERHEAD_BYTES: u64 = 1_024;
+/// What a version of a key counts for beside its key and value: about what it takes, as
+/// a test compares it for many mixes (`primitives/tests/size.rs`). 240 if it is
+/// past and others of its key are there, 330 if it is a plain key, 410 for a lock.
+pub const RECORD_OVERHEAD_BYTES: u64 = 320;
+/// What a session counts for beside its name, its metadata and its requests: also what
+/// a leader has to know of it.
+pub const SESSION_OVERHEAD_BYTES: u64 = 640;
 /// The size of the state above which commands that grow it are refused, unless
 /// an operator says another.
 pub const QUOTA_BYTES_DEFAULT: u64 = 2 << 30;
@@ -94,6 +117,8 @@ pub const QUEUED_REQUESTS_MAX: usize = 65_536;
 /// Commands waiting for the node that give something back: as many again, so that
 /// overload by those who want locks keeps nobody from giving theirs up.
 pub const QUEUED_ENDINGS_MAX: usize = 65_536;
+/// Bytes of either: long requests must not fill the memory before they are many.
+pub const QUEUED_BYTES_MAX: usize = 64 << 20;
 /// Renewals waiting for the node: more than other requests, so that
 /// overload does not expire sessions.
 pub const QUEUED_RENEWALS_MAX: usize = 262_144;
@@ -105,6 +130,8 @@ pub const REQUESTS_PER_TURN_MAX: usize = 2_048;
 pub const RENEWALS_PER_TURN_MAX: usize = 8_192;
 /// Messages of peers waiting for the node.
 pub const QUEUED_PEER_MESSAGES_MAX: usize = 65_536;
+/// Bytes of those: all that six members may have in flight to this one.
+pub const QUEUED_PEER_BYTES_MAX: usize = 256 << 20;
 /// Commands given to Raft and not yet applied.
 pub const PENDING_COMMANDS_MAX: usize = 131_072;
 /// Requests that wait at one place on one node. All are repetitions of one
@@ -139,6 +166,25 @@ pub const CHECKPOINT_CHUNK_BYTES: usize = 128 << 10;
 /// Messages with records that wait for the disk of the member that gets them.
 pub const CHECKPOINT_CHUNKS_QUEUED_MAX: usize = 32;
 
+/// Bytes of events that wait for one stream of watchers; beyond it, they are left in
+/// the history until the reader has caught up. The events of one revision more may
+/// wait.
+pub const WATCH_QUEUE_BYTES_MAX: u64 = 1 << 20;
+/// Changes looked at when a watcher begins, so that one that lacks little is live at
+/// once.
+pub const WATCH_CHANGES_AT_ONCE: usize = 64;
+/// Changes that one turn looks at for watchers that are behind: some milliseconds of
+/// work.
+pub const WATCH_CHANGES_PER_TURN_MAX: usize = 8_192;
+/// Those for one watcher in a row, and so the most revisions that it is told of in one
+/// message.
+pub const WATCH_CHANGES_PER_STEP_MAX: usize = 1_000;
+/// How often in a turn live watchers are told something; the others are told in turns
+/// that follow, from the history. Some milliseconds of work.
+pub const WATCH_TELLINGS_PER_TURN_MAX: usize = 16_384;
+/// Requests of watchers waiting for the node that may be refused.
+pub const QUEUED_WATCHES_MAX: usize = 65_536;
+
 /// Sessions in one answer of a list.
 pub const LIST_SESSIONS_MAX: usize = 1_000;
 /// Locks in one answer of a list.
@@ -150,6 +196,8 @@ pub const LIST_WAITERS_MAX: usize = 1_000;
 const _: () = {
     assert!(ENTRY_BYTES_MAX <= COMMAND_BYTES_MAX);
     assert!(UNCOMMITTED_BYTES_MAX > COMMAND_BYTES_MAX as u64);
+    assert!(QUEUED_BYTES_MAX > COMMAND_BYTES_MAX);
+    assert!(QUEUED_PEER_BYTES_MAX as u64 >= 6 * APPENDS_INFLIGHT_MAX as u64 * APPEND_BYTES_MAX);
     assert!(QUEUED_REQUESTS_MAX + QUEUED_ENDINGS_MAX <= PENDING_COMMANDS_MAX);
     // What an entry supersedes by single writes, the next one can drop.
     assert!(SWEPT_PER_ENTRY_MAX >= ENTRY_COMMANDS_MAX);

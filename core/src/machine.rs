@@ -12,10 +12,7 @@
 //! Everything here must be deterministic: the same entries give the same state
 //! on every node. No clock, no random numbers, no iteration in hash order.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-};
+use std::fmt;
 
 use bytes::Bytes;
 use conclave_proto::internal::Request;
@@ -93,10 +90,6 @@ pub trait Machine: fmt::Debug + PartialEq + Sized {
 
     /// Takes note of changed keys, and says what follows from them.
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Self::Note>) -> Settled<Self>;
-
-    /// What has become of these places, by the state alone: of those that are still
-    /// there, the answer to who waits no longer, or `None` to who waits on.
-    fn places(&self, asked: &BTreeSet<Place>) -> BTreeMap<Place, Option<Self::Reply>>;
 
     /// Answers a query.
     fn query(&self, state: View<'_>, query: Self::Query) -> Self::Answer;

@@ -23,6 +23,7 @@ use std::{
 };
 
 use conclave_proto::internal::{PeerMessage, command};
+use prost::Message as _;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::{
@@ -37,6 +38,7 @@ use crate::{
         Status,
     },
     state::State,
+    watch,
 };
 
 /// How long nothing is written before the newest batch gets a mark behind it.
@@ -64,6 +66,8 @@ pub struct Outlets<M: Machine> {
     pub publish: Outlet<Event<M::Event>>,
     /// Told that sessions have missed events, before later ones are published.
     pub missed: Box<dyn FnMut() + Send>,
+    /// Tells readers of events, in order.
+    pub notify: Outlet<(watch::StreamId, watch::Notice)>,
     /// Gets a checkpoint from another member, record by record, into the sink; dropping
     /// that ends the attempt.
     pub fetch: Box<dyn FnMut(Fetch, Sink) + Send>,
@@ -132,6 +136,7 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         send,
         publish,
         missed,
+        notify,
         fetch,
     } = outlets;
     let newest = state.as_ref().map_or(0, State::applied);
@@ -142,6 +147,7 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         log_bytes: AtomicU64::new(log.bytes()),
         checkpoint: AtomicU64::new(newest),
         wanted: AtomicU64::new(0),
+        installs: AtomicU64::new(0),
         sent: Arc::default(),
     });
     let handle = Handle {
@@ -159,6 +165,7 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         send,
         publish,
         missed,
+        notify,
         fetch,
         is_fetch_refused: false,
         shared,
@@ -194,6 +201,12 @@ impl<M: Machine> Handle<M> {
         self.shared.request(Request::Read(query), respond)
     }
 
+    /// Asks what this node has applied, without a word to others; otherwise as
+    /// [`Handle::command`].
+    pub fn read_local(&self, query: Query<M>, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::LocalRead(query), respond)
+    }
+
     /// Renews a session for one of its attachments; otherwise as [`Handle::command`].
     pub fn renew(&self, of: Attachment, respond: Responder<M>) -> Result<(), Failure> {
         self.shared.request(Request::Renew(of), respond)
@@ -218,6 +231,16 @@ impl<M: Machine> Handle<M> {
         (self.shared.wake)();
     }
 
+    /// Hands over what a reader of events asks for; it is told by notices.
+    ///
+    /// # Errors
+    ///
+    /// If a new watcher or a question is too much at the moment, or the node is
+    /// stopping.
+    pub fn watch(&self, request: watch::Request) -> Result<(), Failure> {
+        self.shared.watch(request)
+    }
+
     /// Hands over what a peer sent, in one go, so that one turn takes it all.
     /// Dropped if too much is waiting, as a network would.
     pub fn peer(&self, from: NodeId, messages: impl IntoIterator<Item = PeerMessage>) {
@@ -234,6 +257,11 @@ impl<M: Machine> Handle<M> {
     /// What the node knows of itself, as of its last turn.
     pub fn status(&self) -> Arc<Status> {
         Arc::clone(&*unpoisoned(self.shared.status.lock()))
+    }
+
+    /// How many checkpoints of other members this one has gone on from, since its start.
+    pub fn installs(&self) -> u64 {
+        self.shared.installs.load(Ordering::Relaxed)
     }
 
     /// Bytes of the log on disk.
@@ -277,6 +305,7 @@ struct Shared<M: Machine> {
     checkpoint: AtomicU64,
     /// Some member needs one that reaches up to here.
     wanted: AtomicU64,
+    installs: AtomicU64,
     /// Those that are being sent.
     sent: Arc<Mutex<Vec<Index>>>,
 }
@@ -300,17 +329,27 @@ impl Drop for Sent {
 /// What has arrived, by urgency.
 struct Inbox<M: Machine> {
     peers: Vec<Input<M>>,
-    renewals: Vec<(Attachment, Responder<M>)>,
-    endings: Vec<(command::Body, Responder<M>)>,
-    work: Vec<(Request<M>, Responder<M>)>,
+    peer_bytes: usize,
+    renewals: Queue<Attachment, Responder<M>>,
+    endings: Queue<command::Body, Responder<M>>,
+    work: Queue<Request<M>, Responder<M>>,
     hand_over: Option<NodeId>,
+    watches: Queue<watch::Request, ()>,
     stopping: bool,
+}
+
+/// Requests that wait, the oldest first, within bounds on their number and bytes; each
+/// with whom to answer.
+struct Queue<T, R> {
+    waiting: Vec<(T, usize, R)>,
+    bytes: usize,
 }
 
 enum Request<M: Machine> {
     Command(command::Body),
     Ending(command::Body),
     Read(Query<M>),
+    LocalRead(Query<M>),
     Renew(Attachment),
     TimeLeft(SessionId),
     Hash(Option<Revision>),
@@ -320,12 +359,53 @@ impl<M: Machine> Default for Inbox<M> {
     fn default() -> Self {
         Self {
             peers: Vec::new(),
-            renewals: Vec::new(),
-            endings: Vec::new(),
-            work: Vec::new(),
+            peer_bytes: 0,
+            renewals: Queue::default(),
+            endings: Queue::default(),
+            work: Queue::default(),
             hand_over: None,
+            watches: Queue::default(),
             stopping: false,
         }
+    }
+}
+
+impl<T, R> Default for Queue<T, R> {
+    fn default() -> Self {
+        Self {
+            waiting: Vec::new(),
+            bytes: 0,
+        }
+    }
+}
+
+impl<T, R> Queue<T, R> {
+    /// Adds a request of so many bytes, if there is room: for `max` in all.
+    fn put(&mut self, request: T, bytes: usize, respond: R, max: usize) -> Result<(), Failure> {
+        if self.waiting.len() >= max || self.bytes + bytes > limits::QUEUED_BYTES_MAX {
+            return Err(Failure::Overloaded);
+        }
+        self.bytes += bytes;
+        self.waiting.push((request, bytes, respond));
+        Ok(())
+    }
+
+    /// Splits the first `max` off.
+    fn take(&mut self, max: usize) -> Self {
+        let rest = self.waiting.split_off(max.min(self.waiting.len()));
+        let waiting = mem::replace(&mut self.waiting, rest);
+        let bytes = waiting.iter().map(|(_, bytes, _)| bytes).sum();
+        self.bytes -= bytes;
+        Self { waiting, bytes }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    fn into_iter(self) -> impl Iterator<Item = (T, R)> {
+        let waiting = self.waiting.into_iter();
+        waiting.map(|(request, _, respond)| (request, respond))
     }
 }
 
@@ -335,6 +415,7 @@ impl<M: Machine> Inbox<M> {
             && self.renewals.is_empty()
             && self.endings.is_empty()
             && self.work.is_empty()
+            && self.watches.is_empty()
     }
 }
 
@@ -345,20 +426,54 @@ impl<M: Machine> Shared<M> {
             return Err(Failure::ShuttingDown);
         }
         let was_empty = inbox.is_empty();
+        let bytes = match &request {
+            Request::Command(body) | Request::Ending(body) => body.encoded_len(),
+            Request::Read(_)
+            | Request::LocalRead(_)
+            | Request::Renew(_)
+            | Request::TimeLeft(_)
+            | Request::Hash(_) => 0,
+        };
         match request {
-            Request::Renew(of) if inbox.renewals.len() < limits::QUEUED_RENEWALS_MAX => {
-                inbox.renewals.push((of, respond));
+            Request::Renew(of) => {
+                let max = limits::QUEUED_RENEWALS_MAX;
+                inbox.renewals.put(of, bytes, respond, max)?;
             }
-            Request::Ending(body) if inbox.endings.len() < limits::QUEUED_ENDINGS_MAX => {
-                inbox.endings.push((body, respond));
+            Request::Ending(body) => {
+                let max = limits::QUEUED_ENDINGS_MAX;
+                inbox.endings.put(body, bytes, respond, max)?;
             }
-            Request::Command(_) | Request::Read(_) | Request::TimeLeft(_) | Request::Hash(_)
-                if inbox.work.len() < limits::QUEUED_REQUESTS_MAX =>
-            {
-                inbox.work.push((request, respond));
+            Request::Command(_)
+            | Request::Read(_)
+            | Request::LocalRead(_)
+            | Request::TimeLeft(_)
+            | Request::Hash(_) => {
+                let max = limits::QUEUED_REQUESTS_MAX;
+                inbox.work.put(request, bytes, respond, max)?;
             }
-            _ => return Err(Failure::Overloaded),
         }
+        drop(inbox);
+        self.wake_if(was_empty);
+        Ok(())
+    }
+
+    fn watch(&self, request: watch::Request) -> Result<(), Failure> {
+        let mut inbox = unpoisoned(self.inbox.lock());
+        if inbox.stopping {
+            return Err(Failure::ShuttingDown);
+        }
+        let was_empty = inbox.is_empty();
+        let (bytes, max) = match &request {
+            watch::Request::Create { of, .. } => (of.range.bytes(), limits::QUEUED_WATCHES_MAX),
+            watch::Request::Progress { .. } | watch::Request::ProgressOf { .. } => {
+                (0, limits::QUEUED_WATCHES_MAX)
+            }
+            // They give something back, and are no more than there are of the others.
+            watch::Request::Cancel { .. }
+            | watch::Request::Consumed { .. }
+            | watch::Request::Close { .. } => (0, usize::MAX),
+        };
+        inbox.watches.put(request, bytes, (), max)?;
         drop(inbox);
         self.wake_if(was_empty);
         Ok(())
@@ -367,8 +482,18 @@ impl<M: Machine> Shared<M> {
     fn peer(&self, inputs: impl IntoIterator<Item = Input<M>>) {
         let mut inbox = unpoisoned(self.inbox.lock());
         let was_empty = inbox.is_empty();
-        let room = limits::QUEUED_PEER_MESSAGES_MAX.saturating_sub(inbox.peers.len());
-        inbox.peers.extend(inputs.into_iter().take(room));
+        for input in inputs {
+            let bytes = match &input {
+                Input::Peer { message, .. } => message.encoded_len(),
+                _ => 0,
+            };
+            if inbox.peers.len() < limits::QUEUED_PEER_MESSAGES_MAX
+                && inbox.peer_bytes + bytes <= limits::QUEUED_PEER_BYTES_MAX
+            {
+                inbox.peer_bytes += bytes;
+                inbox.peers.push(input);
+            }
+        }
         drop(inbox);
         self.wake_if(was_empty);
     }
@@ -388,10 +513,12 @@ impl<M: Machine> Shared<M> {
         let stopping = inbox.stopping;
         let taken = Inbox {
             peers: mem::take(&mut inbox.peers),
-            renewals: first(&mut inbox.renewals, limits::RENEWALS_PER_TURN_MAX),
-            endings: first(&mut inbox.endings, limits::REQUESTS_PER_TURN_MAX),
-            work: first(&mut inbox.work, limits::REQUESTS_PER_TURN_MAX),
+            peer_bytes: mem::take(&mut inbox.peer_bytes),
+            renewals: inbox.renewals.take(limits::RENEWALS_PER_TURN_MAX),
+            endings: inbox.endings.take(limits::REQUESTS_PER_TURN_MAX),
+            work: inbox.work.take(limits::REQUESTS_PER_TURN_MAX),
             hand_over: inbox.hand_over.take(),
+            watches: inbox.watches.take(limits::REQUESTS_PER_TURN_MAX),
             stopping,
         };
         Taken {
@@ -416,12 +543,6 @@ struct Taken<M: Machine> {
     is_more_left: bool,
 }
 
-/// Splits the first `max` off.
-fn first<T>(queue: &mut Vec<T>, max: usize) -> Vec<T> {
-    let rest = queue.split_off(max.min(queue.len()));
-    mem::replace(queue, rest)
-}
-
 /// One member of the cluster with its log. See the module. When it is dropped,
 /// everybody who still waits is answered.
 pub struct Node<M: Machine, D: Disk> {
@@ -435,6 +556,7 @@ pub struct Node<M: Machine, D: Disk> {
     send: Outlet<(NodeId, PeerMessage)>,
     publish: Outlet<Event<M::Event>>,
     missed: Box<dyn FnMut() + Send>,
+    notify: Outlet<(watch::StreamId, watch::Notice)>,
     fetch: Box<dyn FnMut(Fetch, Sink) + Send>,
     /// A checkpoint of its own is being written: it must ask again.
     is_fetch_refused: bool,
@@ -510,6 +632,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             messages,
             answers,
             events,
+            notices,
             fetch,
             installed,
         } = self.replica.finish()?;
@@ -531,6 +654,9 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         }
         if !events.is_empty() {
             (self.publish)(events);
+        }
+        if !notices.is_empty() {
+            (self.notify)(notices);
         }
         match fetch {
             Some(_) if self.schedule.is_busy() => self.is_fetch_refused = true,
@@ -596,6 +722,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
 
     /// The state of another member's checkpoint is that of this one.
     fn installed(&mut self, at: Index) {
+        self.shared.installs.fetch_add(1, Ordering::Relaxed);
         self.schedule.install(at);
         self.checkpoints.adopt(at);
     }
@@ -637,25 +764,28 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
 
     fn inputs(&mut self, inbox: Inbox<M>) -> Vec<Input<M>> {
         let mut inputs = inbox.peers;
-        for (of, respond) in inbox.renewals {
+        for (of, respond) in inbox.renewals.into_iter() {
             let number = self.expect_answer(respond);
             inputs.push(Input::Renew { number, of });
         }
-        for (body, respond) in inbox.endings {
+        for (body, respond) in inbox.endings.into_iter() {
             let number = self.expect_answer(respond);
             inputs.push(Input::Command { number, body });
         }
-        for (request, respond) in inbox.work {
+        for (request, respond) in inbox.work.into_iter() {
             let number = self.expect_answer(respond);
             inputs.push(match request {
                 Request::Command(body) | Request::Ending(body) => Input::Command { number, body },
                 Request::Read(query) => Input::Read { number, query },
+                Request::LocalRead(query) => Input::LocalRead { number, query },
                 Request::Renew(of) => Input::Renew { number, of },
                 Request::TimeLeft(session) => Input::TimeLeft { number, session },
                 Request::Hash(revision) => Input::Hash { number, revision },
             });
         }
         inputs.extend(inbox.hand_over.map(Input::HandOver));
+        let watches = inbox.watches.into_iter();
+        inputs.extend(watches.map(|(request, ())| Input::Watch(request)));
         inputs
     }
 
@@ -722,5 +852,25 @@ fn now() -> Now {
     Now {
         boot_us: seconds * 1_000_000 + nanos / 1_000,
         date_ms: u64::try_from(date.as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_queue_is_full_by_number_or_by_bytes_until_some_are_taken() {
+        let mut queue = Queue::default();
+        let half = limits::QUEUED_BYTES_MAX / 2;
+        queue.put(1, half, (), 3).unwrap();
+        queue.put(2, half, (), 3).unwrap();
+        assert_eq!(queue.put(3, 1, (), 3), Err(Failure::Overloaded));
+        assert!(queue.take(1).into_iter().eq([(1, ())]));
+        queue.put(3, 1, (), 3).unwrap();
+        queue.put(4, 1, (), 3).unwrap();
+        assert_eq!(queue.put(5, 1, (), 3), Err(Failure::Overloaded));
+        assert!(queue.take(9).into_iter().eq([(2, ()), (3, ()), (4, ())]));
+        assert_eq!(queue.bytes, 0);
     }
 }

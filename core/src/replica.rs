@@ -61,11 +61,13 @@ use crate::{
     checkpoint::Image,
     clock::Clock,
     consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
-    ids::{Attachment, Index, NodeId, RequestNumber, SessionId, Term},
+    ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId, Term},
+    keyspace::{Filter, KeyRange, Piece, RevisionError, txn},
     limits,
     log::{Batch, EntryKind, Facts, LogEntry, Recovered},
     machine::{Machine, Outcome, Place},
     state::{Applied, Resolved, State},
+    watch::{self, Hub, Notice},
 };
 
 /// Between two attempts to propose an entry for timers that are due.
@@ -116,6 +118,13 @@ pub struct Replica<M: Machine> {
     /// Requests of this node's clients that have a place in a queue.
     waiting: BTreeMap<Place, Vec<RequestNumber>>,
     reads: Reads<M>,
+    /// Reads that need nobody's confirmation.
+    local_reads: Vec<(RequestNumber, Query<M>)>,
+    /// Who waits until what compactions up to a revision have given up is dropped, and
+    /// for how long.
+    sweeps: Vec<(RequestNumber, Revision, u64)>,
+    /// Keys that reads of this turn may still look at.
+    read_steps_left: usize,
     /// Renewals of this node's clients on their way to the leader.
     renewals: BTreeMap<RequestNumber, PendingRenewal>,
     /// Those of which the leader said that the session ended; why is in this
@@ -124,6 +133,8 @@ pub struct Replica<M: Machine> {
 
     digests: Digests,
     hashings: Hashings,
+    /// Those of this node's clients who watch keys.
+    watchers: Hub,
 
     install: Install,
     /// The entry behind which the log begins anew, with the batch of this turn.
@@ -197,6 +208,7 @@ impl<M: Machine> Replica<M> {
         });
         let mut clock = Clock::new(now, config.election_ms * 1_000);
         clock.follow(state.system().log_time());
+        let watchers = Hub::new(state.keyspace().revision());
         let admission = (!facts.admitted).then(|| Admission::new(config.node, &facts.voters));
         Self {
             consensus,
@@ -221,10 +233,14 @@ impl<M: Machine> Replica<M> {
             pending: BTreeMap::new(),
             waiting: BTreeMap::new(),
             reads: Reads::default(),
+            local_reads: Vec::new(),
+            sweeps: Vec::new(),
+            read_steps_left: 0,
             renewals: BTreeMap::new(),
             renewals_ended: BTreeSet::new(),
             digests: Digests::default(),
             hashings: Hashings::default(),
+            watchers,
             install,
             base: None,
             outbox: Vec::new(),
@@ -278,6 +294,7 @@ impl<M: Machine> Replica<M> {
             || !self.renewals.is_empty()
             || !self.reads.is_empty()
             || !self.hashings.is_empty()
+            || !self.sweeps.is_empty()
     }
 
     /// What this node knows, as of the end of its last turn.
@@ -288,7 +305,7 @@ impl<M: Machine> Replica<M> {
     /// When the next turn is due although nothing arrives, by CLOCK_BOOTTIME in
     /// microseconds.
     pub fn next_turn_us(&self) -> u64 {
-        let is_behind = !self.unapplied.is_empty();
+        let is_behind = !self.unapplied.is_empty() || self.watchers.has_work();
         if is_behind
             || !self.hashings.is_empty()
             || self.consensus.has_ready()
@@ -357,6 +374,8 @@ impl<M: Machine> Replica<M> {
         {
             changes += self.apply(&entry)?;
         }
+        self.watchers
+            .catch_up(self.state.keyspace(), &mut self.output.notices);
         self.follow_role();
         self.plan_to_tell_commit();
         self.fail_what_lost_its_leader();
@@ -380,7 +399,9 @@ impl<M: Machine> Replica<M> {
             Input::PeerLost { peer } => self.lose_peer(peer),
             Input::Fetched(state) => self.fetched(state.map(|state| *state)),
             Input::Command { number, body } => self.arrived.commands.push((number, body)),
-            Input::Read { number, .. } if self.is_behind() => {
+            Input::Read { number, .. } | Input::LocalRead { number, .. }
+                if self.is_behind() || self.admission.is_some() =>
+            {
                 let leader = self.consensus.leader();
                 self.fail(number, Failure::NotLeader { leader });
             }
@@ -388,6 +409,7 @@ impl<M: Machine> Replica<M> {
                 deadline_us: self.request_deadline_us(),
                 body: AskBody::Read { number, query },
             }),
+            Input::LocalRead { number, query } => self.local_reads.push((number, query)),
             Input::Renew { number, of } => self.arrived.renewals.push(Wish {
                 of,
                 from: Renewer::Here(number),
@@ -400,6 +422,7 @@ impl<M: Machine> Replica<M> {
             }),
             Input::Hash { number, revision } => self.hash(number, revision),
             Input::HandOver(to) => self.consensus.hand_over_to(to),
+            Input::Watch(request) => self.watch(request),
             Input::Resign => self.consensus.hand_over(),
         }
         Ok(())
@@ -452,6 +475,8 @@ impl<M: Machine> Replica<M> {
             }
             Message::RenewalReplies(replies) => self.receive_renewal_replies(replies),
             Message::StateDigest(digest) => return self.receive_digest(from, digest),
+            // What every member holds, this one does, too.
+            Message::Held(Held { index }) if index > self.consensus.last_index() => {}
             Message::Held(Held { index }) => self.held = self.held.max(index),
         }
         Ok(())
@@ -610,6 +635,20 @@ impl<M: Machine> Replica<M> {
     }
 
     fn answer_reads(&mut self) {
+        self.read_steps_left = limits::READ_STEPS_PER_TURN_MAX;
+        for (number, query) in mem::take(&mut self.local_reads) {
+            match query {
+                Query::Swept(revision) => {
+                    let deadline_us = self.request_deadline_us();
+                    self.sweeps.push((number, revision, deadline_us));
+                }
+                query => {
+                    let body = self.query(query);
+                    self.answer(number, body);
+                }
+            }
+        }
+        self.answer_sweeps();
         for ask in self.reads.take_ready(self.state.applied()) {
             match ask.body {
                 AskBody::Read { number, query } => {
@@ -621,10 +660,52 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    fn query(&self, query: Query<M>) -> AnswerBody<M> {
+    /// A sweep that is late is answered, too: what was asked for is done, only its
+    /// traces are not gone yet.
+    fn answer_sweeps(&mut self) {
+        let (keyspace, now_us) = (self.state.keyspace(), self.now.boot_us);
+        let is_over = |(_, revision, deadline_us): &(RequestNumber, Revision, u64)| {
+            keyspace.is_swept(*revision) || *deadline_us <= now_us
+        };
+        let over: Vec<_> = self.sweeps.extract_if(.., |sweep| is_over(sweep)).collect();
+        for (number, ..) in over {
+            self.answer(number, AnswerBody::Done);
+        }
+    }
+
+    fn range(
+        &mut self,
+        range: &KeyRange,
+        revision: Option<Revision>,
+        filter: &Filter,
+        limit: usize,
+    ) -> Result<Piece, RevisionError> {
+        let keyspace = self.state.keyspace();
+        let at = revision.unwrap_or_else(|| keyspace.revision());
+        keyspace.check_readable(at)?;
+        let steps = self
+            .read_steps_left
+            .clamp(limits::READ_STEPS_MIN, limits::READ_STEPS_MAX);
+        let piece = keyspace.piece(range, at, filter, limit, steps);
+        self.read_steps_left = self.read_steps_left.saturating_sub(piece.steps);
+        Ok(piece)
+    }
+
+    fn query(&mut self, query: Query<M>) -> AnswerBody<M> {
+        if let Query::Range {
+            range,
+            revision,
+            filter,
+            limit,
+        } = query
+        {
+            return AnswerBody::Range(self.range(&range, revision, &filter, limit));
+        }
         let (keyspace, sessions) = (self.state.keyspace(), self.state.sessions());
         match query {
-            Query::Barrier => AnswerBody::Done,
+            // A range was read above.
+            Query::Barrier | Query::Swept(_) | Query::Range { .. } => AnswerBody::Done,
+            Query::Compare(compares) => AnswerBody::Compared(txn::compare(keyspace, &compares)),
             Query::Session(id) => match sessions.get(id) {
                 Some(session) => AnswerBody::Session {
                     session: session.clone(),
@@ -654,20 +735,20 @@ impl<M: Machine> Replica<M> {
                 let raised_by = self.state.system().out_of_space();
                 AnswerBody::Alarms(raised_by.iter().copied().collect())
             }
-            Query::Range {
-                range,
-                revision,
-                limit,
-            } => {
-                let at = revision.unwrap_or_else(|| keyspace.revision());
-                let records = keyspace
-                    .check_readable(at)
-                    .map(|()| keyspace.range(&range, revision).take(limit).cloned());
-                AnswerBody::Range(records.map(Iterator::collect))
-            }
             Query::Machine(query) => {
                 AnswerBody::Query(self.state.machine().query(self.state.view(), query))
             }
+        }
+    }
+
+    fn watch(&mut self, request: watch::Request) {
+        let notices = &mut self.output.notices;
+        match request {
+            // What it has may be older than what its reader has seen elsewhere.
+            watch::Request::Create {
+                stream, watcher, ..
+            } if self.install.is_wanted() => notices.push((stream, Notice::Refused { watcher })),
+            request => self.watchers.take(request, self.state.keyspace(), notices),
         }
     }
 
@@ -682,7 +763,13 @@ impl<M: Machine> Replica<M> {
         }
         #[cfg(conclave_plant)]
         crate::plant::note_node_term(self.consensus.term());
-        let applied = self.state.apply(entry.index, entry.term, &entry.data)?;
+        let (node, boot) = (self.config.node.0, self.config.boot);
+        let is_own = |origin: &Origin| origin.node == node && origin.boot == boot;
+        let applied = self
+            .state
+            .apply_for(entry.index, entry.term, &entry.data, is_own)?;
+        self.watchers
+            .advance(self.state.keyspace(), &mut self.output.notices);
         self.note_own_digest()?;
         if self.leadership.is_none() && !entry.data.is_empty() {
             self.clock.follow(self.state.system().log_time());
@@ -867,6 +954,7 @@ impl<M: Machine> Replica<M> {
         self.status.sessions = self.state.sessions().len();
         self.status.keys = self.state.keyspace().len();
         self.status.state_bytes = self.state.bytes();
+        self.status.watching = self.watchers.load();
         self.status.is_behind = self.is_behind();
         let out_of_space = self.state.system().out_of_space();
         self.status.out_of_space = out_of_space.iter().copied().collect();

@@ -8,9 +8,7 @@ mod once;
 mod sessions;
 
 use bytes::Bytes;
-use conclave_proto::internal::{
-    Command, Entry, NoSpace, Origin, PublishMember, Stamp, Txn, command,
-};
+use conclave_proto::internal::{Command, Entry, NoSpace, Origin, PublishMember, Stamp, command};
 use prost::Message as _;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -18,7 +16,10 @@ use crate::{
     APPLY_VERSION,
     checkpoint::Image,
     ids::{Index, LogTime, NodeId, Revision, SessionId, Term},
-    keyspace::{Change, Keyspace, Writes, txn},
+    keyspace::{
+        Change, Keyspace, Overlay, Writes,
+        txn::{self, TxnError},
+    },
     limits,
     machine::{Cause, Context, Machine, Outcome, Place, Settled, Staged, View},
     picture::UnderWay,
@@ -265,6 +266,18 @@ impl<M: Machine> State<M> {
     /// Applies the entry at `index`, which must be the next one. An empty entry
     /// changes nothing.
     pub fn apply(&mut self, index: Index, term: Term, data: &Bytes) -> Result<Applied<M>, Fatal> {
+        self.apply_for(index, term, data, |_| true)
+    }
+
+    /// Applies an entry; of a command that is not `own`, nobody here sees what its
+    /// operations read, so that is left out of its outcome.
+    pub fn apply_for(
+        &mut self,
+        index: Index,
+        term: Term,
+        data: &Bytes,
+        own: impl Fn(&Origin) -> bool,
+    ) -> Result<Applied<M>, Fatal> {
         assert_eq!(index, self.applied + 1, "entries are applied in order");
         let mut applied = Applied::default();
         if !data.is_empty() {
@@ -277,7 +290,8 @@ impl<M: Machine> State<M> {
             self.keyspace.sweep(limits::SWEPT_PER_ENTRY_MAX);
             self.fire_timers(&mut applied);
             for command in entry.commands {
-                self.apply_command(index, term, command, &mut applied)?;
+                let answers = command.origin.as_ref().is_some_and(&own);
+                self.apply_command(index, term, command, answers, &mut applied)?;
             }
         }
         self.applied = index;
@@ -306,6 +320,7 @@ impl<M: Machine> State<M> {
         index: Index,
         term: Term,
         command: Command,
+        answers: bool,
         applied: &mut Applied<M>,
     ) -> Result<(), Fatal> {
         let unknown = |what: &str| Fatal::Unknown {
@@ -320,6 +335,26 @@ impl<M: Machine> State<M> {
                 let command =
                     M::decode(bytes).ok_or_else(|| unknown("an unknown command of the machine"))?;
                 self.execute_once(term, command, applied)
+            }
+            command::Body::Txn(txn) => {
+                let reply = self.write_keys(applied, |overlay, sessions| {
+                    txn::execute(overlay, sessions, txn, answers)
+                });
+                Outcome::Done(self.answer(term, reply.map_or(AnswerBody::NoSpace, AnswerBody::Txn)))
+            }
+            command::Body::Put(put) => {
+                let reply = self.write_keys(applied, |overlay, sessions| {
+                    txn::execute_put(overlay, sessions, put)
+                });
+                let body = reply.map_or(AnswerBody::NoSpace, AnswerBody::Operation);
+                Outcome::Done(self.answer(term, body))
+            }
+            command::Body::DeleteRange(delete) => {
+                let reply = self.write_keys(applied, |overlay, _| {
+                    txn::execute_delete(overlay, delete, answers)
+                });
+                let body = reply.map_or(AnswerBody::NoSpace, AnswerBody::Operation);
+                Outcome::Done(self.answer(term, body))
             }
             body => {
                 let body = self.execute_own(body, term, &unknown, applied)?;
@@ -347,7 +382,6 @@ impl<M: Machine> State<M> {
             command::Body::GrantLease(grant) => self.grant_lease(&grant, applied),
             command::Body::RevokeLease(revoke) => self.revoke_lease(&revoke, applied),
             command::Body::ExpireSessions(expire) => self.expire_sessions(&expire, term, applied),
-            command::Body::Txn(txn) => self.txn(txn, applied),
             command::Body::PublishMember(member) => self.publish_member(member),
             command::Body::Compact(compact) => {
                 AnswerBody::Compacted(self.keyspace.compact(compact.revision))
@@ -360,24 +394,31 @@ impl<M: Machine> State<M> {
                 self.system.raise_apply_version(raise.version);
                 AnswerBody::Done
             }
-            command::Body::Machine(_) => return Err(unknown("a command of the machine")),
+            command::Body::Machine(_)
+            | command::Body::Txn(_)
+            | command::Body::Put(_)
+            | command::Body::DeleteRange(_) => return Err(unknown("a command of another kind")),
         })
     }
 
-    fn txn(&mut self, txn: Txn, applied: &mut Applied<M>) -> AnswerBody<M> {
+    /// Runs what a client writes to plain keys. `None`: refused for lack of space.
+    fn write_keys<R>(
+        &mut self,
+        applied: &mut Applied<M>,
+        work: impl FnOnce(&mut Overlay<'_>, &Sessions) -> Result<R, TxnError>,
+    ) -> Option<Result<R, TxnError>> {
         let mut overlay = self.keyspace.overlay();
-        match txn::execute(&mut overlay, &self.sessions, txn) {
-            Ok(reply) => {
-                let writes = overlay.into_writes();
-                if self.lacks_space_for(&writes) {
-                    return AnswerBody::NoSpace;
-                }
-                let changes = self.keyspace.keep(writes);
-                self.settle(&changes, Cause::Txn, applied);
-                AnswerBody::Txn(Ok(reply))
-            }
-            Err(error) => AnswerBody::Txn(Err(error)),
+        let reply = match work(&mut overlay, &self.sessions) {
+            Ok(reply) => reply,
+            Err(error) => return Some(Err(error)),
+        };
+        let writes = overlay.into_writes();
+        if self.lacks_space_for(&writes) {
+            return None;
         }
+        let changes = self.keyspace.keep(writes);
+        self.settle(&changes, Cause::Txn, applied);
+        Some(Ok(reply))
     }
 
     /// Raises or clears the alarm; for which members.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use conclave_core::{
     ids::{Revision, SessionId},
-    keyspace::{Change, KeyRange, Keyspace, Record, RevisionError},
+    keyspace::{Change, Event as Told, Interest, KeyRange, Keyspace, Record, RevisionError},
 };
 use proptest::prelude::*;
 
@@ -112,6 +112,60 @@ impl Model {
         past.values().sum()
     }
 
+    /// What a revision did to each key, in the order in which these were last written.
+    fn told(&self, revision: Revision) -> Vec<Told> {
+        let (before, after) = (self.state_at(revision - 1), self.state_at(revision));
+        let written = self.events.iter().filter(|e| e.revision == revision);
+        let written: Vec<&Bytes> = written.map(|event| &event.key).collect();
+        let mut told = Vec::new();
+        for (at, key) in written.iter().enumerate() {
+            if written[at + 1..].contains(key) {
+                continue;
+            }
+            let (before, after) = (before.get(*key).cloned(), after.get(*key).cloned());
+            let is_new = |record: &Record| record.create_revision == revision;
+            let mut tell = |before, after| {
+                told.push(Told {
+                    key: (*key).clone(),
+                    revision,
+                    before,
+                    after,
+                });
+            };
+            match (before, after) {
+                (None, None) => {}
+                (Some(before), Some(after)) if is_new(&after) => {
+                    tell(Some(before), None);
+                    tell(None, Some(after));
+                }
+                (before, after) => tell(before, after),
+            }
+        }
+        told
+    }
+
+    /// What a selection asks for, from a revision on, with what was before as far as
+    /// that can be read.
+    fn told_since(&self, of: &Interest, from: Revision, compacted: Revision) -> Vec<Told> {
+        let all = (from..=self.revision()).flat_map(|revision| self.told(revision));
+        let mut told: Vec<Told> = all
+            .filter(|told| of.range.contains(&told.key))
+            .filter(|told| {
+                if told.after.is_some() {
+                    of.puts
+                } else {
+                    of.deletes
+                }
+            })
+            .collect();
+        for told in &mut told {
+            if told.revision <= compacted {
+                told.before = None;
+            }
+        }
+        told
+    }
+
     fn delete_if(&mut self, revision: Revision, chosen: impl Fn(&Bytes) -> bool) {
         let keys = self.state_at(revision).into_keys().filter(chosen);
         self.events.extend(keys.map(|key| Event {
@@ -201,6 +255,32 @@ fn check_present(keyspace: &Keyspace, model: &Model) {
         assert!(keyspace.keys_of(session).eq(bound.clone()));
         assert_eq!(keyspace.keys_bound(session), bound.count());
     }
+}
+
+fn selection() -> impl Strategy<Value = Interest> {
+    (key(), end(), any::<bool>(), any::<bool>()).prop_map(|(key, end, puts, deletes)| Interest {
+        range: KeyRange::new(key, end),
+        puts,
+        deletes,
+    })
+}
+
+/// All events from a revision on, a few at a time.
+fn follow(keyspace: &Keyspace, of: &Interest, from: Revision, max: usize) -> Vec<Told> {
+    let (mut next, mut told) = (from, Vec::new());
+    while next <= keyspace.revision() {
+        let excerpt = keyspace.events_since(of, next, max, u64::MAX);
+        assert!(excerpt.next > next);
+        assert!(
+            excerpt
+                .events
+                .iter()
+                .all(|event| (next..excerpt.next).contains(&event.revision))
+        );
+        next = excerpt.next;
+        told.extend(excerpt.events);
+    }
+    told
 }
 
 /// Everything from the compaction on is there, and what was before is refused.
@@ -319,5 +399,40 @@ proptest! {
         let live: u64 = model.state_at(model.revision()).values().map(Record::bytes).sum();
         prop_assert_eq!(keyspace.history_bytes(), model.history_bytes(compacted));
         prop_assert_eq!(keyspace.bytes(), live + keyspace.history_bytes());
+    }
+
+    #[test]
+    fn events_are_what_a_revision_changed_from_the_compaction_on(
+        rounds in prop::collection::vec((commands(), 0..40u64, 0..4usize), 1..4),
+        wanted in prop::collection::vec((selection(), 1..6usize), 1..6),
+    ) {
+        let (mut keyspace, mut model) = (Keyspace::new(), Model::default());
+        for (commands, at, sweep) in rounds {
+            for command in commands.iter().filter(|command| command.kept) {
+                run(&mut keyspace, command);
+                model.apply(&command.writes);
+                let newest = model.revision();
+                let told: Vec<Told> = keyspace.events_of(newest).collect();
+                prop_assert_eq!(told, model.told(newest));
+            }
+            keyspace.compact(at).ok();
+            keyspace.sweep(sweep);
+            let compacted = keyspace.compacted();
+            prop_assert_eq!(keyspace.complete_from(), compacted);
+            for (of, max) in &wanted {
+                for from in compacted.max(1)..=model.revision() {
+                    prop_assert!(keyspace.knows_all(of, from));
+                    let expected = model.told_since(of, from, compacted);
+                    prop_assert_eq!(follow(&keyspace, of, from, *max), expected, "{:?} {}", of, from);
+                }
+                for from in 1..compacted {
+                    // Whoever is told that nothing was missed has missed nothing.
+                    if keyspace.knows_all(of, from) {
+                        let expected = model.told_since(of, from, compacted);
+                        prop_assert_eq!(follow(&keyspace, of, from, *max), expected);
+                    }
+                }
+            }
+        }
     }
 }

@@ -2,13 +2,11 @@
 //! being taken, and taking it changes nothing. The machine does nothing, but its
 //! commands are numbered, so that sessions change, too.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, SessionId},
-    keyspace::{Change, Keyspace, Record},
-    machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
+    keyspace::{Change, Event, Interest, KeyRange, Keyspace, Record},
+    machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
     session::EndReason,
     state::State,
 };
@@ -84,10 +82,6 @@ impl Machine for Notes {
         Settled::default()
     }
 
-    fn places(&self, _: &BTreeSet<Place>) -> BTreeMap<Place, Option<Self::Reply>> {
-        BTreeMap::new()
-    }
-
     fn query(&self, _: View<'_>, (): ()) {}
 }
 
@@ -158,11 +152,20 @@ fn body(state: &State<Notes>, step: &Step) -> Option<command::Body> {
             let lease = lease.and_then(session).map_or(0, |id| id.0);
             let value = Bytes::from_static(b"value");
             let key = Bytes::from_static(key.as_bytes());
-            txn(operation::Operation::Put(Put { key, value, lease }))
+            txn(operation::Operation::Put(Put {
+                key,
+                value,
+                lease,
+                ..Put::default()
+            }))
         }
         Step::Delete(key, end) => {
             let (key, end) = (key.as_bytes().into(), end.as_bytes().into());
-            txn(operation::Operation::DeleteRange(DeleteRange { key, end }))
+            txn(operation::Operation::DeleteRange(DeleteRange {
+                key,
+                end,
+                previous: false,
+            }))
         }
         Step::Compact(back) => command::Body::Compact(Compact {
             revision: state.keyspace().revision().saturating_sub(*back),
@@ -195,6 +198,21 @@ fn entry(state: &State<Notes>, step: &Step) -> Bytes {
     entry.encode_to_vec().into()
 }
 
+/// All events from a revision on, those of one revision in order of key.
+fn events(keyspace: &Keyspace, from: u64) -> Vec<Event> {
+    let all = Interest {
+        range: KeyRange::prefix(b""),
+        puts: true,
+        deletes: true,
+    };
+    let mut events = keyspace
+        .events_since(&all, from, usize::MAX, u64::MAX)
+        .events;
+    // Stable: of one key, what was deleted comes before what was made.
+    events.sort_by(|a, b| (a.revision, &a.key).cmp(&(b.revision, &b.key)));
+    events
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: 2_000,
@@ -225,7 +243,14 @@ proptest! {
         let image = image.or_else(|| state.draw_image(usize::MAX)).unwrap();
         prop_assert!(!state.is_drawing());
         prop_assert_eq!(image.applied(), then.applied());
-        prop_assert_eq!(State::restore(image), then);
+        let restored = State::<Notes>::restore(image);
+        let complete_from = restored.keyspace().complete_from();
+        prop_assert!(complete_from <= then.keyspace().compacted() + 1);
+        prop_assert_eq!(
+            events(restored.keyspace(), complete_from),
+            events(then.keyspace(), complete_from)
+        );
+        prop_assert_eq!(restored, then);
         prop_assert_eq!(state, undisturbed);
     }
 }

@@ -10,10 +10,12 @@
 mod install;
 #[path = "replica/leases.rs"]
 mod leases;
+#[path = "replica/watch.rs"]
+mod watch;
 
 use std::{
     cell::Cell,
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::mpsc,
     thread,
 };
@@ -24,7 +26,7 @@ use conclave_core::{
     checkpoint::{SimCheckpoints, Writer},
     disk::SimDisk,
     ids::{Attachment, Index, LogTime, NodeId, RequestNumber, SessionId, Term},
-    keyspace::{Change, KeyRange, Keyspace, Record},
+    keyspace::{Change, Filter, KeyRange, Keyspace, Record},
     limits,
     log::{Facts, HardState, Identity, Log, LogEntry, Recovered},
     machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
@@ -35,10 +37,12 @@ use conclave_core::{
     },
     session::EndReason,
     state::State,
+    watch::Notice,
 };
 use conclave_proto::internal::{
-    AttachSession, CloseSession, Command, Compact, Forward, Hello, NoSpace, OpenSession, Operation,
-    Origin, PeerMessage, Put, Request, Txn, command, operation, peer_message,
+    AttachSession, CloseSession, Command, Compact, Forward, Held, Hello, NoSpace, OpenSession,
+    Operation, Origin, PeerMessage, Put, Request, StateDigest, Txn, command, operation,
+    peer_message,
 };
 use prost::Message as _;
 use protobuf::Message as _;
@@ -51,7 +55,6 @@ use raft::eraftpb::{Entry, MessageType};
 #[derive(Debug, PartialEq)]
 struct Register {
     is_timed: bool,
-    last: Option<Bytes>,
 }
 
 impl Machine for Register {
@@ -63,12 +66,8 @@ impl Machine for Register {
     type Query = ();
     type Answer = Bytes;
 
-    fn rebuild(keyspace: &Keyspace) -> Self {
-        let record = keyspace.get(b"register");
-        Self {
-            is_timed: false,
-            last: record.map(|record| record.value.clone()),
-        }
+    fn rebuild(_: &Keyspace) -> Self {
+        Self { is_timed: false }
     }
 
     fn decode(mut bytes: Bytes) -> Option<Self::Command> {
@@ -151,20 +150,11 @@ impl Machine for Register {
         for value in changes.iter().filter_map(|change| change.after.as_ref()) {
             let value = value.value.clone();
             self.is_timed |= value.ends_with(b"~");
-            self.last = Some(value.clone());
             if value.ends_with(b".") {
                 settled.resolved.push((PLACE, Ok(value)));
             }
         }
         settled
-    }
-
-    fn places(&self, asked: &BTreeSet<Place>) -> BTreeMap<Place, Option<Bytes>> {
-        let last = self.last.as_ref().filter(|_| asked.contains(&PLACE));
-        let answer = |value: &Bytes| value.ends_with(b".").then(|| value.clone());
-        last.map(|value| (PLACE, answer(value)))
-            .into_iter()
-            .collect()
     }
 
     fn query(&self, state: View<'_>, (): ()) -> Bytes {
@@ -196,6 +186,7 @@ struct Node {
     /// The last that it has installed.
     installed: Option<Index>,
     fatal: Option<Fatal>,
+    notices: Vec<Notice>,
 }
 
 /// Nodes 1 to n, with a common clock.
@@ -402,7 +393,7 @@ impl Cluster {
             operation: Some(operation::Operation::Put(Put {
                 key: Bytes::from_static(b"key"),
                 value: vec![0; bytes].into(),
-                lease: 0,
+                ..Put::default()
             })),
         };
         let txn = Txn {
@@ -558,6 +549,7 @@ impl Node {
             inbox: VecDeque::new(),
             outcomes: BTreeMap::new(),
             events: Vec::new(),
+            notices: Vec::new(),
             fetch: None,
             installed: None,
             fatal: None,
@@ -587,9 +579,12 @@ impl Node {
             messages,
             answers,
             events,
+            notices,
             fetch,
             installed,
         } = self.replica.finish()?;
+        self.notices
+            .extend(notices.into_iter().map(|(_, notice)| notice));
         assert!(self.fetch.is_none() || fetch.is_none(), "asks twice");
         self.fetch = self.fetch.or(fetch);
         self.installed = installed.or(self.installed);
@@ -1328,6 +1323,7 @@ fn a_compaction_asked_of_a_follower_holds_on_every_member() {
     let query = Query::Range {
         range: KeyRange::prefix(b""),
         revision: Some(3),
+        filter: Filter::default(),
         limit: 1,
     };
     cluster.input(follower, Input::Read { number, query });
@@ -1388,6 +1384,13 @@ fn above_the_quota_what_grows_is_refused_until_there_is_space_and_an_operator_sa
 fn a_member_whose_state_went_astray_stops_and_the_others_go_on() {
     let mut cluster = Cluster::ready(3);
     let node = NodeId(1);
+    // What one member says of entries that nobody has does not hide it.
+    for ahead in 1..=2 * limits::DIGESTS_KEPT as u64 {
+        let index = (1 << 32) + ahead * limits::DIGEST_EVERY;
+        let digest = StateDigest { index, digest: 1 };
+        let message = peer_message::Message::StateDigest(digest);
+        cluster.say(node, NodeId(3), message);
+    }
     cluster.append(node, "#");
     cluster.run_ms(100);
     let mut index = 0;
@@ -1413,6 +1416,21 @@ fn a_member_whose_state_went_astray_stops_and_the_others_go_on() {
     cluster.run_ms(100);
     assert!(cluster.outcome(node, number).ends_with("z\")))"));
     assert!(cluster.nodes[&node].fatal.is_none() && cluster.nodes[&NodeId(2)].fatal.is_none());
+}
+
+#[test]
+fn nobody_holds_more_of_the_log_than_there_is() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let last = cluster.nodes[&follower].replica.status().last;
+    let held = |index| peer_message::Message::Held(Held { index });
+    cluster.say(leader, follower, held(last + 1_000));
+    cluster.say(leader, follower, held(u64::MAX));
+    cluster.settle();
+    assert!(cluster.nodes[&follower].replica.held_by_all() <= last);
+    cluster.say(leader, follower, held(last));
+    cluster.settle();
+    assert!(cluster.nodes[&follower].replica.held_by_all() >= last);
 }
 
 #[test]
@@ -1466,6 +1484,7 @@ impl Member {
             }),
             publish: Box::new(|_| ()),
             missed: Box::new(|| ()),
+            notify: Box::new(|_| ()),
             fetch: Box::new(|_, _| ()),
         };
         let config = Config {
@@ -1761,6 +1780,7 @@ fn a_turn_applies_no_more_than_it_bears_and_the_next_follows_at_once() {
                 key: format!("{session}/{number}").into(),
                 value: Bytes::new(),
                 lease: session.0,
+                ..Put::default()
             })),
         };
         let txn = Txn {

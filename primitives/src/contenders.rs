@@ -10,6 +10,7 @@
 //! contenders, and an operation costs O(log n) in the number of all contenders.
 
 use std::{
+    cmp::Ordering,
     collections::{BTreeMap, BTreeSet},
     ops::Bound,
 };
@@ -22,16 +23,16 @@ use conclave_core::{
 
 use crate::{name, value::Standing};
 
-/// A place in a queue. The order of these fields is the rule: tickets of one name
-/// follow each other, the holder first.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// A place in a queue. Their order is the rule: tickets of one name follow each other,
+/// the holder first.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Ticket {
-    /// The name contended for; shares the memory of the key.
-    pub(crate) lock: Bytes,
-    /// The token, once it holds.
-    pub(crate) create_revision: Revision,
     /// The contender's key.
     pub(crate) key: Bytes,
+    /// How much of that is the name contended for.
+    name_bytes: u16,
+    /// The token, once it holds.
+    pub(crate) create_revision: Revision,
 }
 
 /// The index. See the module.
@@ -66,50 +67,79 @@ pub(crate) struct Gone {
 impl Ticket {
     fn of(record: &Record) -> Option<Self> {
         let lock = name::lock_of(&record.key)?;
-        Some(Self {
-            lock,
-            create_revision: record.create_revision,
-            key: record.key.clone(),
-        })
+        Some(Self::new(record.key.clone(), &lock, record.create_revision))
+    }
+
+    fn new(key: Bytes, lock: &Bytes, create_revision: Revision) -> Self {
+        let name_bytes = u16::try_from(lock.len()).unwrap_or(u16::MAX);
+        Self {
+            key,
+            name_bytes,
+            create_revision,
+        }
     }
 
     /// Before every ticket of a name.
-    fn before(lock: Bytes) -> Self {
-        Self {
-            lock,
-            create_revision: Revision::MIN,
-            key: Bytes::new(),
-        }
+    fn before(lock: &Bytes) -> Self {
+        Self::new(lock.clone(), lock, Revision::MIN)
     }
 
     /// Behind every ticket of a name, since no key has this revision.
-    fn behind(lock: Bytes) -> Self {
-        Self {
-            lock,
-            create_revision: Revision::MAX,
-            key: Bytes::new(),
-        }
+    fn behind(lock: &Bytes) -> Self {
+        Self::new(lock.clone(), lock, Revision::MAX)
+    }
+
+    /// The name contended for; shares the memory of the key.
+    pub(crate) fn lock(&self) -> Bytes {
+        self.key.slice(..usize::from(self.name_bytes))
     }
 
     /// The name contended for.
     pub(crate) fn lock_name(&self) -> String {
-        String::from_utf8_lossy(&self.lock).into_owned()
+        String::from_utf8_lossy(self.name()).into_owned()
+    }
+
+    fn name(&self) -> &[u8] {
+        &self.key[..self.name_bytes.into()]
+    }
+}
+
+impl Ord for Ticket {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let names = self.name().cmp(other.name());
+        let places = || (self.create_revision, &self.key).cmp(&(other.create_revision, &other.key));
+        names.then_with(places)
+    }
+}
+
+impl PartialOrd for Ticket {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
 impl Contenders {
     /// The index for these keys.
     pub(crate) fn rebuild(keyspace: &Keyspace) -> Self {
-        let mut contenders = Self::default();
-        for record in keyspace.range(&KeyRange::prefix(b""), None) {
-            contenders.insert(record);
+        let keys = KeyRange::prefix(b"");
+        let all = keyspace.range(&keys, None);
+        let tickets = all.filter_map(|record| Some((Ticket::of(record)?, Standing::of(record))));
+        // Nearly in order, so sorted at once, and a tree at once.
+        let tickets: BTreeMap<_, _> = tickets.collect();
+        let mut timers = Vec::new();
+        let mut before: Option<&Ticket> = None;
+        for (ticket, standing) in &tickets {
+            let is_first = before.is_none_or(|before| before.name() != ticket.name());
+            let holds = is_first && matches!(standing, Standing::Contends(_));
+            if let Some(end) = standing.end().filter(|_| !holds) {
+                timers.push((end, ticket.clone()));
+            }
+            before = Some(ticket);
         }
-        let mut next = contenders.firsts_after(Bytes::new()).next().cloned();
-        while let Some(first) = next {
-            contenders.stop_wait(&first);
-            next = contenders.firsts_after(first.lock).next().cloned();
+        Self {
+            timers: timers.into_iter().collect(),
+            tickets,
         }
-        contenders
     }
 
     /// Takes note of what one command changed. Who holds is settled once, at the
@@ -171,25 +201,18 @@ impl Contenders {
 
     /// Everyone who contends for this, the first first.
     pub(crate) fn queue(&self, lock: &Bytes) -> impl Iterator<Item = &Ticket> {
-        let range = Ticket::before(lock.clone())..Ticket::behind(lock.clone());
+        let range = Ticket::before(lock)..Ticket::behind(lock);
         self.tickets.range(range).map(|(ticket, _)| ticket)
-    }
-
-    /// Everyone who contends for anything.
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Ticket> {
-        let contends = |standing: &Standing| matches!(standing, Standing::Contends(_));
-        let tickets = self.tickets.iter();
-        tickets.filter_map(move |(ticket, standing)| contends(standing).then_some(ticket))
     }
 
     /// The first of everything behind this name, in order of name. A step costs
     /// O(log n), whoever waits.
     pub(crate) fn firsts_after(&self, lock: Bytes) -> impl Iterator<Item = &Ticket> {
-        let mut behind = Ticket::behind(lock);
+        let mut behind = Ticket::behind(&lock);
         std::iter::from_fn(move || {
             let range = (Bound::Excluded(&behind), Bound::Unbounded);
             let (first, _) = self.tickets.range(range).next()?;
-            behind = Ticket::behind(first.lock.clone());
+            behind = Ticket::behind(&first.lock());
             Some(first)
         })
     }

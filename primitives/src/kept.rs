@@ -80,6 +80,7 @@ fn refusal(rejection: &Rejection) -> Kind {
         Rejection::NotHeld => Kind::NotHeld(true),
         Rejection::TooManyEntries => Kind::TooManyEntries(true),
         Rejection::TooManyRequests => Kind::TooManyRequests(true),
+        Rejection::TooManyLocks => Kind::TooManyLocks(true),
     }
 }
 
@@ -111,6 +112,7 @@ fn rejection(kind: Kind) -> Option<Rejection> {
         Kind::NotHeld(_) => Rejection::NotHeld,
         Kind::TooManyEntries(_) => Rejection::TooManyEntries,
         Kind::TooManyRequests(_) => Rejection::TooManyRequests,
+        Kind::TooManyLocks(_) => Rejection::TooManyLocks,
     })
 }
 
@@ -188,6 +190,7 @@ mod tests {
             Err(Rejection::NotHeld),
             Err(Rejection::TooManyEntries),
             Err(Rejection::TooManyRequests),
+            Err(Rejection::TooManyLocks),
         ];
         answers.extend(INVALID.map(|invalid| Err(Rejection::Invalid(invalid))));
         answers.extend(END_REASONS.map(|end| Err(Rejection::SessionEnded(end))));

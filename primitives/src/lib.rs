@@ -19,13 +19,11 @@ pub mod mutex;
 pub mod name;
 mod value;
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
     keyspace::{Change, Keyspace, Record},
-    machine::{Cause, Context, Executed, Machine, Place, Settled, View},
+    machine::{Cause, Context, Executed, Machine, Settled, View},
     session::EndReason,
     system::ForcedRelease,
 };
@@ -93,6 +91,8 @@ pub enum Rejection {
     TooManyRequests,
     /// Too many acquires share the grant.
     TooManyEntries,
+    /// The session holds and waits for too many locks already.
+    TooManyLocks,
 }
 
 impl From<Invalid> for Rejection {
@@ -250,10 +250,6 @@ impl Machine for Primitives {
 
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Note>) -> Settled<Self> {
         mutex::settle(self.contenders.update(changes), cause)
-    }
-
-    fn places(&self, asked: &BTreeSet<Place>) -> BTreeMap<Place, Option<Reply>> {
-        mutex::places(&self.contenders, asked)
     }
 
     fn query(&self, view: View<'_>, query: Query) -> Answer {

@@ -9,7 +9,7 @@
 //!
 //! **Rules.**
 //! - An acquire puts a key, unless the same contender is there by another one, or
-//!   it would have to wait and does not want to.
+//!   it would have to wait and does not want to, or its session has too many.
 //! - A wait that ends deletes the waiter's key. A holder has no deadline.
 //! - A release deletes the holder's key if the token is that of its grant.
 //! - Acquires of one session and owner that are reentrant share one grant: their
@@ -27,14 +27,12 @@
 //! grow. Of two who wait, the one that came first is granted first. A lock that
 //! anyone contends for is held, or its delay runs.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
     keyspace::Record,
     limits,
-    machine::{Cause, Context, Outcome, Place, Settled, View},
+    machine::{Cause, Context, Outcome, Settled, View},
     requests::Standing,
     session::{EndReason, Sessions},
     system::ForcedRelease,
@@ -174,6 +172,9 @@ pub(crate) fn acquire(
     if wait_ms == Some(0) && contenders.first(&lock).is_some() {
         return Err(Rejection::Held);
     }
+    if context.overlay.base().keys_bound(id) >= limits::SESSION_KEYS_MAX {
+        return Err(Rejection::TooManyLocks);
+    }
     let now = context.now();
     let value = LockContender {
         request: entry,
@@ -244,7 +245,7 @@ pub(crate) fn release(
     let grant = context.overlay.get(&key).filter(|record| {
         record.create_revision == token
             && is_first(contenders, &lock, record)
-            && (entry == 0 || asked_by(record, entry) || value::delay(record).is_some())
+            && is_undone_by(record, entry)
     });
     #[cfg(conclave_plant)]
     let grant = match context.overlay.get(&key) {
@@ -486,23 +487,6 @@ pub(crate) fn check(contenders: &Contenders, name: String, token: Revision) -> A
     Answer::Checked(holder.is_some_and(|holder| holder.create_revision == token))
 }
 
-/// Of these places, those of who still contends, with what the holder is told.
-pub(crate) fn places(
-    contenders: &Contenders,
-    asked: &BTreeSet<Place>,
-) -> BTreeMap<Place, Option<Reply>> {
-    let still = contenders.all().filter_map(|ticket| {
-        let token = ticket.create_revision;
-        if !asked.contains(&token) {
-            return None;
-        }
-        let key = ticket.key.clone();
-        let holds = contenders.holder(&ticket.lock) == Some(ticket);
-        Some((token, holds.then_some(Reply::Granted { key, token })))
-    });
-    still.collect()
-}
-
 /// What a session holds and waits for, and what operators took from it.
 pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: SessionId) -> Answer {
     let (mut grants, mut waiting) = (Vec::new(), Vec::new());
@@ -542,7 +526,8 @@ fn lock_info(
     first: &Ticket,
     waiters_left: &mut usize,
 ) -> LockInfo {
-    let mut queue = contenders.queue(&first.lock).enumerate().skip(1);
+    let lock = first.lock();
+    let mut queue = contenders.queue(&lock).enumerate().skip(1);
     let waiters: Vec<Contender> = queue
         .by_ref()
         .take(*waiters_left)
@@ -584,19 +569,19 @@ fn contender(record: &Record, session_name: String, now: LogTime, place: usize) 
     let delay_left_ms = delay
         .as_ref()
         .map(|delay| delay.delay_until_ms.saturating_sub(now));
-    let native = native(record);
-    let entries = native.as_ref().map(|value| value::entries(value).count());
-    let asked = native.or(delay).map(|value| value.asked_ms);
+    let value = value::native_or_lost(record);
     Contender {
         key: record.key.clone(),
         session: value::session_of(record),
         session_name,
         owner: owner_of(&record.key),
         token: record.create_revision,
-        since_ms: asked.map_or(0, |asked| now.saturating_sub(asked)),
+        since_ms: value
+            .as_ref()
+            .map_or(0, |value| now.saturating_sub(value.asked_ms)),
         place,
         delay_left_ms,
-        entries: entries.unwrap_or(1),
+        entries: value.map_or(1, |value| value::entries(&value).count()),
     }
 }
 
@@ -631,7 +616,7 @@ fn is_first(contenders: &Contenders, lock: &Bytes, record: &Record) -> bool {
 /// Undoes one acquire, by its number or tag, or the newest for 0: with the last one
 /// goes the key.
 fn leave(context: &mut Context<'_>, record: &Record, entry: u64) {
-    let shared = native(record).and_then(|value| value::without(value, entry));
+    let shared = value::native_or_lost(record).and_then(|value| value::without(value, entry));
     #[cfg(conclave_plant)]
     let shared = shared.filter(|_| !conclave_core::plant::is("one-release-frees-all"));
     match shared {
@@ -652,6 +637,17 @@ fn rewrite(context: &mut Context<'_>, record: &Record, value: &LockContender) {
 /// Deletes a contender's key.
 fn remove(context: &mut Context<'_>, record: &Record) {
     context.overlay.delete(&record.key);
+}
+
+/// Whether a release that names this acquire, or the newest by 0, undoes one. What a
+/// lost holder left and others may share is undone by names alone: its session is
+/// over, and so nothing tells a release that comes twice from two of them.
+fn is_undone_by(record: &Record, entry: u64) -> bool {
+    match value::delay(record) {
+        Some(left) if entry == 0 => !left.reentrant,
+        Some(left) => value::entries(&left).any(|other| other == entry),
+        None => entry == 0 || asked_by(record, entry),
+    }
 }
 
 /// Whether the acquire with this number or tag made the key or shares it.

@@ -61,20 +61,25 @@ pub(crate) fn delay(record: &Record) -> Option<LockContender> {
     decode(record).filter(|value| value.delay_until_ms != 0)
 }
 
+/// What a contender of this API wrote, lost or not.
+pub(crate) fn native_or_lost(record: &Record) -> Option<LockContender> {
+    native(record).or_else(|| delay(record))
+}
+
 /// The session that a key is or was bound to.
 pub(crate) fn session_of(record: &Record) -> Option<SessionId> {
     let lost = || delay(record).and_then(|_| name::session_of(&record.key));
     record.lease.or_else(lost)
 }
 
-/// What stays of a holder that is lost now, if it asked for a delay.
+/// What stays of a holder that is lost now, if it asked for a delay: also which
+/// acquires share it, so that the delay ends with the last of them and not before.
 pub(crate) fn left_by(holder: &Record, now: LogTime) -> Option<Bytes> {
     let value = native(holder).filter(|value| value.delay_ms != 0)?;
     let left = LockContender {
-        asked_ms: value.asked_ms,
-        delay_ms: value.delay_ms,
+        wait_until_ms: 0,
         delay_until_ms: end_of(now, value.delay_ms),
-        ..LockContender::default()
+        ..value
     };
     Some(left.encode_to_vec().into())
 }

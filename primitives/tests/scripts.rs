@@ -396,9 +396,18 @@ impl Script {
             let value = Bytes::from(words.text("value"));
             let end = Bytes::new();
             let operation = if put {
-                operation::Operation::Put(Put { key, value, lease })
+                operation::Operation::Put(Put {
+                    key,
+                    value,
+                    lease,
+                    ..Put::default()
+                })
             } else {
-                operation::Operation::DeleteRange(DeleteRange { key, end })
+                operation::Operation::DeleteRange(DeleteRange {
+                    key,
+                    end,
+                    previous: false,
+                })
             };
             Operation {
                 operation: Some(operation),
@@ -654,5 +663,6 @@ fn refusal(rejection: Rejection) -> String {
         Rejection::NotHeld => "not held".to_owned(),
         Rejection::TooManyRequests => "too many requests".to_owned(),
         Rejection::TooManyEntries => "too many entries".to_owned(),
+        Rejection::TooManyLocks => "too many locks".to_owned(),
     }
 }

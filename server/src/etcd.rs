@@ -7,6 +7,9 @@
 //! - `kv`: keys, transactions, compaction;
 //! - `lease`: sessions as leases;
 //! - `cluster`, `maintenance` with `snapshot`, `auth`: what operators ask;
+//! - `watch`: events of keys;
+//! - `json`: all services over HTTP and JSON, too;
+//! - `replies`: what tonic says by itself, in etcd's words;
 //! - `status`: every error, with etcd's code and text.
 //!
 //! A service asks for what etcd asks, in etcd's order, then takes the way of the
@@ -14,19 +17,21 @@
 
 mod auth;
 mod cluster;
+pub(crate) mod json;
 mod kv;
 mod lease;
 mod maintenance;
 mod replies;
 mod snapshot;
 pub(crate) mod status;
+mod watch;
 
 use std::{future::Future, ops::Deref, sync::Arc, time::Duration};
 
 use conclave_core::ids::{Revision, Term};
 use conclave_proto::etcd::etcdserverpb::{
     ResponseHeader, auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer,
-    lease_server::LeaseServer, maintenance_server::MaintenanceServer,
+    lease_server::LeaseServer, maintenance_server::MaintenanceServer, watch_server::WatchServer,
 };
 use tokio::time;
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::Routes};
@@ -34,7 +39,7 @@ use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::Rou
 pub(crate) use self::snapshot::Source as Snapshots;
 use self::{
     auth::AuthService, cluster::ClusterService, kv::KvService, lease::LeaseService,
-    maintenance::MaintenanceService, replies::Replies, status::Error,
+    maintenance::MaintenanceService, replies::Replies, status::Error, watch::WatchService,
 };
 use crate::{gateway::Gateway, metrics::Method, routes::REQUEST_OVERHEAD_BYTES};
 
@@ -65,13 +70,15 @@ pub(crate) fn add_services(routes: Routes, gateway: &Arc<Gateway>) -> Routes {
     let lease = LeaseServer::new(LeaseService(etcd.clone()));
     let cluster = ClusterServer::new(ClusterService(etcd.clone()));
     let maintenance = MaintenanceServer::new(MaintenanceService(etcd.clone()));
-    let auth = AuthServer::new(AuthService(etcd));
+    let auth = AuthServer::new(AuthService(etcd.clone()));
+    let watch = WatchServer::new(WatchService(etcd));
     routes
         .add_service(Replies(kv.max_decoding_message_size(bytes_max)))
         .add_service(Replies(lease.max_decoding_message_size(bytes_max)))
         .add_service(Replies(cluster.max_decoding_message_size(bytes_max)))
         .add_service(Replies(maintenance.max_decoding_message_size(bytes_max)))
         .add_service(Replies(auth.max_decoding_message_size(bytes_max)))
+        .add_service(Replies(watch.max_decoding_message_size(bytes_max)))
 }
 
 impl Etcd {

@@ -26,7 +26,9 @@ use crate::{
     metrics::{Method, Metrics},
     options::Settings,
     peers::Peers,
+    readers::{Reader, Readers},
     status::Refusal,
+    storage,
 };
 
 /// What the replica answers.
@@ -38,6 +40,7 @@ pub(crate) struct Gateway {
     pub(crate) handle: Handle<Primitives>,
     pub(crate) settings: Arc<Settings>,
     pub(crate) hub: Arc<Hub>,
+    readers: Arc<Readers>,
     pub(crate) peers: Arc<Peers>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) snapshots: Arc<Snapshots>,
@@ -50,27 +53,27 @@ pub(crate) struct Gateway {
 
 impl Gateway {
     /// The gateway of the control thread, which has the first of the mailboxes.
-    /// `random` keeps the tags that this process gives to requests apart from those
-    /// of others.
     pub(crate) fn new(
         handle: Handle<Primitives>,
         settings: Arc<Settings>,
         hub: Arc<Hub>,
+        readers: Arc<Readers>,
         peers: Arc<Peers>,
         snapshots: Snapshots,
         mailboxes: Vec<Arc<Mailbox>>,
-        random: u64,
     ) -> Self {
         Self {
             handle,
             settings,
             hub,
+            readers,
             peers,
             metrics: Arc::new(Metrics::new()),
             snapshots: Arc::new(snapshots),
             mailbox: Arc::clone(&mailboxes[0]),
             mailboxes: mailboxes.into(),
-            next_tag: Arc::new(AtomicU64::new(random)),
+            // Keeps the tags of this process apart from those of others.
+            next_tag: Arc::new(AtomicU64::new(storage::random())),
         }
     }
 
@@ -85,6 +88,7 @@ impl Gateway {
             handle: self.handle.clone(),
             settings: Arc::clone(&self.settings),
             hub: Arc::clone(&self.hub),
+            readers: Arc::clone(&self.readers),
             peers: Arc::clone(&self.peers),
             metrics: Arc::clone(&self.metrics),
             snapshots: Arc::clone(&self.snapshots),
@@ -92,6 +96,11 @@ impl Gateway {
             mailboxes: Arc::clone(&self.mailboxes),
             next_tag: Arc::clone(&self.next_tag),
         }
+    }
+
+    /// A stream of events that this thread serves.
+    pub(crate) fn reader(&self) -> Reader {
+        Reader::new(&self.readers, self.handle.clone(), &self.mailbox)
     }
 
     /// A tag for a request to which the client gave no number.
@@ -114,6 +123,12 @@ impl Gateway {
     /// Asks a linearizable question.
     pub(crate) async fn read(&self, query: Query<Primitives>) -> Result<Answer, Refusal> {
         self.answered(|respond| self.handle.read(query, respond))
+            .await
+    }
+
+    /// Asks what this member has applied.
+    pub(crate) async fn read_local(&self, query: Query<Primitives>) -> Result<Answer, Refusal> {
+        self.answered(|respond| self.handle.read_local(query, respond))
             .await
     }
 

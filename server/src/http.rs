@@ -37,10 +37,9 @@ pub(crate) async fn unknown(uri: Uri, headers: HeaderMap) -> Response {
         .get(header::CONTENT_TYPE)
         .map_or(&b""[..], |kind| kind.as_bytes());
     if kind.starts_with(b"application/grpc") {
-        let service = uri.path().trim_start_matches('/').rsplit_once('/');
-        let service = service.map_or("", |(service, _)| service);
-        let status = Status::unimplemented(format!("unknown service {service}"));
-        return status.into_http::<axum::body::Body>();
+        let service = uri.path().trim_start_matches('/').split('/').next();
+        let text = format!("unknown service {}", service.unwrap_or_default());
+        return Status::unimplemented(text).into_http::<axum::body::Body>();
     }
     (StatusCode::NOT_FOUND, "not found\n").into_response()
 }
@@ -105,6 +104,7 @@ async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
         member: &gateway.settings.name,
         watched_sessions: gateway.hub.watched(),
         log_bytes: gateway.handle.log_bytes(),
+        installs: gateway.handle.installs(),
         links: gateway.peers.counters(),
     });
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()

@@ -14,7 +14,7 @@
 //!   back;
 //! - `validate`, `convert`, `status`: requests are checked, answers converted,
 //!   and errors mapped to the wire, each in one place;
-//! - `events`: streams that follow sessions;
+//! - `events`: streams that follow sessions; `readers`: streams that watch keys;
 //! - `turns`: the thread of the node, with `peers`, the links between members;
 //! - `metrics`: what is counted.
 //!
@@ -38,6 +38,7 @@ mod metrics;
 pub mod net;
 pub mod options;
 mod peers;
+mod readers;
 mod retention;
 mod routes;
 pub mod server;

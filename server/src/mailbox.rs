@@ -1,4 +1,5 @@
-//! Answers on their way from the loop thread to the thread that waits for them.
+//! Answers, and notices for streams, on their way from the loop thread to the thread
+//! that waits for them.
 //!
 //! One turn of the loop answers many requests at once. Each I/O thread has a
 //! mailbox, where the loop thread puts the answers for that thread, and wakes it
@@ -10,8 +11,8 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use conclave_core::replica::Failure;
-use tokio::sync::{Notify, oneshot};
+use conclave_core::{replica::Failure, watch::Notice};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::gateway::Answer;
 
@@ -21,8 +22,13 @@ pub(crate) type Outcome = Result<Answer, Failure>;
 /// See the module.
 #[derive(Default)]
 pub(crate) struct Mailbox {
-    letters: Mutex<Vec<(oneshot::Sender<Outcome>, Outcome)>>,
+    letters: Mutex<Vec<Letter>>,
     posted: Notify,
+}
+
+enum Letter {
+    Answer(oneshot::Sender<Outcome>, Outcome),
+    Notice(mpsc::UnboundedSender<Notice>, Notice),
 }
 
 impl fmt::Debug for Mailbox {
@@ -34,7 +40,12 @@ impl fmt::Debug for Mailbox {
 impl Mailbox {
     /// Puts an answer in; [`Mailbox::post`] must follow.
     pub(crate) fn put(&self, to: oneshot::Sender<Outcome>, outcome: Outcome) {
-        self.letters().push((to, outcome));
+        self.letters().push(Letter::Answer(to, outcome));
+    }
+
+    /// The same for what a stream is told.
+    pub(crate) fn put_notice(&self, to: mpsc::UnboundedSender<Notice>, notice: Notice) {
+        self.letters().push(Letter::Notice(to, notice));
     }
 
     /// Has everything that was put in delivered.
@@ -49,14 +60,17 @@ impl Mailbox {
         loop {
             self.posted.notified().await;
             let letters = mem::take(&mut *self.letters());
-            for (to, outcome) in letters {
+            for letter in letters {
                 // An error means that nobody waits for it any more.
-                to.send(outcome).ok();
+                match letter {
+                    Letter::Answer(to, outcome) => drop(to.send(outcome)),
+                    Letter::Notice(to, notice) => drop(to.send(notice)),
+                }
             }
         }
     }
 
-    fn letters(&self) -> MutexGuard<'_, Vec<(oneshot::Sender<Outcome>, Outcome)>> {
+    fn letters(&self) -> MutexGuard<'_, Vec<Letter>> {
         // Nothing in here can stop half way.
         self.letters.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -55,6 +55,15 @@ const SLOW_READERS: Metric = counter(
     "conclave_slow_readers_total",
     "Event streams cut because they were read too slowly.",
 );
+const WATCHERS: Metric = gauge("conclave_watchers", "Watchers of keys on this member.");
+const WATCHERS_BEHIND: Metric = gauge(
+    "conclave_watchers_behind",
+    "Watchers that are being caught up, or whose readers are slow.",
+);
+const WATCH_EVENTS: Metric = counter(
+    "conclave_watch_events_total",
+    "Events of keys that were told, once for each watcher.",
+);
 const INFO: Metric = gauge("conclave_info", "Always 1; the labels say what runs.");
 const HAS_LEADER: Metric = gauge("conclave_has_leader", "Whether this member knows a leader.");
 const IS_LEADER: Metric = gauge("conclave_is_leader", "Whether this member leads.");
@@ -66,6 +75,10 @@ const COMMITTED: Metric = gauge(
 const APPLIED: Metric = gauge("conclave_applied_index", "The last entry applied.");
 const LAST: Metric = gauge("conclave_last_index", "The last entry of the log.");
 const LOG_BYTES: Metric = gauge("conclave_log_bytes", "Bytes of the log on disk.");
+const INSTALLS: Metric = counter(
+    "conclave_checkpoints_installed_total",
+    "Checkpoints of other members that this one has gone on from.",
+);
 const REVISION: Metric = gauge("conclave_revision", "The newest revision of the keyspace.");
 const COMPACTED: Metric = gauge(
     "conclave_compacted_revision",
@@ -106,12 +119,15 @@ const CPU: Metric = counter("process_cpu_seconds_total", "Processor time used.")
 
 /// Every metric there is.
 #[cfg(test)]
-const CATALOGUE: [Metric; 26] = [
+const CATALOGUE: [Metric; 30] = [
     REQUESTS,
     IN_FLIGHT,
     CONNECTIONS,
     WATCHED,
     SLOW_READERS,
+    WATCHERS,
+    WATCHERS_BEHIND,
+    WATCH_EVENTS,
     INFO,
     HAS_LEADER,
     IS_LEADER,
@@ -120,6 +136,7 @@ const CATALOGUE: [Metric; 26] = [
     APPLIED,
     LAST,
     LOG_BYTES,
+    INSTALLS,
     REVISION,
     COMPACTED,
     SESSIONS,
@@ -158,7 +175,11 @@ pub(crate) enum Method {
     ClusterDisarm,
     ChannelConnect,
     KvRange,
+    KvRangeStream,
     KvPut,
+    KvDeleteRange,
+    KvTxn,
+    KvCompact,
     LeaseGrant,
     LeaseRevoke,
     LeaseKeepAlive,
@@ -178,6 +199,7 @@ pub(crate) enum Method {
     MoveLeader,
     Downgrade,
     Auth,
+    Watch,
 }
 
 impl Method {
@@ -199,7 +221,11 @@ impl Method {
         Self::ClusterDisarm,
         Self::ChannelConnect,
         Self::KvRange,
+        Self::KvRangeStream,
         Self::KvPut,
+        Self::KvDeleteRange,
+        Self::KvTxn,
+        Self::KvCompact,
         Self::LeaseGrant,
         Self::LeaseRevoke,
         Self::LeaseKeepAlive,
@@ -219,6 +245,7 @@ impl Method {
         Self::MoveLeader,
         Self::Downgrade,
         Self::Auth,
+        Self::Watch,
     ];
 
     fn label(self) -> &'static str {
@@ -240,7 +267,11 @@ impl Method {
             Self::ClusterCompact => "Cluster/Compact",
             Self::ClusterDisarm => "Cluster/Disarm",
             Self::KvRange => "etcdserverpb.KV/Range",
+            Self::KvRangeStream => "etcdserverpb.KV/RangeStream",
             Self::KvPut => "etcdserverpb.KV/Put",
+            Self::KvDeleteRange => "etcdserverpb.KV/DeleteRange",
+            Self::KvTxn => "etcdserverpb.KV/Txn",
+            Self::KvCompact => "etcdserverpb.KV/Compact",
             Self::LeaseGrant => "etcdserverpb.Lease/LeaseGrant",
             Self::LeaseRevoke => "etcdserverpb.Lease/LeaseRevoke",
             Self::LeaseKeepAlive => "etcdserverpb.Lease/LeaseKeepAlive",
@@ -260,6 +291,7 @@ impl Method {
             Self::MoveLeader => "etcdserverpb.Maintenance/MoveLeader",
             Self::Downgrade => "etcdserverpb.Maintenance/Downgrade",
             Self::Auth => "etcdserverpb.Auth",
+            Self::Watch => "etcdserverpb.Watch/Watch",
         }
     }
 }
@@ -335,6 +367,7 @@ pub(crate) struct Snapshot<'a> {
     pub(crate) member: &'a str,
     pub(crate) watched_sessions: usize,
     pub(crate) log_bytes: u64,
+    pub(crate) installs: u64,
     /// Name of the member, whether it is connected, its counters.
     pub(crate) links: Vec<(&'a str, bool, &'a LinkCounters)>,
 }
@@ -419,6 +452,7 @@ fn render_status(page: &mut Page, snapshot: &Snapshot<'_>) {
     page.one(APPLIED, status.applied);
     page.one(LAST, status.last);
     page.one(LOG_BYTES, snapshot.log_bytes);
+    page.one(INSTALLS, snapshot.installs);
     page.one(REVISION, status.revision);
     page.one(COMPACTED, status.compacted);
     page.one(SESSIONS, status.sessions);
@@ -426,6 +460,9 @@ fn render_status(page: &mut Page, snapshot: &Snapshot<'_>) {
     page.one(STATE_BYTES, status.state_bytes);
     page.one(NO_SPACE, u8::from(status.is_out_of_space()));
     page.one(WATCHED, snapshot.watched_sessions);
+    page.one(WATCHERS, status.watching.watchers);
+    page.one(WATCHERS_BEHIND, status.watching.behind);
+    page.one(WATCH_EVENTS, status.watching.events);
 }
 
 fn load(counter: &AtomicU64) -> u64 {
@@ -493,6 +530,7 @@ mod tests {
             member: "a \"b\"",
             watched_sessions: 3,
             log_bytes: 4,
+            installs: 0,
             links: vec![("c", true, &counters)],
         })
     }

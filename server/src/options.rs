@@ -20,6 +20,8 @@ const MEMBERS_MAX: usize = 7;
 const MEMBER_NAME_BYTES_MAX: usize = 128;
 /// Below this, a timer of the operating system decides, not the heartbeat.
 const HEARTBEAT_MS_MIN: u64 = 10;
+/// As etcd has it: more often than that, it would be traffic for nothing.
+const WATCH_PROGRESS_MS_MIN: u64 = 100;
 /// A single late heartbeat must not start an election.
 const HEARTBEATS_PER_ELECTION_MIN: u64 = 5;
 /// Above this a dead leader would stop the service for minutes.
@@ -61,6 +63,8 @@ pub struct Options {
     pub listen_metrics_urls: Vec<String>,
     /// The largest request of a client, in bytes.
     pub max_request_bytes: usize,
+    /// Operations that a transaction of the etcd API may have in each of its lists.
+    pub max_txn_ops: usize,
     /// What `auto_compaction_retention` counts.
     pub auto_compaction_mode: CompactionMode,
     /// What automatic compaction keeps, as text; `0`: everything. By default the
@@ -74,6 +78,9 @@ pub struct Options {
     /// Bytes of log that are kept for members who are away; who needs more gets a
     /// checkpoint. 0 stands for the default of 1 GiB.
     pub log_retention_bytes: u64,
+    /// How often a watcher that asked for it hears how far it has come, although nothing
+    /// happens, in milliseconds.
+    pub watch_progress_notify_interval_ms: u64,
     /// Threads that serve clients; with 0 the thread of the node serves them, too.
     /// By default none with one or two processors, where a change of threads costs
     /// more than it gains, else half as many as processors, up to 4.
@@ -96,11 +103,13 @@ impl Default for Options {
             election_timeout_ms: 500,
             listen_metrics_urls: Vec::new(),
             max_request_bytes: limits::COMMAND_BYTES_MAX,
+            max_txn_ops: limits::TXN_OPERATIONS_DEFAULT,
             auto_compaction_mode: CompactionMode::default(),
             auto_compaction_retention: None,
             quota_backend_bytes: 0,
             snapshot_count: limits::CHECKPOINT_ENTRIES,
             log_retention_bytes: limits::LOG_BYTES_MAX,
+            watch_progress_notify_interval_ms: 10 * 60 * 1_000,
             io_threads: None,
         }
     }
@@ -147,6 +156,7 @@ impl Options {
             heartbeat_ms: self.heartbeat_interval_ms,
             election_ms: self.election_timeout_ms,
             max_request_bytes: self.max_request_bytes,
+            max_txn_ops: self.max_txn_ops,
             retention: retention(
                 self.auto_compaction_mode,
                 self.auto_compaction_retention.as_deref(),
@@ -161,6 +171,7 @@ impl Options {
                 0 => limits::LOG_BYTES_MAX,
                 bytes => bytes,
             },
+            watch_progress_ms: self.watch_progress_notify_interval_ms,
             io_threads: self.io_threads.unwrap_or_else(default_io_threads),
         })
     }
@@ -169,6 +180,10 @@ impl Options {
         let (heartbeat_ms, election_ms) = (self.heartbeat_interval_ms, self.election_timeout_ms);
         if heartbeat_ms < HEARTBEAT_MS_MIN {
             return Err(OptionsError::HeartbeatTooShort { heartbeat_ms });
+        }
+        let progress_ms = self.watch_progress_notify_interval_ms;
+        if progress_ms < WATCH_PROGRESS_MS_MIN {
+            return Err(OptionsError::WatchProgressTooOften { progress_ms });
         }
         if election_ms > ELECTION_MS_MAX {
             return Err(OptionsError::ElectionTooLong { election_ms });
@@ -186,6 +201,10 @@ impl Options {
         let bytes = self.max_request_bytes;
         if !(REQUEST_BYTES_MIN..=limits::COMMAND_BYTES_MAX).contains(&bytes) {
             return Err(OptionsError::RequestBytes { bytes });
+        }
+        let operations = self.max_txn_ops;
+        if !(1..=limits::TXN_OPERATIONS_MAX).contains(&operations) {
+            return Err(OptionsError::TxnOperations { operations });
         }
         if let Some(threads) = self.io_threads
             && threads > IO_THREADS_MAX
@@ -286,6 +305,8 @@ pub struct Settings {
     pub election_ms: u64,
     /// See [`Options::max_request_bytes`].
     pub max_request_bytes: usize,
+    /// See [`Options::max_txn_ops`].
+    pub max_txn_ops: usize,
     /// What automatic compaction keeps; `None`: everything.
     pub retention: Option<Retention>,
     /// The size of the state above which it may not grow, in bytes.
@@ -294,6 +315,8 @@ pub struct Settings {
     pub snapshot_count: u64,
     /// Bytes of log that are kept for members who are away, at least 1.
     pub log_retention_bytes: u64,
+    /// See [`Options::watch_progress_notify_interval_ms`].
+    pub watch_progress_ms: u64,
     /// See [`Options::io_threads`].
     pub io_threads: usize,
 }
@@ -571,6 +594,11 @@ pub enum OptionsError {
     #[error("--heartbeat-interval is {heartbeat_ms} ms; at least {HEARTBEAT_MS_MIN} ms are needed")]
     HeartbeatTooShort { heartbeat_ms: u64 },
     #[error(
+        "--watch-progress-notify-interval is {progress_ms} ms; at least \
+         {WATCH_PROGRESS_MS_MIN} ms are needed"
+    )]
+    WatchProgressTooOften { progress_ms: u64 },
+    #[error(
         "--election-timeout is {election_ms} ms; it must be at least \
          {HEARTBEATS_PER_ELECTION_MIN} times --heartbeat-interval ({heartbeat_ms} ms)"
     )]
@@ -582,6 +610,11 @@ pub enum OptionsError {
         limits::COMMAND_BYTES_MAX
     )]
     RequestBytes { bytes: usize },
+    #[error(
+        "--max-txn-ops is {operations}; it must be 1 to {}",
+        limits::TXN_OPERATIONS_MAX
+    )]
+    TxnOperations { operations: usize },
     #[error(
         "--auto-compaction-retention: `{text}` is not a time such as 1h or 30m, \
          or, with --auto-compaction-mode=revision, a number"
@@ -740,6 +773,8 @@ mod tests {
         );
         assert_eq!(refused(|o| o.max_request_bytes = 1), "RequestBytes");
         assert_eq!(refused(|o| o.max_request_bytes = 1 << 30), "RequestBytes");
+        assert_eq!(refused(|o| o.max_txn_ops = 0), "TxnOperations");
+        assert_eq!(refused(|o| o.max_txn_ops = 5_000), "TxnOperations");
         assert_eq!(refused(|o| o.io_threads = Some(65)), "IoThreads");
         let retention = Some("1d".to_owned());
         assert_eq!(

@@ -56,9 +56,9 @@ pub(crate) fn routes(gateway: &Arc<Gateway>, health: HealthServer<impl Health>) 
                 .build_v1alpha()
                 .expect("the schemas were compiled with this"),
         );
-    let router = etcd::add_services(grpc, gateway)
-        .into_axum_router()
-        .merge(http::routes(Arc::clone(gateway)));
+    let grpc = etcd::add_services(grpc, gateway).into_axum_router();
+    let json = etcd::json::routes(&grpc, bytes_max);
+    let router = grpc.merge(json).merge(http::routes(Arc::clone(gateway)));
     Routes::from(router.fallback(http::unknown)).prepare()
 }
 

@@ -41,6 +41,7 @@ use crate::{
     net::{self, BindError, Bound, ConnectionSender},
     options::{Options, OptionsError, Settings, Url},
     peers::Peers,
+    readers::Readers,
     routes,
     shutdown::{Requests, Shutdown},
     storage::{self, Storage, StorageError},
@@ -327,6 +328,7 @@ fn open_node(
     let incarnation = recovered.identity.incarnation;
     let peers = Arc::new(Peers::new(&settings.topology, incarnation, config.boot));
     let hub = Arc::new(Hub::default());
+    let readers = Arc::new(Readers::default());
     let mailboxes: Vec<Arc<Mailbox>> = (0..=settings.io_threads.max(1))
         .map(|_| Arc::default())
         .collect();
@@ -352,6 +354,14 @@ fn open_node(
             let hub = Arc::clone(&hub);
             move || hub.missed()
         }),
+        notify: Box::new({
+            let readers = Arc::clone(&readers);
+            let mailboxes = mailboxes.clone();
+            move |notices| {
+                readers.notify(notices);
+                mailboxes.iter().for_each(|mailbox| mailbox.post());
+            }
+        }),
         fetch: Box::new({
             let peers = Arc::clone(&peers);
             move |fetch, sink| peers.fetch(fetch, sink)
@@ -367,8 +377,7 @@ fn open_node(
     };
     let (handle, node) = node::open(config, stores, outlets);
     let settings = Arc::new(settings);
-    let random = storage::random();
-    let gateway = Gateway::new(handle, settings, hub, peers, snapshots, mailboxes, random);
+    let gateway = Gateway::new(handle, settings, hub, readers, peers, snapshots, mailboxes);
     Ok((gateway, turns::run(node, arrived)))
 }
 

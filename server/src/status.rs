@@ -168,6 +168,7 @@ fn rejection_status(rejection: &Rejection) -> (Code, &'static str) {
         Rejection::NotHeld => (Code::NotFound, "NOT_HELD"),
         Rejection::TooManyRequests => not_run_status(NotRun::TooMany),
         Rejection::TooManyEntries => (Code::ResourceExhausted, "TOO_MANY_ENTRIES"),
+        Rejection::TooManyLocks => (Code::ResourceExhausted, "TOO_MANY_LOCKS"),
     }
 }
 
@@ -192,7 +193,8 @@ fn rejection_metadata(rejection: &Rejection) -> Vec<(&'static str, String)> {
         | Rejection::Cancelled
         | Rejection::NotHeld
         | Rejection::TooManyRequests
-        | Rejection::TooManyEntries => vec![],
+        | Rejection::TooManyEntries
+        | Rejection::TooManyLocks => vec![],
     }
 }
 
@@ -252,6 +254,7 @@ fn rejected(rejection: &Rejection) -> String {
         Rejection::NotHeld => "nobody holds the lock",
         Rejection::TooManyRequests => not_run(NotRun::TooMany),
         Rejection::TooManyEntries => "too many acquires share the grant",
+        Rejection::TooManyLocks => "the session holds and waits for too many locks",
     };
     text.to_owned()
 }
@@ -447,6 +450,7 @@ mod tests {
             told(R::TooManyEntries),
             "ResourceExhausted TOO_MANY_ENTRIES"
         );
+        assert_eq!(told(R::TooManyLocks), "ResourceExhausted TOO_MANY_LOCKS");
         assert_eq!(
             told(R::TooManyRequests),
             "ResourceExhausted TOO_MANY_REQUESTS"

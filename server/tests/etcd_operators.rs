@@ -328,7 +328,7 @@ async fn a_snapshot_is_a_whole_checkpoint_in_etcds_frame() {
         if length == 0 {
             break;
         }
-        reader.take(file.split_to(length)).unwrap();
+        reader.take(&file.split_to(length)).unwrap();
     }
     assert!(file.iter().all(|byte| *byte == 0));
     let image = reader.finish().unwrap();

@@ -926,7 +926,7 @@ async fn history_is_compacted_on_request_and_only_once() {
 async fn at_the_quota_nothing_grows_until_the_alarm_is_cleared() {
     let directory = Directory::new();
     let node = Node::start(&Options {
-        quota_backend_bytes: 3_000,
+        quota_backend_bytes: 2_000,
         ..alone(&directory)
     })
     .unwrap();

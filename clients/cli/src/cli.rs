@@ -6,7 +6,12 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::{duration, output::Format, serve::ServeArgs};
+use crate::{
+    duration,
+    kv::args::{KvArgs, LeaseArgs, WATCH_HELP, WatchArgs},
+    output::Format,
+    serve::ServeArgs,
+};
 
 /// Where a cluster is looked for if nothing says otherwise.
 pub(crate) const DEFAULT_ENDPOINT: &str = "127.0.0.1:2379";
@@ -79,6 +84,13 @@ pub(crate) enum Command {
     /// Clear all alarms.
     #[command(after_help = DISARM_HELP)]
     Disarm,
+    /// Read, write and watch keys.
+    Kv(KvArgs),
+    /// Run a command for each change of a key.
+    #[command(after_help = WATCH_HELP)]
+    Watch(WatchArgs),
+    /// Grant, renew, list and end leases.
+    Lease(LeaseArgs),
     /// Look at the data directory of a server that does not run.
     #[command(after_help = CHECK_DATA_HELP)]
     CheckData(CheckDataArgs),
@@ -374,6 +386,20 @@ mod tests {
             "bench lock --clients 100000 --owners 100 --hot --held 1000000",
             "bench sessions --sessions 100000 --ttl 10s --connections 16 --seconds 300 --vanish",
             "completions zsh",
+            "kv put a b --lease 1f --prev",
+            "kv put a - --keep-lease",
+            "kv put a -1",
+            "kv get a --prefix --rev 7 --limit 3 --sort mod --descend -o json",
+            "kv get a b --keys-only",
+            "kv del a --from --prev",
+            "kv txn --if mod(a)=1 --then put --else get",
+            "kv watch a --prefix --rev 3 --events 1",
+            "kv compact 17 --physical",
+            "watch a --prefix --latest --fail-fast -- sh -c true",
+            "lease grant 10s --id ffffffffffffffff",
+            "lease keep-alive 1f --once",
+            "lease ttl 1f --keys",
+            "lease list",
         ] {
             let args = std::iter::once("conclave").chain(line.split(' '));
             if let Err(error) = Cli::try_parse_from(args) {

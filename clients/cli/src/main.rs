@@ -1,7 +1,7 @@
 //! The `conclave` binary: servers, and everything a shell needs to use them.
 //!
 //! In reading order: `cli` (the command line), `lock`, `process` and `watchdog` (run a command
-//! under a lock), `admin` (look and interfere), `check_data` (look at a directory), `bench` and `histogram`, `serve`
+//! under a lock), `kv`, `lease`, `watch` (keys and what becomes of them), `admin` (look and interfere), `check_data` (look at a directory), `bench` and `histogram`, `serve`
 //! and `dev` (servers), `output` and `failure` (what all of them say, and with
 //! which exit code).
 
@@ -13,10 +13,13 @@ mod dev;
 mod duration;
 mod failure;
 mod histogram;
+mod kv;
+mod lease;
 mod lock;
 mod output;
 mod process;
 mod serve;
+mod watch;
 mod watchdog;
 
 use std::{env, process::ExitCode};
@@ -60,6 +63,9 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Status => run(admin::status(global)),
         Command::Compact(args) => run(admin::compact(args, global)),
         Command::Disarm => run(admin::disarm(global)),
+        Command::Kv(args) => run(kv::run(args, global)),
+        Command::Lease(args) => run(lease::run(args, global)),
+        Command::Watch(args) => run(watch::run(args, global)),
         Command::CheckData(args) => check_data::run(&args, &global),
         Command::Bench(args) => run(bench::run(args, global)),
         Command::Completions { shell } => {

@@ -11,6 +11,7 @@ use std::{
     io::{self, IsTerminal as _},
     path::PathBuf,
     thread,
+    time::Duration,
 };
 
 use clap::{Args, ValueEnum};
@@ -19,6 +20,7 @@ use rustix::process::{Signal, getpid, kill_process};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
+    duration,
     failure::{Failure, GENERAL, USAGE},
     output,
 };
@@ -38,10 +40,12 @@ const OWN: &[&str] = &[
     "heartbeat-interval",
     "election-timeout",
     "max-request-bytes",
+    "max-txn-ops",
     "auto-compaction-mode",
     "auto-compaction-retention",
     "quota-backend-bytes",
     "snapshot-count",
+    "watch-progress-notify-interval",
     "listen-metrics-urls",
     "log-level",
     "log-format",
@@ -54,7 +58,6 @@ const TUNING: &[&str] = &[
     "max-snapshots",
     "max-wals",
     "wal-dir",
-    "max-txn-ops",
     "max-concurrent-streams",
     "backend-bbolt-freelist-type",
     "backend-batch-interval",
@@ -84,7 +87,6 @@ const TUNING: &[&str] = &[
     "memory-mlock",
     "compaction-batch-limit",
     "compaction-sleep-interval",
-    "watch-progress-notify-interval",
     "downgrade-check-time",
     "max-learners",
     "v2-deprecation",
@@ -206,6 +208,9 @@ pub(crate) struct ServeArgs {
     /// The largest request of a client.
     #[arg(long, default_value_t = 1_572_864, value_name = "BYTES")]
     pub(crate) max_request_bytes: usize,
+    /// Operations that a transaction may have in each of its lists.
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    pub(crate) max_txn_ops: usize,
     /// What --auto-compaction-retention counts.
     #[arg(long, default_value = "periodic", value_parser = ["periodic", "revision"], value_name = "MODE")]
     pub(crate) auto_compaction_mode: String,
@@ -227,6 +232,10 @@ pub(crate) struct ServeArgs {
     /// Bytes of log kept for members who are away; who needs more gets a checkpoint.
     #[arg(long, default_value_t = 1 << 30, value_name = "BYTES")]
     pub(crate) log_retention_bytes: u64,
+    /// How often a watcher of the etcd API that asked for it hears how far it has come,
+    /// although nothing happens.
+    #[arg(long, default_value = "10m", value_parser = duration::parse, value_name = "TIME")]
+    pub(crate) watch_progress_notify_interval: Duration,
     /// Where to serve metrics and health in addition to the client addresses.
     #[arg(long, value_delimiter = ',', value_name = "URLS")]
     pub(crate) listen_metrics_urls: Vec<String>,
@@ -336,6 +345,7 @@ impl From<ServeArgs> for Options {
             election_timeout_ms: args.election_timeout,
             listen_metrics_urls: args.listen_metrics_urls,
             max_request_bytes: args.max_request_bytes,
+            max_txn_ops: args.max_txn_ops,
             auto_compaction_mode: match args.auto_compaction_mode.as_str() {
                 "revision" => CompactionMode::Revision,
                 _ => CompactionMode::Periodic,
@@ -344,6 +354,10 @@ impl From<ServeArgs> for Options {
             quota_backend_bytes: args.quota_backend_bytes,
             snapshot_count: args.snapshot_count,
             log_retention_bytes: args.log_retention_bytes,
+            watch_progress_notify_interval_ms: u64::try_from(
+                args.watch_progress_notify_interval.as_millis(),
+            )
+            .unwrap_or(u64::MAX),
             io_threads: None,
         }
     }

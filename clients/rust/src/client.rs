@@ -13,9 +13,12 @@ use crate::{
     credentials::Credentials,
     error::{Error, Failure},
     events::Events,
+    kv::Kv,
+    lease::{Lease, Leases},
     resume::{Resumed, resume},
     session::{Session, SessionOptions},
     transport::{ANSWER_BYTES_MAX, ATTEMPT_TIMEOUT, Transport},
+    watch::{Watch, Watching},
 };
 
 /// How long calls outside a session are repeated before they fail: longer than
@@ -100,6 +103,34 @@ impl Client {
         keep: impl FnMut(&str, &str) -> bool,
     ) -> Result<Resumed, Error> {
         resume(self, credentials, keep).await
+    }
+
+    /// Reads, writes and transactions of keys.
+    pub fn kv(&self) -> Kv {
+        Kv::new(Arc::clone(&self.transport))
+    }
+
+    /// Follows the changes of keys; done once it is live.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] if no server begins it in five seconds, and what a
+    /// server refuses. A revision that is compacted is told by [`Watching::next`].
+    pub async fn watch(&self, watch: Watch) -> Result<Watching, Error> {
+        Watching::open(Arc::clone(&self.transport), watch).await
+    }
+
+    /// Grants a lease that is kept alive in the background: [`Leases::grant`] with an
+    /// id that the cluster chooses, and [`Leases::keep`].
+    ///
+    /// # Errors
+    /// [`Error::OutcomeUnknown`] if nobody answered; such a lease expires unused.
+    pub async fn lease(&self, ttl: Duration) -> Result<Lease, Error> {
+        Lease::open(Arc::clone(&self.transport), ttl).await
+    }
+
+    /// What can be done with leases by their ids.
+    pub fn leases(&self) -> Leases {
+        Leases::new(Arc::clone(&self.transport))
     }
 
     /// Looks for the leader, so that the next call goes there. Whether it was

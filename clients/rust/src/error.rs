@@ -64,6 +64,19 @@ pub enum Error {
     /// The session is over, and with it everything bound to it.
     #[error("the session is over: {0}")]
     SessionLost(LossReason),
+    /// There is no lease with this id (any more).
+    #[error("there is no such lease; it was revoked, has expired, or never was")]
+    LeaseNotFound,
+    /// The history that was asked for has been given up.
+    #[error(
+        "what happened before revision {compacted} is given up: read what is there now, and \
+         watch from the revision after that"
+    )]
+    Compacted {
+        /// The lowest revision that can be read, or watched from; 0 if the server did
+        /// not say.
+        compacted: i64,
+    },
     /// The servers have too much to do; the call had no effect.
     #[error("the servers are overloaded: {message}")]
     Overloaded {
@@ -110,6 +123,8 @@ impl Error {
             | Error::NotHolder { .. }
             | Error::NotHeld
             | Error::SessionLost(_)
+            | Error::LeaseNotFound
+            | Error::Compacted { .. }
             | Error::Server { .. } => false,
         }
     }
@@ -163,7 +178,7 @@ impl From<Status> for Failure {
             .get_details_error_info()
             .filter(|info| info.domain == ERROR_DOMAIN)
         else {
-            return unexplained(&status);
+            return etcd(&status).unwrap_or_else(|| unexplained(&status));
         };
         match info.reason.as_str() {
             "NOT_LEADER" | "SHUTTING_DOWN" => Failure::NotApplied {
@@ -200,6 +215,47 @@ fn refusal(reason: String, message: String) -> Error {
         "SESSION_REVOKED" => Error::SessionLost(LossReason::Revoked),
         _ if reason.starts_with("INVALID_") => Error::InvalidArgument { reason, message },
         _ => Error::Server { reason, message },
+    }
+}
+
+/// A status of the etcd services, which have texts instead of reasons. Those of errors
+/// that tell nothing about the call itself are left to [`unexplained`].
+fn etcd(status: &Status) -> Option<Failure> {
+    let text = status.message().strip_prefix("etcdserver: ")?;
+    let message = status.message().to_owned();
+    let refused = |error| Some(Failure::Refused(error));
+    match (text, status.code()) {
+        ("no leader" | "not capable" | "rpc not supported for learner", _) => {
+            Some(Failure::NotApplied {
+                message,
+                is_reached: true,
+                leader: None,
+            })
+        }
+        // Of whatever code it comes with.
+        ("too many requests", _) => Some(Failure::Overloaded { message }),
+        ("requested lease not found", _) => refused(Error::LeaseNotFound),
+        ("mvcc: required revision has been compacted", _) => {
+            refused(Error::Compacted { compacted: 0 })
+        }
+        ("mvcc: database space exceeded", _) => refused(Error::Server {
+            reason: "NO_SPACE".to_owned(),
+            message,
+        }),
+        (_, Code::InvalidArgument) => refused(Error::InvalidArgument {
+            reason: "INVALID_ARGUMENT".to_owned(),
+            message,
+        }),
+        // The server is well; what became of the call it does not know.
+        (_, Code::Unavailable) => Some(Failure::Unknown {
+            message,
+            is_reached: true,
+        }),
+        (_, Code::OutOfRange) => refused(Error::Server {
+            reason: "OUT_OF_RANGE".to_owned(),
+            message,
+        }),
+        _ => None,
     }
 }
 
@@ -281,6 +337,42 @@ mod tests {
         assert!(!invalid.into_error(false).is_retryable());
         let overloaded = explained(Code::ResourceExhausted, "OVERLOADED", &[]);
         assert!(overloaded.into_error(true).may_have_applied());
+    }
+
+    #[test]
+    fn etcds_texts_say_whether_a_call_may_have_happened() {
+        let failure = |code, text: &str| Failure::from(Status::new(code, text));
+        let no_leader = failure(Code::Unavailable, "etcdserver: no leader");
+        assert!(matches!(
+            no_leader,
+            Failure::NotApplied {
+                is_reached: true,
+                ..
+            }
+        ));
+        let late = failure(Code::Unavailable, "etcdserver: request timed out");
+        assert!(matches!(
+            late,
+            Failure::Unknown {
+                is_reached: true,
+                ..
+            }
+        ));
+        let busy = failure(Code::Unknown, "etcdserver: too many requests");
+        assert!(matches!(busy, Failure::Overloaded { .. }));
+        let gone = failure(Code::NotFound, "etcdserver: requested lease not found");
+        assert!(matches!(gone, Failure::Refused(Error::LeaseNotFound)));
+        let full = "etcdserver: mvcc: database space exceeded";
+        let full = failure(Code::ResourceExhausted, full).into_error(true);
+        assert!(!full.is_retryable() && !full.may_have_applied());
+        let compacted = "etcdserver: mvcc: required revision has been compacted";
+        let compacted = failure(Code::OutOfRange, compacted);
+        assert!(matches!(
+            compacted,
+            Failure::Refused(Error::Compacted { .. })
+        ));
+        let other = failure(Code::PermissionDenied, "etcdserver: permission denied");
+        assert!(matches!(other, Failure::Refused(Error::Server { .. })));
     }
 
     #[test]

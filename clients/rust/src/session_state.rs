@@ -90,6 +90,9 @@ pub enum LossReason {
     KeyDeleted,
     /// Another process attached to the session, with its credentials.
     Superseded,
+    /// The cluster says that there is no such lease any more: it was revoked, or it
+    /// expired.
+    LeaseGone,
 }
 
 impl SessionState {
@@ -239,6 +242,7 @@ impl LossReason {
             LossReason::Forced { .. } => "forced",
             LossReason::KeyDeleted => "key_deleted",
             LossReason::Superseded => "superseded",
+            LossReason::LeaseGone => "lease_gone",
         }
     }
 }

@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use conclave_proto::v1::{self, ResponseHeader, cluster_client::ClusterClient};
+use conclave_proto::{
+    etcd::etcdserverpb,
+    v1::{self, cluster_client::ClusterClient},
+};
 use tokio::{
     runtime::Handle,
     sync::watch,
@@ -83,21 +86,47 @@ pub(crate) struct Failed {
 
 /// Answers that say something about the cluster.
 pub(crate) trait Answer {
-    fn header(&self) -> Option<&ResponseHeader>;
+    fn sender(&self) -> Option<Sender>;
+}
+
+/// Who answered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sender {
+    member: u64,
+    /// Whom it takes for the leader; 0: it does not say, or does not know.
+    leader: u64,
+}
+
+impl From<&v1::ResponseHeader> for Sender {
+    fn from(header: &v1::ResponseHeader) -> Sender {
+        Sender {
+            member: header.member_id,
+            leader: header.leader_id,
+        }
+    }
+}
+
+impl From<&etcdserverpb::ResponseHeader> for Sender {
+    fn from(header: &etcdserverpb::ResponseHeader) -> Sender {
+        Sender {
+            member: header.member_id,
+            leader: 0,
+        }
+    }
 }
 
 macro_rules! answers {
-    ($($answer:ident),*) => {
-        $(impl Answer for v1::$answer {
-            fn header(&self) -> Option<&ResponseHeader> {
-                self.header.as_ref()
+    ($package:ident: $($answer:ident),*) => {
+        $(impl Answer for $package::$answer {
+            fn sender(&self) -> Option<Sender> {
+                self.header.as_ref().map(Sender::from)
             }
         })*
     };
 }
 
 answers!(
-    OpenSessionResponse,
+    v1: OpenSessionResponse,
     AttachSessionResponse,
     RenewSessionResponse,
     CloseSessionResponse,
@@ -111,6 +140,20 @@ answers!(
     CompactResponse,
     DisarmResponse,
     StatusResponse
+);
+
+answers!(
+    etcdserverpb: RangeResponse,
+    PutResponse,
+    DeleteRangeResponse,
+    TxnResponse,
+    CompactionResponse,
+    LeaseGrantResponse,
+    LeaseRevokeResponse,
+    LeaseKeepAliveResponse,
+    LeaseTimeToLiveResponse,
+    LeaseLeasesResponse,
+    WatchResponse
 );
 
 impl Transport {
@@ -234,6 +277,35 @@ impl Transport {
             .await
     }
 
+    /// Attempts until one may have had an effect, or `patience` is over. For calls
+    /// that must not be done twice.
+    pub(crate) async fn once<T: Answer, F>(
+        self: &Arc<Self>,
+        patience: Duration,
+        call: impl Fn(Channel) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let give_up = Instant::now() + patience;
+        let mut backoff = Backoff::default();
+        loop {
+            let left = give_up.saturating_duration_since(Instant::now());
+            let failed = match self.attempt(left.max(ATTEMPT_TIMEOUT), &call).await {
+                Ok(answer) => return Ok(answer),
+                Err(failed) => failed,
+            };
+            let is_final = matches!(
+                failed.failure,
+                Failure::Refused(_) | Failure::Unknown { .. }
+            );
+            if is_final || Instant::now() >= give_up {
+                return Err(failed.failure.into_error(false));
+            }
+            backoff.pause(failed.moved).await;
+        }
+    }
+
     async fn until_answered<T, F>(
         &self,
         patience: Duration,
@@ -267,8 +339,8 @@ impl Transport {
     ) -> Result<T, Failed> {
         match result {
             Ok(answer) => {
-                if let Some(header) = answer.header() {
-                    self.note_header(index, header);
+                if let Some(sender) = answer.sender() {
+                    self.note_sender(index, sender);
                 }
                 Ok(answer)
             }
@@ -295,14 +367,13 @@ impl Transport {
         false
     }
 
-    fn note_header(self: &Arc<Self>, index: usize, header: &ResponseHeader) {
+    pub(crate) fn note_sender(self: &Arc<Self>, index: usize, sender: Sender) {
+        let Sender { member, leader } = sender;
         self.change(|servers| {
-            servers.routes.answered(index, header.member_id);
-            let leads = header.leader_id == header.member_id;
-            if leads || header.leader_id == 0 || servers.routes.current() != index {
+            servers.routes.answered(index, member);
+            if leader == member || leader == 0 || servers.routes.current() != index {
                 return;
             }
-            let leader = header.leader_id;
             if servers.routes.prefer_member(leader, clock::now()).is_none() {
                 servers.search(self);
             }

@@ -104,44 +104,71 @@ impl Image {
     }
 }
 
-/// Puts an image together from its records, in their order.
+/// Says whether records are a whole row, in their order.
 #[derive(Debug, Default)]
-pub struct Reader {
+pub(super) struct Verifier {
     sum: Sum,
-    keyspace: Picture,
-    sessions: Sessions,
-    system: System,
     manifest: Option<CheckpointManifest>,
 }
 
-impl Reader {
+impl Verifier {
     /// Takes the next record.
-    pub fn take(&mut self, bytes: Bytes) -> Result<(), Invalid> {
-        let number = self.sum.records;
-        let invalid = || Invalid::Record { number };
-        if self.manifest.is_some() {
-            return Err(invalid());
-        }
-        match decode(&bytes).ok_or_else(invalid)? {
-            Body::Manifest(manifest) => self.manifest = Some(manifest),
-            body => {
-                self.sum.add(&bytes);
-                self.keep(body).ok_or_else(invalid)?;
-            }
-        }
-        Ok(())
+    pub(super) fn take(&mut self, bytes: &[u8]) -> Result<(), Invalid> {
+        self.decode(bytes).map(|_| ())
     }
 
-    /// The image, if the records are all, and those that were written.
-    pub fn finish(self) -> Result<Image, Invalid> {
+    /// The manifest, if the records are all, and those that were written.
+    pub(super) fn finish(self) -> Result<CheckpointManifest, Invalid> {
         let manifest = self.manifest.ok_or(Invalid::Incomplete)?;
         if manifest.format != FORMAT {
             let found = manifest.format;
             return Err(Invalid::Format { found });
         }
-        if self.sum.seal(manifest) != manifest {
-            return Err(Invalid::Mismatch);
+        match self.sum.seal(manifest) == manifest {
+            true => Ok(manifest),
+            false => Err(Invalid::Mismatch),
         }
+    }
+
+    /// What the next record says; `None` if it is the manifest.
+    fn decode(&mut self, bytes: &[u8]) -> Result<Option<Body>, Invalid> {
+        let number = self.sum.records;
+        let body = decode(bytes).filter(|_| self.manifest.is_none());
+        match body.ok_or(Invalid::Record { number })? {
+            Body::Manifest(manifest) => {
+                self.manifest = Some(manifest);
+                Ok(None)
+            }
+            body => {
+                self.sum.add(bytes);
+                Ok(Some(body))
+            }
+        }
+    }
+}
+
+/// Puts an image together from its records, in their order.
+#[derive(Debug, Default)]
+pub struct Reader {
+    verifier: Verifier,
+    keyspace: Picture,
+    sessions: Sessions,
+    system: System,
+}
+
+impl Reader {
+    /// Takes the next record.
+    pub fn take(&mut self, bytes: &[u8]) -> Result<(), Invalid> {
+        let number = self.verifier.sum.records;
+        let Some(body) = self.verifier.decode(bytes)? else {
+            return Ok(());
+        };
+        self.keep(body).ok_or(Invalid::Record { number })
+    }
+
+    /// The image, if the records are all, and those that were written.
+    pub fn finish(self) -> Result<Image, Invalid> {
+        let manifest = self.verifier.finish()?;
         let needed = self.system.apply_version();
         if needed > APPLY_VERSION {
             return Err(Invalid::ApplyVersion { needed });
@@ -248,9 +275,9 @@ fn encode(body: Body) -> Bytes {
 }
 
 /// Decodes a record in full: what this version would drop on the way is unknown
-/// to it.
-fn decode(bytes: &Bytes) -> Option<Body> {
-    let record = CheckpointRecord::decode(bytes.clone()).ok()?;
+/// to it. Keys and values are copies of their own: none keeps another in memory.
+fn decode(bytes: &[u8]) -> Option<Body> {
+    let record = CheckpointRecord::decode(bytes).ok()?;
     if record.encoded_len() == bytes.len() {
         record.record
     } else {
@@ -599,7 +626,7 @@ mod tests {
     fn read(records: impl IntoIterator<Item = Bytes>) -> Result<Image, Invalid> {
         let mut reader = Reader::default();
         for record in records {
-            reader.take(record)?;
+            reader.take(&record)?;
         }
         reader.finish()
     }

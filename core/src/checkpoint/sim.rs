@@ -99,10 +99,10 @@ impl CheckpointStore for SimCheckpoints {
         Ok(named.collect())
     }
 
-    fn read(&self, slot: Slot, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
+    fn read(&self, slot: Slot, take: &mut dyn FnMut(&[u8]) -> bool) -> io::Result<()> {
         let stored = self.stored().get(&slot).cloned();
         for record in stored.ok_or(io::ErrorKind::NotFound)?.records {
-            if !take(record) {
+            if !take(&record) {
                 break;
             }
         }

@@ -34,7 +34,7 @@ pub trait CheckpointStore {
     fn list(&self) -> io::Result<Vec<Index>>;
     /// Hands the records of one over, in the order in which they were written,
     /// until `take` says that it wants no more.
-    fn read(&self, slot: Slot, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()>;
+    fn read(&self, slot: Slot, take: &mut dyn FnMut(&[u8]) -> bool) -> io::Result<()>;
     /// Writes one in place of what is there, durable when this returns. After a
     /// failure or a crash it is gone, or may be there in part.
     fn write(&mut self, slot: Slot, records: &mut dyn Iterator<Item = Bytes>) -> io::Result<()>;

@@ -16,7 +16,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{CheckpointStore, Image, Invalid, ReadError, Slot, read};
+use super::{CheckpointStore, Image, Invalid, ReadError, Slot, read, verify};
 use crate::{ids::Index, limits, machine::Machine, state::State};
 
 /// How often a thread that waits for records looks whether it is to end.
@@ -175,7 +175,7 @@ fn write<M: Machine>(
         store.remove(at.into())?;
         return Err(WriteError::Ended);
     }
-    read(store, at).map_err(WriteError::NotReadBack)?;
+    verify(store, at).map_err(WriteError::NotReadBack)?;
     keep_two(store, at)?;
     tracing::info!(checkpoint = at, records, "wrote a checkpoint");
     Ok(Done::Written(at))
@@ -268,11 +268,7 @@ impl From<io::Error> for WriteError {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        collections::{BTreeMap, BTreeSet},
-        convert::Infallible,
-        sync::Mutex,
-    };
+    use std::{convert::Infallible, sync::Mutex};
 
     use conclave_proto::internal::Request;
 
@@ -281,7 +277,7 @@ mod tests {
         checkpoint::SimCheckpoints,
         ids::{LogTime, SessionId},
         keyspace::{Change, Keyspace, Picture, Record},
-        machine::{Cause, Context, Executed, Place, Settled, View},
+        machine::{Cause, Context, Executed, Settled, View},
         session::{EndReason, Sessions},
         system::System,
     };
@@ -298,7 +294,7 @@ mod tests {
             self.store.list()
         }
 
-        fn read(&self, slot: Slot, take: &mut dyn FnMut(Bytes) -> bool) -> io::Result<()> {
+        fn read(&self, slot: Slot, take: &mut dyn FnMut(&[u8]) -> bool) -> io::Result<()> {
             self.store.read(slot, take)
         }
 
@@ -379,10 +375,6 @@ mod tests {
 
         fn settle(&mut self, _: &[Change], _: Cause<'_, Infallible>) -> Settled<Self> {
             Settled::default()
-        }
-
-        fn places(&self, _: &BTreeSet<Place>) -> BTreeMap<Place, Option<Infallible>> {
-            BTreeMap::new()
         }
 
         fn query(&self, _: View<'_>, query: Infallible) -> Infallible {

@@ -4,12 +4,9 @@
 //! each version that was made by its revision once, whatever is written meanwhile. A
 //! compaction changes what can be read: then it begins anew.
 
-use std::collections::BTreeMap;
-
-use bytes::Bytes;
 use xxhash_rust::xxh3::Xxh3;
 
-use super::{History, Keyspace, Record, RevisionError, picture::Walk};
+use super::{Keyspace, Record, RevisionError, picture::Walk};
 use crate::ids::Revision;
 
 /// See the module. Equal on all nodes that applied the same, at the same revision and
@@ -68,7 +65,7 @@ impl Hashing {
         if self.compacted != keyspace.compacted() {
             *self = Self::new(keyspace, Some(self.revision))?;
         }
-        let (live, past): (&BTreeMap<Bytes, Record>, &History) = (&keyspace.live, &keyspace.past);
+        let (live, past) = (&keyspace.live, &keyspace.past);
         let (revision, compacted) = (self.revision, self.compacted);
         let sum = &mut self.sum;
         let mut left = max_bytes;

@@ -1,13 +1,10 @@
 //! Versions that are no more, until a compaction drops them.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    ops::Bound,
-};
+use std::{collections::BTreeSet, ops::Bound};
 
 use bytes::Bytes;
 
-use super::{KeyRange, Record};
+use super::{KeyRange, Record, order::Past};
 use crate::ids::Revision;
 
 /// See the module. Every version is under the revision that ended it.
@@ -15,10 +12,10 @@ use crate::ids::Revision;
 /// A compaction takes effect at once: what it makes unreadable is refused from
 /// then on. The versions themselves go little by little, so that none stops the
 /// node. Both happen at the same entries on every node.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct History {
     compacted: Revision,
-    past: BTreeMap<(Bytes, Revision), Record>,
+    past: BTreeSet<Past>,
     /// The same versions, those that a compaction drops first in front.
     by_end: BTreeSet<(Revision, Bytes)>,
     bytes: u64,
@@ -27,24 +24,41 @@ pub(super) struct History {
 impl History {
     /// A history of these versions, each with the revision that ended it.
     pub(super) fn restore(compacted: Revision, past: Vec<(Revision, Record)>) -> Self {
-        let mut history = Self {
+        let of = |(ended, record)| Past { ended, record };
+        // In place, and then a tree at once, since it is sorted.
+        let past: BTreeSet<_> = past.into_iter().map(of).collect();
+        let by_end = past
+            .iter()
+            .map(|past| (past.ended, past.record.key.clone()));
+        Self {
             compacted,
-            ..Self::default()
-        };
-        for (ended, record) in past {
-            history.add(ended, record);
+            by_end: by_end.collect(),
+            bytes: past.iter().map(|past| past.record.bytes()).sum(),
+            past,
         }
-        history
     }
 
-    /// The versions behind this one, each under its key and the revision that ended
-    /// it, in that order.
-    pub(super) fn after(
-        &self,
-        (key, ended): &(Bytes, Revision),
-    ) -> impl Iterator<Item = (&(Bytes, Revision), &Record)> {
-        let from = Bound::Excluded((key.clone(), *ended));
+    /// The versions behind the one of this key that ended so, in order of both.
+    pub(super) fn after(&self, key: &Bytes, ended: Revision) -> impl Iterator<Item = &Past> {
+        let from = Bound::Excluded(Past::place(key.clone(), ended));
         self.past.range((from, Bound::Unbounded))
+    }
+
+    /// All versions, in order of key and of when they ended.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Past> {
+        self.past.iter()
+    }
+
+    /// The version of a key that a revision ended.
+    pub(super) fn ended_at(&self, key: &Bytes, revision: Revision) -> Option<&Record> {
+        let ended = self.past.get(&Past::place(key.clone(), revision))?;
+        Some(&ended.record)
+    }
+
+    /// The first version of a key that ended at `from` or later, and when.
+    pub(super) fn first_of(&self, key: &Bytes, from: Revision) -> Option<(Revision, &Record)> {
+        let first = self.past.range(Past::place(key.clone(), from)..).next()?;
+        (first.record.key == *key).then_some((first.ended, &first.record))
     }
 
     /// The lowest revision that can be read, if it is not 0.
@@ -66,7 +80,7 @@ impl History {
     pub(super) fn add(&mut self, ended: Revision, record: Record) {
         self.bytes += record.bytes();
         self.by_end.insert((ended, record.key.clone()));
-        self.past.insert((record.key.clone(), ended), record);
+        self.past.insert(Past { ended, record });
     }
 
     /// Makes `at` the lowest revision that can be read.
@@ -81,6 +95,11 @@ impl History {
             .is_some_and(|(ended, _)| *ended <= self.compacted)
     }
 
+    /// Whether nothing is held that ended by `at`.
+    pub(super) fn is_swept(&self, at: Revision) -> bool {
+        self.by_end.first().is_none_or(|(ended, _)| *ended > at)
+    }
+
     /// Drops versions that no read can see, `max` at most. `dropped` sees each, with
     /// the revision that ended it.
     pub(super) fn sweep(&mut self, max: usize, mut dropped: impl FnMut(Revision, &Record)) {
@@ -89,34 +108,59 @@ impl History {
                 return;
             }
             let (ended, key) = self.by_end.pop_first().expect("it has one");
-            let gone = self.past.remove(&(key, ended));
-            let gone = gone.expect("both maps hold the same versions");
+            let gone = self.past.take(&Past::place(key, ended));
+            let gone = gone.expect("both sets hold the same versions").record;
             self.bytes -= gone.bytes();
             dropped(ended, &gone);
         }
     }
 
-    /// What was there at `at` and has ended since, in order of key. Costs two
-    /// descents a key, however many versions it has had.
+    /// The keys of a range that any version of is held, in order: each with what was
+    /// there at `at` and has ended since, if anything was. Two descents a key, however
+    /// many versions it has had.
     pub(super) fn ended_after(
         &self,
         range: &KeyRange,
         at: Revision,
-    ) -> impl Iterator<Item = &Record> {
-        let mut from = Bound::Included((range.start().clone(), 0));
+    ) -> impl Iterator<Item = (&Bytes, Option<&Record>)> {
+        let mut from = Bound::Included(Past::place(range.start().clone(), 0));
         std::iter::from_fn(move || {
-            loop {
-                let next = self.past.range((from.clone(), Bound::Unbounded)).next();
-                let ((key, ended), record) = next.filter(|((key, _), _)| range.contains(key))?;
-                if *ended <= at {
-                    from = Bound::Included((key.clone(), at + 1));
-                    continue;
-                }
-                from = Bound::Excluded((key.clone(), Revision::MAX));
-                if record.mod_revision <= at {
-                    return Some(record);
-                }
-            }
+            let Past { ended, record } = self.first_behind(&from, range)?;
+            let key = &record.key;
+            from = Bound::Excluded(Past::place(key.clone(), Revision::MAX));
+            let there = if *ended > at {
+                Some(record)
+            } else {
+                let later = Bound::Included(Past::place(key.clone(), at + 1));
+                let later = self.first_behind(&later, range);
+                later
+                    .map(|past| &past.record)
+                    .filter(|later| later.key == *key)
+            };
+            Some((key, there.filter(|record| record.mod_revision <= at)))
         })
+    }
+
+    fn first_behind(&self, from: &Bound<Past>, range: &KeyRange) -> Option<&Past> {
+        let next = self.past.range((from.as_ref(), Bound::Unbounded)).next();
+        next.filter(|past| range.contains(&past.record.key))
+    }
+}
+
+impl PartialEq for History {
+    fn eq(&self, other: &Self) -> bool {
+        let Self {
+            compacted,
+            past,
+            by_end,
+            bytes,
+        } = self;
+        let versions = |past: &Past| (past.ended, past.record.clone());
+        (*compacted, *bytes) == (other.compacted, other.bytes)
+            && past
+                .iter()
+                .map(versions)
+                .eq(other.past.iter().map(versions))
+            && *by_end == other.by_end
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 
-use super::{Change, KeyRange, Keyspace, Record, merge};
+use super::{Change, KeyRange, Keyspace, Record, merge_by};
 use crate::ids::{Revision, SessionId};
 
 /// A keyspace with the writes of one command on top, to be kept or dropped. Its
@@ -21,6 +21,8 @@ pub struct Overlay<'a> {
 #[derive(Debug)]
 pub struct Writes {
     changes: Vec<Change>,
+    /// Whether some key was written more than once.
+    has_repeats: bool,
 }
 
 impl<'a> Overlay<'a> {
@@ -60,19 +62,27 @@ impl<'a> Overlay<'a> {
             .newest
             .range::<[u8], _>(range.bounds())
             .filter_map(|(_, change)| self.changes[*change].after.as_ref());
-        merge(untouched, written)
+        merge_by(
+            untouched,
+            written,
+            |record| &record.key,
+            |written, _| written,
+        )
     }
 
-    /// Writes a key, bound to a session or to none whatever it was bound to before.
+    /// Writes a key, bound to a session or to none whatever it was bound to before. Both
+    /// are copied, so that neither keeps in memory what it came with.
     ///
     /// Panics if the key is empty.
     pub fn put(&mut self, key: Bytes, value: Bytes, lease: Option<SessionId>) {
         assert!(!key.is_empty(), "a key is never empty");
         let revision = self.revision();
         let before = self.get(&key);
+        let own = |bytes: &Bytes| Bytes::copy_from_slice(bytes);
+        let key = before.map_or_else(|| own(&key), |record| record.key.clone());
         let after = Record {
             key: key.clone(),
-            value,
+            value: own(&value),
             create_revision: before.map_or(revision, |record| record.create_revision),
             mod_revision: revision,
             version: before.map_or(1, |record| record.version + 1),
@@ -104,6 +114,7 @@ impl<'a> Overlay<'a> {
     /// Ends the borrow, for [`Keyspace::keep`].
     pub fn into_writes(self) -> Writes {
         Writes {
+            has_repeats: self.newest.len() < self.changes.len(),
             changes: self.changes,
         }
     }
@@ -133,8 +144,9 @@ impl Writes {
         self.changes.iter().any(|change| change.after.is_some())
     }
 
-    pub(super) fn into_changes(self) -> Vec<Change> {
-        self.changes
+    /// In order, and whether some key was written more than once.
+    pub(super) fn into_changes(self) -> (Vec<Change>, bool) {
+        (self.changes, self.has_repeats)
     }
 }
 

@@ -7,11 +7,14 @@
 //! met once, where it is by then, whatever is written meanwhile. Only what a
 //! compaction drops ahead of the walk would be missed, and is taken when it goes.
 
-use std::{collections::BTreeMap, ops::Bound};
+use std::{collections::BTreeSet, ops::Bound};
 
 use bytes::Bytes;
 
-use super::{History, Record};
+use super::{
+    History, Record,
+    order::{Live, Past},
+};
 use crate::ids::Revision;
 
 /// All versions of all keys at one moment.
@@ -43,7 +46,7 @@ impl Walk {
     /// Whether it has come to the end.
     pub(super) fn go_on(
         &mut self,
-        live: &BTreeMap<Bytes, Record>,
+        live: &BTreeSet<Live>,
         past: &History,
         max: usize,
         mut meet: impl FnMut(Revision, &Record) -> bool,
@@ -54,18 +57,18 @@ impl Walk {
             (key, _) => Bound::Included(&key[..]),
         };
         let mut live = live.range::<[u8], _>((from, Bound::Unbounded)).peekable();
-        let mut past = past.after(&at).peekable();
+        let mut past = past.after(&at.0, at.1).peekable();
         let mut walked = None;
         for _ in 0..max {
             let is_past = match (past.peek(), live.peek()) {
-                (Some(((past, _), _)), Some((live, _))) => past <= *live,
+                (Some(past), Some(Live(live))) => past.record.key <= live.key,
                 (Some(_), None) => true,
                 (None, Some(_)) => false,
                 (None, None) => return true,
             };
             let (ended, record) = match is_past {
-                true => past.next().map(|((_, ended), record)| (*ended, record)),
-                false => live.next().map(|(_, record)| (LIVES, record)),
+                true => past.next().map(|Past { ended, record }| (*ended, record)),
+                false => live.next().map(|Live(record)| (LIVES, record)),
             }
             .expect("it was there to be seen");
             walked = Some((&record.key, ended));
@@ -110,12 +113,7 @@ impl Drawing {
     }
 
     /// Walks on over `max` versions. Whether it has come to the end.
-    pub(super) fn walk(
-        &mut self,
-        live: &BTreeMap<Bytes, Record>,
-        past: &History,
-        max: usize,
-    ) -> bool {
+    pub(super) fn walk(&mut self, live: &BTreeSet<Live>, past: &History, max: usize) -> bool {
         let picture = &mut self.picture;
         self.walk.go_on(live, past, max, |ended, record| {
             picture.take(ended, record);

@@ -48,13 +48,43 @@ impl KeyRange {
         }
     }
 
+    /// The same without the keys before `key`.
+    pub fn from(self, key: Bytes) -> Self {
+        let start = self.start.max(key);
+        let end = match self.end {
+            Bound::Included(end) | Bound::Excluded(end) if end < start => {
+                Bound::Excluded(start.clone())
+            }
+            end => end,
+        };
+        Self { start, end }
+    }
+
     /// Whether a key is in it.
     pub fn contains(&self, key: &[u8]) -> bool {
         RangeBounds::<[u8]>::contains(&self.bounds(), key)
     }
 
-    pub(super) fn start(&self) -> &Bytes {
+    /// The length of what it is made of.
+    pub(crate) fn bytes(&self) -> usize {
+        let end = match &self.end {
+            Bound::Included(end) | Bound::Excluded(end) => end.len(),
+            Bound::Unbounded => 0,
+        };
+        self.start.len() + end
+    }
+
+    /// The key, if it was made for one.
+    pub fn as_single(&self) -> Option<&Bytes> {
+        matches!(self.end, Bound::Included(_)).then_some(&self.start)
+    }
+
+    pub(crate) fn start(&self) -> &Bytes {
         &self.start
+    }
+
+    pub(crate) fn end(&self) -> Bound<&Bytes> {
+        self.end.as_ref()
     }
 
     /// For a map that is ordered by key.
@@ -103,6 +133,18 @@ mod tests {
         for empty in [range("b", "b"), range("b", "a")] {
             assert!(!empty.contains(b"a") && !empty.contains(b"b"));
         }
+    }
+
+    #[test]
+    fn a_range_can_begin_later() {
+        let later = range("a", "d").from("c".into());
+        assert!(later.contains(b"c") && !later.contains(b"b") && !later.contains(b"d"));
+        for empty in [range("a", "c"), range("a", "")] {
+            let empty = empty.from("e".into());
+            assert!(!empty.contains(b"a") && !empty.contains(b"e"));
+        }
+        assert!(!range("b", "c").from("a".into()).contains(b"a"));
+        assert!(range("a", "\0").from("b".into()).contains(b"z"));
     }
 
     #[test]

@@ -1,6 +1,10 @@
-//! Transactions on plain keys: compares, and the operations they choose.
+//! Transactions of clients on plain keys, with etcd's meaning: compares, and the
+//! operations they choose, transactions inside them included.
+//!
+//! [`check`] and its like refuse what is wrong whatever the state is. Whoever proposes a
+//! transaction asks them first, and applying asks again.
 
-use std::{cmp::Ordering, collections::BTreeSet};
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use conclave_proto::internal::{
@@ -9,8 +13,11 @@ use conclave_proto::internal::{
     operation::Operation as Kind,
 };
 
-use super::{KeyRange, Overlay, Record, RevisionError};
-use crate::{ids::SessionId, session::Sessions};
+use super::{
+    Found, KeyRange, Keyspace, Overlay, Piece, RESERVED_PREFIX, Record, RevisionError, Selection,
+    as_signed,
+};
+use crate::{ids::SessionId, limits, session::Sessions};
 
 /// The result of a transaction.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,15 +28,22 @@ pub struct TxnReply {
     pub results: Vec<OperationReply>,
 }
 
-/// The result of one operation of a transaction.
+/// The result of one operation. Where nobody asked, nothing is listed.
 #[derive(Clone, Debug, PartialEq)]
 pub enum OperationReply {
     /// Of a put: the version before.
     Put(Option<Record>),
-    /// Of a delete: how many keys were there.
-    DeleteRange(usize),
+    /// Of a delete.
+    DeleteRange {
+        /// How many keys were there.
+        deleted: u64,
+        /// What they were.
+        previous: Vec<Record>,
+    },
     /// Of a range.
-    Range(Vec<Record>),
+    Range(Found),
+    /// Of a transaction inside.
+    Txn(TxnReply),
 }
 
 /// Why a transaction was refused. Nothing of it remains.
@@ -41,74 +55,170 @@ pub enum TxnError {
     /// A branch puts a key twice, or puts one that it also deletes.
     #[error("duplicate key in one branch")]
     DuplicateKey,
+    /// More operations than allowed, or transactions too deep inside others.
+    #[error("too many operations")]
+    TooManyOperations,
+    /// A put that keeps the value gives one.
+    #[error("a value is given, and another one to be kept")]
+    ValueGiven,
+    /// A put that keeps the session gives one.
+    #[error("a session is given, and another one to be kept")]
+    SessionGiven,
+    /// A put that keeps something of a key that is not there.
+    #[error("key is not there")]
+    KeyNotFound,
     /// A put binds its key to a session that is not alive.
     #[error("session {0} is not alive")]
     SessionNotAlive(SessionId),
+    /// A write to a key of the service.
+    #[error("keys of the service are not for clients to write")]
+    Reserved,
     /// A range asks for a revision that is compacted or yet to come.
     #[error(transparent)]
     Revision(#[from] RevisionError),
+    /// A range asks for an order that there is not.
+    #[error("unknown order")]
+    UnknownOrder,
     /// An operation or compare of a kind that there is not.
     #[error("unknown operation")]
     UnknownOperation,
 }
 
-/// Runs a transaction. On `Err` the overlay must be dropped.
-///
-/// As in etcd, both branches are checked and one of them runs; a key that is not
-/// there compares as all zeros, but no compare of values holds for it; a compare
-/// without target compares the version with 0. Operations see the writes before
-/// them, except a range at a given revision, which sees that one.
-pub fn execute(
-    overlay: &mut Overlay<'_>,
-    sessions: &Sessions,
-    txn: Txn,
-) -> Result<TxnReply, TxnError> {
-    check_branch(&txn.success)?;
-    check_branch(&txn.failure)?;
-    let mut succeeded = true;
-    for compare in &txn.compares {
-        succeeded &= holds(overlay, compare)?;
+/// Whether a put could ever run.
+pub fn check_put(put: &Put) -> Result<(), TxnError> {
+    non_empty(&put.key)?;
+    if put.ignore_value && !put.value.is_empty() {
+        return Err(TxnError::ValueGiven);
     }
-    let branch = if succeeded { txn.success } else { txn.failure };
-    let results = branch
-        .into_iter()
-        .map(|operation| run(overlay, sessions, operation))
-        .collect::<Result<_, _>>()?;
-    Ok(TxnReply { succeeded, results })
+    if put.ignore_lease && put.lease != 0 {
+        return Err(TxnError::SessionGiven);
+    }
+    not_reserved(&put.key)
 }
 
-/// Refuses empty keys, and branches whose outcome would hang on the order of
-/// their writes.
-fn check_branch(operations: &[Operation]) -> Result<(), TxnError> {
+/// Whether a delete could ever run. One over several keys leaves those of the service
+/// alone; one of a single key of theirs is refused.
+pub fn check_delete(delete: &DeleteRange) -> Result<(), TxnError> {
+    non_empty(&delete.key)?;
+    if delete.end.is_empty() {
+        return not_reserved(&delete.key);
+    }
+    Ok(())
+}
+
+/// Whether a range could ever run.
+pub fn check_range(range: &Range) -> Result<(), TxnError> {
+    non_empty(&range.key)?;
+    match Selection::new(range) {
+        Some(_) => Ok(()),
+        None => Err(TxnError::UnknownOrder),
+    }
+}
+
+/// Whether a transaction could ever run: keys, orders, and how many operations it has.
+/// A list has `operations_max` at most; a transaction inside has what its surroundings
+/// leave of that. As in etcd, both branches count, and no branch may have an outcome
+/// that hangs on the order of its writes.
+pub fn check(txn: &Txn, operations_max: usize) -> Result<(), TxnError> {
+    let mut total = 0;
+    check_operations(txn, operations_max, 1, &mut total)?;
+    check_writes(&txn.success)?;
+    check_writes(&txn.failure)?;
+    Ok(())
+}
+
+fn check_operations(
+    txn: &Txn,
+    operations_max: usize,
+    depth: usize,
+    total: &mut usize,
+) -> Result<(), TxnError> {
+    let branches = [&txn.success, &txn.failure];
+    let longest = branches.iter().map(|branch| branch.len()).max();
+    let longest = longest.unwrap_or(0).max(txn.compares.len());
+    *total += txn.compares.len() + txn.success.len() + txn.failure.len();
+    if longest > operations_max
+        || depth > limits::TXN_DEPTH_MAX
+        || *total > limits::TXN_OPERATIONS_MAX
+    {
+        return Err(TxnError::TooManyOperations);
+    }
+    for compare in &txn.compares {
+        non_empty(&compare.key)?;
+    }
+    for operation in branches.into_iter().flatten() {
+        match operation.operation.as_ref() {
+            Some(Kind::Range(range)) => check_range(range)?,
+            Some(Kind::Put(put)) => check_put(put)?,
+            Some(Kind::DeleteRange(delete)) => check_delete(delete)?,
+            Some(Kind::Txn(txn)) => {
+                check_operations(txn, operations_max - longest, depth + 1, total)?;
+            }
+            None => return Err(TxnError::UnknownOperation),
+        }
+    }
+    Ok(())
+}
+
+/// The end of a range of all keys from one on.
+const FROM_KEY: &[u8] = &[0];
+
+/// What the branches of a list of operations write: the keys they put, and what they
+/// delete.
+type Written<'a> = (BTreeSet<&'a [u8]>, Vec<KeyRange>);
+
+/// Refuses two puts of a key, and a put of a key that is deleted; between the two
+/// branches of a transaction inside, of which only one runs, they are no conflict. As in
+/// etcd, neither is a put inside a transaction with a delete inside a later one, nor any
+/// put with a delete of all keys from one on: they run in their order.
+fn check_writes(operations: &[Operation]) -> Result<Written<'_>, TxnError> {
     let mut puts = BTreeSet::new();
     let mut deletes = Vec::new();
     for operation in operations {
-        let key = match operation
-            .operation
-            .as_ref()
-            .ok_or(TxnError::UnknownOperation)?
+        if let Some(Kind::DeleteRange(delete)) = &operation.operation
+            && delete.end != *FROM_KEY
         {
-            Kind::Put(put) => {
-                if !puts.insert(&put.key[..]) {
-                    return Err(TxnError::DuplicateKey);
-                }
-                &put.key
-            }
-            Kind::DeleteRange(delete) => {
-                deletes.push(KeyRange::new(delete.key.clone(), delete.end.clone()));
-                &delete.key
-            }
-            Kind::Range(range) => &range.key,
-        };
-        non_empty(key)?;
+            deletes.push(KeyRange::new(delete.key.clone(), delete.end.clone()));
+        }
     }
-    if deletes
-        .iter()
-        .any(|range| puts.range::<[u8], _>(range.bounds()).next().is_some())
-    {
+    for operation in operations {
+        let Some(Kind::Txn(txn)) = &operation.operation else {
+            continue;
+        };
+        let (then_puts, then_deletes) = check_writes(&txn.success)?;
+        let (else_puts, else_deletes) = check_writes(&txn.failure)?;
+        for of_branch in [&then_puts, &else_puts] {
+            if !puts.is_disjoint(of_branch) || deletes.iter().any(|range| has_any(of_branch, range))
+            {
+                return Err(TxnError::DuplicateKey);
+            }
+        }
+        puts.extend(then_puts);
+        puts.extend(else_puts);
+        deletes.extend(then_deletes);
+        deletes.extend(else_deletes);
+    }
+    for operation in operations {
+        if let Some(Kind::Put(put)) = &operation.operation
+            && !puts.insert(&put.key[..])
+        {
+            return Err(TxnError::DuplicateKey);
+        }
+    }
+    if deletes.iter().any(|range| own_puts(operations, range)) {
         return Err(TxnError::DuplicateKey);
     }
-    Ok(())
+    Ok((puts, deletes))
+}
+
+fn has_any(puts: &BTreeSet<&[u8]>, range: &KeyRange) -> bool {
+    puts.range::<[u8], _>(range.bounds()).next().is_some()
+}
+
+fn own_puts(operations: &[Operation], range: &KeyRange) -> bool {
+    operations.iter().any(|operation| {
+        matches!(&operation.operation, Some(Kind::Put(put)) if range.contains(&put.key))
+    })
 }
 
 fn non_empty(key: &Bytes) -> Result<(), TxnError> {
@@ -119,12 +229,141 @@ fn non_empty(key: &Bytes) -> Result<(), TxnError> {
     }
 }
 
-fn holds(overlay: &Overlay<'_>, compare: &Compare) -> Result<bool, TxnError> {
-    non_empty(&compare.key)?;
+fn not_reserved(key: &[u8]) -> Result<(), TxnError> {
+    if key.starts_with(RESERVED_PREFIX) {
+        Err(TxnError::Reserved)
+    } else {
+        Ok(())
+    }
+}
+
+/// Runs a transaction. On `Err` the overlay must be dropped.
+///
+/// As in etcd, all compares are made against the state before it; what an operation
+/// needs of that state is looked at before any of them runs; and operations see the
+/// writes before them, except a range at a given revision, which sees that one.
+/// `answers` says whether anybody is to see what operations read: if not, ranges are
+/// not walked.
+pub fn execute(
+    overlay: &mut Overlay<'_>,
+    sessions: &Sessions,
+    txn: Txn,
+    answers: bool,
+) -> Result<TxnReply, TxnError> {
+    check(&txn, usize::MAX)?;
+    let mut chosen = Vec::new();
+    choose(overlay.base(), sessions, &txn, &mut chosen)?;
+    let mut run = Run {
+        overlay,
+        answers,
+        chosen: chosen.into_iter(),
+    };
+    Ok(run.txn(txn))
+}
+
+/// Runs one put.
+pub fn execute_put(
+    overlay: &mut Overlay<'_>,
+    sessions: &Sessions,
+    put: Put,
+) -> Result<OperationReply, TxnError> {
+    check_put(&put)?;
+    check_state_for_put(overlay.base(), sessions, &put)?;
+    Ok(OperationReply::Put(run_put(overlay, put)))
+}
+
+/// Runs one delete; `answers` as for [`execute`].
+pub fn execute_delete(
+    overlay: &mut Overlay<'_>,
+    delete: DeleteRange,
+    answers: bool,
+) -> Result<OperationReply, TxnError> {
+    check_delete(&delete)?;
+    Ok(run_delete(overlay, delete, answers))
+}
+
+/// Whether all compares hold, each as [`execute`] has it.
+pub fn compare(keyspace: &Keyspace, compares: &[Compare]) -> Result<bool, TxnError> {
+    for compare in compares {
+        if !holds(keyspace, compare)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Notes which branch runs, of each transaction that does, in the order in which they
+/// do; and refuses what cannot run on this state.
+fn choose(
+    keyspace: &Keyspace,
+    sessions: &Sessions,
+    txn: &Txn,
+    chosen: &mut Vec<bool>,
+) -> Result<(), TxnError> {
+    let succeeded = compare(keyspace, &txn.compares)?;
+    chosen.push(succeeded);
+    let branch = if succeeded {
+        &txn.success
+    } else {
+        &txn.failure
+    };
+    for operation in branch {
+        match operation.operation.as_ref() {
+            Some(Kind::Put(put)) => check_state_for_put(keyspace, sessions, put)?,
+            Some(Kind::Range(range)) => check_state_for_range(keyspace, range)?,
+            Some(Kind::Txn(txn)) => choose(keyspace, sessions, txn, chosen)?,
+            Some(Kind::DeleteRange(_)) | None => {}
+        }
+    }
+    Ok(())
+}
+
+fn check_state_for_put(
+    keyspace: &Keyspace,
+    sessions: &Sessions,
+    put: &Put,
+) -> Result<(), TxnError> {
+    let session = SessionId(put.lease);
+    if put.lease != 0 && sessions.get(session).is_none() {
+        return Err(TxnError::SessionNotAlive(session));
+    }
+    if (put.ignore_value || put.ignore_lease) && keyspace.get(&put.key).is_none() {
+        return Err(TxnError::KeyNotFound);
+    }
+    Ok(())
+}
+
+/// Whether a range of a transaction can be read at its revision.
+pub fn check_state_for_range(keyspace: &Keyspace, range: &Range) -> Result<(), TxnError> {
+    match u64::try_from(range.revision) {
+        Ok(0) => Ok(()),
+        Ok(revision) => Ok(keyspace.check_readable(revision)?),
+        Err(_) if keyspace.compacted() == 0 => Ok(()),
+        Err(_) => Err(TxnError::Revision(RevisionError::Compacted {
+            asked: 0,
+            compacted: keyspace.compacted(),
+        })),
+    }
+}
+
+/// Whether a compare holds for every key there is; if there is none, for a key that is
+/// all zeros, except that no compare of values holds then.
+fn holds(keyspace: &Keyspace, compare: &Compare) -> Result<bool, TxnError> {
     let relation =
         Relation::try_from(compare.result).map_err(|_unknown| TxnError::UnknownOperation)?;
-    let record = overlay.get(&compare.key);
-    let number = |of: fn(&Record) -> u64, wanted: u64| record.map_or(0, of).cmp(&wanted);
+    if compare.end.is_empty() {
+        return Ok(holds_for(keyspace.get(&compare.key), relation, compare));
+    }
+    let range = KeyRange::new(compare.key.clone(), compare.end.clone());
+    let mut records = keyspace.range(&range, None).peekable();
+    if records.peek().is_none() {
+        return Ok(holds_for(None, relation, compare));
+    }
+    Ok(records.all(|record| holds_for(Some(record), relation, compare)))
+}
+
+fn holds_for(record: Option<&Record>, relation: Relation, compare: &Compare) -> bool {
+    let number = |of: fn(&Record) -> u64, wanted: i64| as_signed(record.map_or(0, of)).cmp(&wanted);
     let ordering = match &compare.target {
         None => number(|record| record.version, 0),
         Some(Target::Version(wanted)) => number(|record| record.version, *wanted),
@@ -136,62 +375,99 @@ fn holds(overlay: &Overlay<'_>, compare: &Compare) -> Result<bool, TxnError> {
             .cmp(wanted),
         Some(Target::Value(wanted)) => match record {
             Some(record) => record.value.cmp(wanted),
-            None => return Ok(false),
+            None => return false,
         },
     };
-    Ok(match relation {
-        Relation::Equal => ordering == Ordering::Equal,
-        Relation::NotEqual => ordering != Ordering::Equal,
-        Relation::Greater => ordering == Ordering::Greater,
-        Relation::Less => ordering == Ordering::Less,
-    })
+    match relation {
+        Relation::Equal => ordering.is_eq(),
+        Relation::NotEqual => ordering.is_ne(),
+        Relation::Greater => ordering.is_gt(),
+        Relation::Less => ordering.is_lt(),
+    }
 }
 
-fn run(
-    overlay: &mut Overlay<'_>,
-    sessions: &Sessions,
-    operation: Operation,
-) -> Result<OperationReply, TxnError> {
-    match operation.operation.ok_or(TxnError::UnknownOperation)? {
-        Kind::Put(Put { key, value, lease }) => {
-            let lease = (lease != 0).then_some(SessionId(lease));
-            if let Some(session) = lease
-                && sessions.get(session).is_none()
-            {
-                return Err(TxnError::SessionNotAlive(session));
-            }
-            let before = overlay.get(&key).cloned();
-            // Copies: what was decoded is part of all that came with it, up to a whole
-            // segment of the log, and would keep that in memory for as long as it lives.
-            let [key, value] = [key, value].map(|bytes| Bytes::copy_from_slice(&bytes));
-            overlay.put(key, value, lease);
-            Ok(OperationReply::Put(before))
+/// A transaction that is under way: nothing of it can fail any more.
+struct Run<'a, 'b> {
+    overlay: &'a mut Overlay<'b>,
+    answers: bool,
+    /// By [`choose`].
+    chosen: std::vec::IntoIter<bool>,
+}
+
+impl Run<'_, '_> {
+    fn txn(&mut self, txn: Txn) -> TxnReply {
+        let succeeded = self.chosen.next().expect("every transaction was looked at");
+        let branch = if succeeded { txn.success } else { txn.failure };
+        let operations = branch
+            .into_iter()
+            .filter_map(|operation| operation.operation);
+        let results = operations.map(|operation| self.operation(operation));
+        let results = results.collect();
+        TxnReply { succeeded, results }
+    }
+
+    fn operation(&mut self, operation: Kind) -> OperationReply {
+        match operation {
+            Kind::Put(put) => OperationReply::Put(run_put(self.overlay, put)),
+            Kind::DeleteRange(delete) => run_delete(self.overlay, delete, self.answers),
+            Kind::Range(range) if self.answers => OperationReply::Range(self.range(range)),
+            Kind::Range(_) => OperationReply::Range(Found::default()),
+            Kind::Txn(txn) => OperationReply::Txn(self.txn(txn)),
         }
-        Kind::DeleteRange(DeleteRange { key, end }) => Ok(OperationReply::DeleteRange(
-            overlay.delete_range(&KeyRange::new(key, end)),
-        )),
-        Kind::Range(range) => read(overlay, range).map(OperationReply::Range),
+    }
+
+    fn range(&self, range: Range) -> Found {
+        let mut selection = Selection::new(&range).expect("its order was looked at");
+        let (filter, limit) = (selection.filter(), selection.wanted());
+        let keys = KeyRange::new(range.key, range.end);
+        let mut piece = Piece::default();
+        let mut add = |record: &Record| piece.add(record, &filter, limit);
+        match u64::try_from(range.revision) {
+            Ok(0) | Err(_) => self.overlay.range(&keys).for_each(&mut add),
+            Ok(at) => self
+                .overlay
+                .base()
+                .range(&keys, Some(at))
+                .for_each(&mut add),
+        }
+        selection.add(piece);
+        selection.finish()
     }
 }
 
-fn read(overlay: &Overlay<'_>, read: Range) -> Result<Vec<Record>, TxnError> {
-    if read.revision != 0 {
-        overlay.base().check_readable(read.revision)?;
-    }
-    let limit = match read.limit {
-        0 => usize::MAX,
-        limit => usize::try_from(limit).unwrap_or(usize::MAX),
+fn run_put(overlay: &mut Overlay<'_>, put: Put) -> Option<Record> {
+    let before = overlay.get(&put.key);
+    let lease = match before {
+        Some(before) if put.ignore_lease => before.lease,
+        _ => (put.lease != 0).then_some(SessionId(put.lease)),
     };
-    let range = KeyRange::new(read.key, read.end);
-    Ok(match read.revision {
-        0 => overlay.range(&range).take(limit).cloned().collect(),
-        at => overlay
-            .base()
-            .range(&range, Some(at))
-            .take(limit)
-            .cloned()
-            .collect(),
-    })
+    let value = match before {
+        Some(before) if put.ignore_value => before.value.clone(),
+        _ => put.value,
+    };
+    let previous = put.previous.then(|| before.cloned()).flatten();
+    overlay.put(put.key, value, lease);
+    previous
+}
+
+fn run_delete(overlay: &mut Overlay<'_>, delete: DeleteRange, answers: bool) -> OperationReply {
+    let range = KeyRange::new(delete.key, delete.end);
+    let there = overlay.range(&range);
+    let deleted: Vec<Record> = there
+        .filter(|record| !record.key.starts_with(RESERVED_PREFIX))
+        .cloned()
+        .collect();
+    for record in &deleted {
+        overlay.delete(&record.key);
+    }
+    OperationReply::DeleteRange {
+        deleted: deleted.len() as u64,
+        previous: if delete.previous && answers {
+            deleted
+        } else {
+            Vec::new()
+        },
+    }
 }
 
 #[cfg(test)]
@@ -208,6 +484,7 @@ mod tests {
             key: key.into(),
             value: value.into(),
             lease,
+            ..Put::default()
         };
         Operation {
             operation: Some(Kind::Put(put)),
@@ -218,21 +495,38 @@ mod tests {
         let delete = DeleteRange {
             key: key.into(),
             end: end.into(),
+            previous: false,
         };
         Operation {
             operation: Some(Kind::DeleteRange(delete)),
         }
     }
 
-    fn range(key: &'static str, end: &'static str, revision: u64, limit: u64) -> Operation {
+    fn range(key: &'static str, end: &'static str, revision: i64, limit: i64) -> Operation {
         let range = Range {
             key: key.into(),
             end: end.into(),
             revision,
             limit,
+            ..Range::default()
         };
         Operation {
             operation: Some(Kind::Range(range)),
+        }
+    }
+
+    fn found(records: Vec<Record>) -> Found {
+        Found {
+            count: records.len() as u64,
+            records,
+            more: false,
+        }
+    }
+
+    fn deleted(deleted: u64) -> OperationReply {
+        OperationReply::DeleteRange {
+            deleted,
+            previous: vec![],
         }
     }
 
@@ -241,12 +535,14 @@ mod tests {
             key: key.into(),
             result: relation.into(),
             target,
+            end: Bytes::new(),
         }
     }
 
     fn commit(keyspace: &mut Keyspace, txn: Txn) -> Result<TxnReply, TxnError> {
         let mut overlay = keyspace.overlay();
-        let reply = execute(&mut overlay, &Sessions::default(), txn)?;
+        check(&txn, 128)?;
+        let reply = execute(&mut overlay, &Sessions::default(), txn, true)?;
         let writes = overlay.into_writes();
         keyspace.keep(writes);
         Ok(reply)
@@ -296,7 +592,7 @@ mod tests {
         );
         let second = commit(&mut keyspace, create()).unwrap();
         let there = keyspace.get(b"a").unwrap().clone();
-        assert_eq!(second.results, [OperationReply::Range(vec![there])]);
+        assert_eq!(second.results, [OperationReply::Range(found(vec![there]))]);
         assert!(!second.succeeded);
         assert_eq!(keyspace.revision(), 2);
     }
@@ -360,14 +656,14 @@ mod tests {
             .results
             .iter()
             .filter_map(|result| match result {
-                OperationReply::Range(records) => {
-                    Some(records.iter().map(|record| &record.key[..]).collect())
+                OperationReply::Range(found) => {
+                    Some(found.records.iter().map(|record| &record.key[..]).collect())
                 }
-                OperationReply::Put(_) | OperationReply::DeleteRange(_) => None,
+                _ => None,
             })
             .collect();
         assert_eq!(keys, [vec![&b"a"[..], b"b"], vec![b"c"], vec![b"a", b"b"]]);
-        assert_eq!(reply.results[2], OperationReply::DeleteRange(2));
+        assert_eq!(reply.results[2], deleted(2));
     }
 
     #[test]

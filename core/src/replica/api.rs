@@ -3,20 +3,21 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use conclave_proto::internal::{PeerMessage, command};
+use conclave_proto::internal::{Compare, PeerMessage, command};
 
 use super::{compaction::Retention, install::Fetch};
 use crate::{
     ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId, Term},
     keyspace::{
-        Hashed, KeyRange, Record, RevisionError,
-        txn::{TxnError, TxnReply},
+        Filter, Hashed, KeyRange, Piece, RevisionError,
+        txn::{OperationReply, TxnError, TxnReply},
     },
     log::Batch,
     machine::Machine,
     requests::NotRun,
     session::{EndReason, Session},
     state::State,
+    watch,
 };
 
 /// The clocks, read by the driver at the start of each turn.
@@ -81,6 +82,14 @@ pub enum Input<M: Machine> {
         /// What to answer.
         query: Query<M>,
     },
+    /// A read of what this node has applied, which may be less than what is committed:
+    /// it asks nobody. Answered in this turn, but for `Query::Swept`.
+    LocalRead {
+        /// Names the answer.
+        number: RequestNumber,
+        /// What to answer.
+        query: Query<M>,
+    },
     /// A renewal of a client of this node.
     Renew {
         /// Names the answer.
@@ -104,6 +113,8 @@ pub enum Input<M: Machine> {
         /// As of when; `None` for now.
         revision: Option<Revision>,
     },
+    /// Of a reader of events of this node.
+    Watch(watch::Request),
     /// What became of a [`Fetch`]: the state of a checkpoint that is durable and
     /// verified, or nothing.
     Fetched(Option<Box<State<M>>>),
@@ -113,7 +124,7 @@ pub enum Input<M: Machine> {
     HandOver(NodeId),
 }
 
-/// A linearizable question.
+/// A question.
 #[derive(Debug)]
 pub enum Query<M: Machine> {
     /// Nothing but the confirmation.
@@ -133,15 +144,22 @@ pub enum Query<M: Machine> {
     KeysOf(SessionId),
     /// The members that raised the alarm NOSPACE.
     Alarms,
-    /// Keys, now or at an earlier revision.
+    /// Keys, now or at an earlier revision: as much of them as one turn bears.
     Range {
         /// Which keys.
         range: KeyRange,
         /// As of when; `None` for now.
         revision: Option<Revision>,
+        /// Which records are given.
+        filter: Filter,
         /// At most so many, from the first on.
         limit: usize,
     },
+    /// Whether all of these hold, as for a transaction.
+    Compare(Vec<Compare>),
+    /// Answered when what compactions up to this revision have given up is dropped, or
+    /// when that takes too long.
+    Swept(Revision),
     /// A question for the machine.
     Machine(M::Query),
 }
@@ -223,14 +241,18 @@ pub enum AnswerBody<M: Machine> {
     Alarms(Vec<NodeId>),
     /// To `Input::Hash`.
     Hashed(Result<Hashed, RevisionError>),
-    /// To `Query::Range`.
-    Range(Result<Vec<Record>, RevisionError>),
+    /// To `Query::Range`; of the revision that was asked for, or of [`Answer::revision`].
+    Range(Result<Piece, RevisionError>),
+    /// To `Query::Compare`.
+    Compared(Result<bool, TxnError>),
     /// Of a compaction by request.
     Compacted(Result<(), RevisionError>),
     /// Refused, because it would grow a state that is at its quota.
     NoSpace,
     /// Of a transaction.
     Txn(Result<TxnReply, TxnError>),
+    /// Of a put or a delete.
+    Operation(Result<OperationReply, TxnError>),
     /// Of a machine's command.
     Machine(Result<M::Reply, M::Rejection>),
     /// To `Query::Machine`.
@@ -248,6 +270,7 @@ impl<M: Machine> AnswerBody<M> {
                 | Self::SessionExists
                 | Self::Compacted(Err(_))
                 | Self::Txn(Err(_))
+                | Self::Operation(Err(_))
                 | Self::Machine(Err(_))
         )
     }
@@ -326,6 +349,8 @@ pub struct Finished<M: Machine> {
     /// To sessions, in order; each node sees the same ones, unless it installs a
     /// checkpoint.
     pub events: Vec<Event<M::Event>>,
+    /// To this node's readers of events, in order.
+    pub notices: watch::Notices,
     /// Get a checkpoint of another member; the outcome is [`Input::Fetched`], once.
     pub fetch: Option<Fetch>,
     /// The state of the checkpoint that was fetched last, up to this entry, is now that
@@ -340,6 +365,7 @@ impl<M: Machine> Default for Finished<M> {
             messages: Vec::new(),
             answers: Vec::new(),
             events: Vec::new(),
+            notices: Vec::new(),
             fetch: None,
             installed: None,
         }
@@ -371,6 +397,8 @@ pub struct Status {
     pub keys: usize,
     /// The size of the state; see [`crate::state::State::bytes`].
     pub state_bytes: u64,
+    /// What readers of events take, on this node.
+    pub watching: watch::Load,
     /// Whether this node waits for a checkpoint of the leader.
     pub is_behind: bool,
     /// The members that raised the alarm NOSPACE.

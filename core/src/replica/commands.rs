@@ -58,16 +58,16 @@ impl<M: Machine> Replica<M> {
             self.take_renewal(wish);
         }
         let keyspace = self.state.keyspace();
-        let closed = |command: &Command| match &command.body {
-            Some(command::Body::CloseSession(close)) => {
-                keyspace.keys_bound(SessionId(close.session_id))
-            }
-            Some(command::Body::RevokeLease(revoke)) => {
-                keyspace.keys_bound(SessionId(revoke.session_id))
-            }
-            _ => 0,
+        let touched = |command: &Command| {
+            let session = match &command.body {
+                Some(command::Body::CloseSession(close)) => close.session_id,
+                Some(command::Body::RevokeLease(revoke)) => revoke.session_id,
+                Some(command::Body::AttachSession(attach)) => attach.session_id,
+                _ => return 0,
+            };
+            keyspace.keys_bound(SessionId(session))
         };
-        for commands in packed(commands, closed) {
+        for commands in packed(commands, touched) {
             self.propose(commands);
         }
         self.expire();
@@ -328,25 +328,25 @@ impl<M: Machine> Replica<M> {
     }
 }
 
-/// Commands in order, in as few lots as the limits of an entry allow. `closed` says how
-/// many keys go with a session that one closes.
-fn packed(commands: Vec<Command>, closed: impl Fn(&Command) -> usize) -> Vec<Vec<Command>> {
+/// Commands in order, in as few lots as the limits of an entry allow. `touched` says how
+/// many keys the session has that one closes, or attaches to.
+fn packed(commands: Vec<Command>, touched: impl Fn(&Command) -> usize) -> Vec<Vec<Command>> {
     let mut lots: Vec<Vec<Command>> = Vec::new();
     let (mut bytes, mut keys) = (0, 0);
     for command in commands {
-        let (size, going) = (command.encoded_len(), closed(&command));
+        let (size, its_keys) = (command.encoded_len(), touched(&command));
         bytes += size;
-        keys += going;
+        keys += its_keys;
         match lots.last_mut() {
             Some(lot)
                 if lot.len() < limits::ENTRY_COMMANDS_MAX
                     && bytes <= limits::ENTRY_BYTES_MAX
-                    && keys <= limits::ENTRY_CLOSED_KEYS_MAX =>
+                    && keys <= limits::ENTRY_SESSION_KEYS_MAX =>
             {
                 lot.push(command);
             }
             _ => {
-                (bytes, keys) = (size, going);
+                (bytes, keys) = (size, its_keys);
                 lots.push(vec![command]);
             }
         }
@@ -368,6 +368,8 @@ fn may_be_forwarded<M: Machine>(from: NodeId, boot: u64, command: &Command) -> b
             | command::Body::GrantLease(_)
             | command::Body::RevokeLease(_)
             | command::Body::Txn(_)
+            | command::Body::Put(_)
+            | command::Body::DeleteRange(_)
             | command::Body::Compact(_)
             | command::Body::NoSpace(_),
         ) => command.origin.as_ref().is_some_and(from_sender),
@@ -385,7 +387,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_closes_sessions_with_so_many_keys_or_one_with_more() {
+    fn an_entry_is_for_sessions_with_so_many_keys_or_for_one_with_more() {
         let keys = [4_000, 96, 0, 1, 5_000, 0];
         let command = |number| Command {
             origin: Some(Origin {
@@ -394,14 +396,14 @@ mod tests {
             }),
             body: None,
         };
-        let closed = |command: &Command| {
+        let touched = |command: &Command| {
             let number = command.origin.as_ref().map_or(0, |origin| origin.number);
             keys[usize::try_from(number).unwrap_or_default()]
         };
-        let lots = packed((0..6).map(command).collect(), closed);
+        let lots = packed((0..6).map(command).collect(), touched);
         let lots: Vec<Vec<usize>> = lots
             .iter()
-            .map(|lot| lot.iter().map(closed).collect())
+            .map(|lot| lot.iter().map(touched).collect())
             .collect();
         assert_eq!(lots, [vec![4_000, 96, 0], vec![1], vec![5_000], vec![0]]);
     }

@@ -17,6 +17,11 @@ use crate::{
     machine::Machine,
 };
 
+/// How far others may be ahead of this member's log for their digests to be noted: what
+/// they say may arrive before the entries do. So what a faulty member says of entries
+/// that are far away never takes the place of more than half of what is kept.
+const AHEAD_MAX: u64 = limits::DIGESTS_KEPT as u64 / 2 * limits::DIGEST_EVERY;
+
 /// What members said of their states. See the module.
 #[derive(Debug, Default)]
 pub(super) struct Digests {
@@ -70,6 +75,10 @@ impl<M: Machine> Replica<M> {
             return Ok(());
         }
         let StateDigest { index, digest } = said;
+        let ahead = index.saturating_sub(self.consensus.last_index());
+        if ahead > AHEAD_MAX || !index.is_multiple_of(limits::DIGEST_EVERY) {
+            return Ok(());
+        }
         self.digests.note(from, index, digest);
         self.compare_digests(index)
     }

@@ -4,18 +4,15 @@
 //!
 //! Whoever drives the replica fetches it ([`Fetch`]), and hands its state over once it
 //! is durable and verified. Then this member goes on as if it had started with it.
-//! What its clients wait for is looked up in the new state; of what happened in
-//! between, nobody can tell them more.
+//! What its clients wait for by a number is looked up in the new state; of other waits
+//! nobody can tell what became of them.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    mem,
-};
+use std::mem;
 
-use super::{Answer, AnswerBody, Failure, Replica};
+use super::{Failure, Replica};
 use crate::{
     ids::{Index, NodeId, RequestNumber, SessionId},
-    machine::{Machine, Outcome, Place},
+    machine::{Machine, Outcome},
     state::State,
 };
 
@@ -41,7 +38,6 @@ pub(super) struct Install {
 /// Those who wait at a place.
 #[derive(Debug)]
 struct Waiting {
-    place: Place,
     /// What they wait for, if it has a number.
     request: Option<(SessionId, u64)>,
     asked_by: Vec<RequestNumber>,
@@ -52,13 +48,17 @@ impl Install {
     pub(super) fn want(&mut self, at_least: Index) {
         self.wanted = Some(at_least);
     }
+
+    pub(super) fn is_wanted(&self) -> bool {
+        self.wanted.is_some()
+    }
 }
 
 impl<M: Machine> Replica<M> {
     /// Whether this member waits for a checkpoint: it cannot say what became of a
     /// request.
     pub(super) fn is_behind(&self) -> bool {
-        self.install.wanted.is_some()
+        self.install.is_wanted()
     }
 
     /// Orders the checkpoint that is needed, once at a time.
@@ -113,6 +113,7 @@ impl<M: Machine> Replica<M> {
         }
         let waiting = self.take_waiting();
         self.state = state;
+        self.watchers.install(self.state.keyspace());
         self.install.wanted = None;
         self.clock.follow(self.state.system().log_time());
         self.fail_pending(|_| true);
@@ -126,7 +127,6 @@ impl<M: Machine> Replica<M> {
         let sessions = self.state.sessions();
         waiting
             .map(|(place, asked_by)| Waiting {
-                place,
                 request: sessions.waits_at(place),
                 asked_by,
             })
@@ -135,39 +135,15 @@ impl<M: Machine> Replica<M> {
 
     /// Answers requests that waited for what has happened by now.
     fn look_after(&mut self, waiting: Vec<Waiting>) {
-        // The machine looks at everyone for this: only if someone has no number.
-        let unnumbered = waiting.iter().filter(|waiting| waiting.request.is_none());
-        let places: BTreeSet<_> = unnumbered.map(|waiting| waiting.place).collect();
-        let mut found = match places.is_empty() {
-            true => BTreeMap::new(),
-            false => self.state.machine().places(&places),
-        };
-        for waiting in waiting {
-            let reply = found.remove(&waiting.place);
-            for asked in waiting.asked_by {
-                let outcome = match (waiting.request, &reply) {
-                    (Some((session, number)), _) => self.state.outcome_of(session, number),
-                    (None, Some(Some(reply))) => {
-                        Some(Outcome::Done(self.answer_by_state(reply.clone())))
-                    }
-                    (None, Some(None)) => Some(Outcome::Waiting(waiting.place)),
-                    (None, None) => None,
-                };
-                match outcome {
+        for Waiting { request, asked_by } in waiting {
+            for asked in asked_by {
+                match request.and_then(|(session, number)| self.state.outcome_of(session, number)) {
                     Some(Outcome::Done(answer)) => self.output.answers.push((asked, Ok(answer))),
                     Some(Outcome::Waiting(place)) => self.wait_at(place, asked),
                     // It may have been granted and be over.
                     None => self.fail(asked, Failure::OutcomeUnknown),
                 }
             }
-        }
-    }
-
-    fn answer_by_state(&self, reply: M::Reply) -> Answer<M> {
-        Answer {
-            revision: self.state.keyspace().revision(),
-            term: self.state.term(),
-            body: AnswerBody::Machine(Ok(reply)),
         }
     }
 }

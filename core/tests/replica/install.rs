@@ -151,24 +151,28 @@ fn what_was_not_fetched_is_asked_for_again_and_what_is_late_changes_nothing() {
 }
 
 #[test]
-fn who_installs_a_checkpoint_answers_who_waits_from_its_state() {
+fn who_waits_with_a_number_waits_on_and_who_has_none_is_told_that_nobody_knows() {
     let (mut cluster, leader, away) = Cluster::with_one_away();
-    let waits = cluster.append(away, "?");
-    cluster.run_ms(100);
-    cluster.leave(away);
-    cluster.append_some(leader, 10);
-    cluster.cut_logs();
-    cluster.come_back();
-    cluster.fetched(away);
-    assert_eq!(cluster.outcome(away, waits), "none", "it waits on");
-    cluster.run_ms(1_500);
-    cluster.leave(away);
+    let session = cluster.open(leader, 60_000);
+    let install_while = |cluster: &mut Cluster, waits| {
+        cluster.run_ms(100);
+        cluster.leave(away);
+        cluster.append_some(leader, 10);
+        cluster.cut_logs();
+        cluster.come_back();
+        assert_eq!(cluster.outcome(away, waits), "none");
+        cluster.fetched(away);
+        cluster.run_ms(1_500);
+        cluster.outcome(away, waits)
+    };
+    let unnumbered = cluster.append(away, "?");
+    let told = install_while(&mut cluster, unnumbered);
+    assert_eq!(told, "Err(OutcomeUnknown)");
+    let waits = cluster.append_once(away, "?", (session, 1));
+    assert_eq!(install_while(&mut cluster, waits), "none", "it waits on");
     cluster.append_some(leader, 3);
     cluster.append(leader, ".");
     cluster.run_ms(100);
-    cluster.cut_logs();
-    cluster.come_back();
-    cluster.fetched(away);
     assert!(cluster.outcome(away, waits).ends_with("aaa.\")))"));
 }
 

@@ -27,6 +27,7 @@ fn put_bound(keys: &[&str], session: SessionId) -> command::Body {
             key: (*key).to_owned().into(),
             value: Bytes::new(),
             lease: session.0,
+            ..Put::default()
         })),
     };
     command::Body::Txn(Txn {
@@ -71,10 +72,6 @@ impl Cluster {
     fn lives(&self, node: NodeId, session: SessionId) -> bool {
         let sessions = self.nodes[&node].replica.state().sessions();
         sessions.get(session).is_some()
-    }
-
-    fn revision(&self, node: NodeId) -> Revision {
-        self.nodes[&node].replica.state().keyspace().revision()
     }
 }
 

@@ -53,6 +53,8 @@ pub(crate) struct LockClient {
     aside: Option<(u64, Aside)>,
     /// What it released last.
     released: Option<(usize, u64)>,
+    /// Which grant it lost last: the answer to an acquire that shared it may be late.
+    lost: Option<u64>,
     opening: Option<Opening>,
 }
 
@@ -115,6 +117,7 @@ impl LockClient {
             renewals: Vec::new(),
             aside: None,
             released: None,
+            lost: None,
             opening: None,
         };
         client.alarm.set(ground.rng.below(200_000), ground);
@@ -270,6 +273,7 @@ impl LockClient {
         self.renewals.clear();
         self.aside = None;
         self.released = None;
+        self.lost = None;
         ground.checks.one_holder.gone(self.actor());
         if ground.checks.lock_delay.lost(self.actor()) {
             ground.did(Operation::LostWithDelay);

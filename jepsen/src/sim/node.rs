@@ -495,11 +495,13 @@ impl Node {
         running.inbox.retain(|input| match input {
             Input::Command { number: other, .. }
             | Input::Read { number: other, .. }
+            | Input::LocalRead { number: other, .. }
             | Input::Renew { number: other, .. }
             | Input::TimeLeft { number: other, .. }
             | Input::Hash { number: other, .. } => *other != number,
             Input::Peer { .. }
             | Input::PeerLost { .. }
+            | Input::Watch(_)
             | Input::Fetched(_)
             | Input::Resign
             | Input::HandOver(_) => true,

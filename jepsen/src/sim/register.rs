@@ -6,7 +6,7 @@
 use conclave_client::requests::Outcome;
 use conclave_core::{
     keyspace::{
-        KeyRange,
+        Filter, KeyRange,
         txn::{OperationReply, TxnReply},
     },
     replica::{Answer, AnswerBody, Query},
@@ -114,11 +114,12 @@ impl RegisterClient {
             (
                 Action::Read(_),
                 Outcome::Answered(Answer {
-                    body: AnswerBody::Range(Ok(records)),
+                    body: AnswerBody::Range(Ok(piece)),
                     ..
                 }),
             ) => {
-                let value = records
+                let value = piece
+                    .records
                     .first()
                     .map_or(ABSENT, |record| register_value(&record.value));
                 returned(Action::Read(value))
@@ -184,6 +185,7 @@ fn read(key: u64) -> CallBody {
     CallBody::Read(Query::Range {
         range,
         revision: None,
+        filter: Filter::default(),
         limit: 1,
     })
 }
@@ -206,6 +208,7 @@ fn swap(key: u64, old: u64, new: u64) -> CallBody {
         key: register_key(key),
         result: Relation::Equal.into(),
         target: Some(target),
+        ..Compare::default()
     };
     let range = Range {
         key: register_key(key),
@@ -224,7 +227,7 @@ fn put(key: u64, value: u64) -> TxnOperation {
     let put = Put {
         key: register_key(key),
         value: value.to_string().into(),
-        lease: 0,
+        ..Put::default()
     };
     TxnOperation {
         operation: Some(Kind::Put(put)),
@@ -237,8 +240,9 @@ fn found_instead(reply: &TxnReply) -> Option<u64> {
         return None;
     }
     match reply.results.first() {
-        Some(OperationReply::Range(records)) => Some(
-            records
+        Some(OperationReply::Range(found)) => Some(
+            found
+                .records
                 .first()
                 .map_or(ABSENT, |record| register_value(&record.value)),
         ),

@@ -115,7 +115,7 @@ impl Driver {
         self.state.begin_image();
         let image = self.state.draw_image(usize::MAX);
         for record in image.expect("it is whole").into_records() {
-            reader.take(record).expect("it was just written");
+            reader.take(&record).expect("it was just written");
         }
         let image = reader.finish().expect("it is whole");
         let restored = State::restore(image);

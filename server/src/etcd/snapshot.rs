@@ -104,7 +104,7 @@ fn write(store: &FjallCheckpoints, at: Index, blobs: Sender) -> io::Result<u64> 
     file.put(MAGIC)?;
     let mut put = Ok(());
     store.read(at.into(), &mut |record| {
-        put = file.record(&record);
+        put = file.record(record);
         put.is_ok()
     })?;
     put?;
@@ -139,7 +139,7 @@ impl File {
         }
     }
 
-    fn record(&mut self, record: &Bytes) -> io::Result<()> {
+    fn record(&mut self, record: &[u8]) -> io::Result<()> {
         let length = u32::try_from(record.len()).map_err(io::Error::other)?;
         self.put(&length.to_be_bytes())?;
         self.put(record)

@@ -7,16 +7,23 @@
 //! not. The Go client repeats reads on UNAVAILABLE, and no write on any of these.
 #![deny(clippy::wildcard_enum_match_arm)]
 
-use conclave_core::{keyspace::RevisionError, replica::Failure};
+use conclave_core::{
+    keyspace::{RevisionError, txn::TxnError},
+    replica::Failure,
+};
 use tonic::{Code, Status};
 
 use crate::status::Refusal;
 
+const LEASE_NOT_FOUND: (Code, &str) = (Code::NotFound, "etcdserver: requested lease not found");
+
 /// Why a call fails.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Error {
-    /// A request without a key.
-    EmptyKey,
+    /// Rules for what is read or written.
+    Txn(TxnError),
+    /// A stream of a range in an order or with a filter.
+    StreamNotPlain,
     /// A metadata entry that is no text.
     InvalidClientVersion,
     /// No leader is known, and the client wants one.
@@ -59,10 +66,35 @@ pub(crate) enum Error {
     DowngradeVersionFormat,
     /// What is no action of a downgrade.
     UnknownAction,
+    /// Of users and roles.
+    Auth(AuthError),
+    /// This member lags too far behind to serve.
+    Behind,
+    /// A revision that cannot be read or compacted.
+    Revision(RevisionError),
+    /// Everything that native calls fail with, too.
+    Refused(Refusal),
+}
+
+impl From<TxnError> for Error {
+    fn from(error: TxnError) -> Self {
+        Self::Txn(error)
+    }
+}
+
+impl From<RevisionError> for Error {
+    fn from(error: RevisionError) -> Self {
+        Self::Revision(error)
+    }
+}
+
+/// What is wrong with what is asked of users and roles, while there are none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AuthError {
     /// Authentication needs one to be enabled.
     RootUserMissing,
     /// There are no users.
-    AuthDisabled,
+    Disabled,
     /// A user without a name.
     UserNameEmpty,
     /// A role without a name.
@@ -73,10 +105,12 @@ pub(crate) enum Error {
     RoleNotFound,
     /// A grant of nothing.
     PermissionNotGiven,
-    /// A revision that cannot be read or compacted.
-    Revision(RevisionError),
-    /// Everything that native calls fail with, too.
-    Refused(Refusal),
+}
+
+impl From<AuthError> for Error {
+    fn from(error: AuthError) -> Self {
+        Self::Auth(error)
+    }
 }
 
 impl From<Refusal> for Error {
@@ -105,7 +139,11 @@ impl Error {
     /// The contract of the wire.
     fn code_and_text(&self) -> (Code, &'static str) {
         match self {
-            Self::EmptyKey => (Code::InvalidArgument, "etcdserver: key is not provided"),
+            Self::Txn(error) => txn(*error),
+            Self::StreamNotPlain => (
+                Code::Unimplemented,
+                "etcdserver: a stream of a range has no order and no filter",
+            ),
             Self::InvalidClientVersion => (
                 Code::InvalidArgument,
                 "etcdserver: invalid client api version",
@@ -160,35 +198,64 @@ impl Error {
                 "etcdserver: wrong downgrade target version format",
             ),
             Self::UnknownAction => (Code::Unknown, "etcdserver: unknown method"),
-            Self::RootUserMissing => (
-                Code::FailedPrecondition,
-                "etcdserver: root user does not exist",
+            Self::Auth(error) => auth(*error),
+            Self::Behind => (
+                Code::Unavailable,
+                "etcdserver: request timed out, waiting for the applied index took too long",
             ),
-            Self::AuthDisabled => (
-                Code::FailedPrecondition,
-                "etcdserver: authentication is not enabled",
-            ),
-            Self::UserNameEmpty => (Code::InvalidArgument, "etcdserver: user name is empty"),
-            Self::RoleNameEmpty => (Code::InvalidArgument, "etcdserver: role name is empty"),
-            Self::UserNotFound => (Code::FailedPrecondition, "etcdserver: user name not found"),
-            Self::RoleNotFound => (Code::FailedPrecondition, "etcdserver: role name not found"),
-            Self::PermissionNotGiven => (Code::InvalidArgument, "etcdserver: permission not given"),
-            Self::Revision(RevisionError::Compacted { .. }) => (
-                Code::OutOfRange,
-                "etcdserver: mvcc: required revision has been compacted",
-            ),
-            Self::Revision(RevisionError::Future { .. }) => (
-                Code::OutOfRange,
-                "etcdserver: mvcc: required revision is a future revision",
-            ),
+            Self::Revision(error) => revision(*error),
             Self::Refused(refusal) => refused(refusal),
+        }
+    }
+}
+
+fn txn(error: TxnError) -> (Code, &'static str) {
+    let text = match error {
+        TxnError::EmptyKey => "etcdserver: key is not provided",
+        TxnError::DuplicateKey => "etcdserver: duplicate key given in txn request",
+        TxnError::TooManyOperations => "etcdserver: too many operations in txn request",
+        TxnError::ValueGiven => "etcdserver: value is provided",
+        TxnError::SessionGiven => "etcdserver: lease is provided",
+        TxnError::KeyNotFound | TxnError::UnknownOperation => "etcdserver: key not found",
+        TxnError::UnknownOrder => "etcdserver: invalid sort option",
+        TxnError::SessionNotAlive(_) => return LEASE_NOT_FOUND,
+        TxnError::Reserved => return (Code::PermissionDenied, "etcdserver: permission denied"),
+        TxnError::Revision(error) => return revision(error),
+    };
+    (Code::InvalidArgument, text)
+}
+
+fn revision(error: RevisionError) -> (Code, &'static str) {
+    let text = match error {
+        RevisionError::Compacted { .. } => "etcdserver: mvcc: required revision has been compacted",
+        RevisionError::Future { .. } => "etcdserver: mvcc: required revision is a future revision",
+    };
+    (Code::OutOfRange, text)
+}
+
+fn auth(error: AuthError) -> (Code, &'static str) {
+    match error {
+        AuthError::RootUserMissing => (
+            Code::FailedPrecondition,
+            "etcdserver: root user does not exist",
+        ),
+        AuthError::Disabled => (
+            Code::FailedPrecondition,
+            "etcdserver: authentication is not enabled",
+        ),
+        AuthError::UserNameEmpty => (Code::InvalidArgument, "etcdserver: user name is empty"),
+        AuthError::RoleNameEmpty => (Code::InvalidArgument, "etcdserver: role name is empty"),
+        AuthError::UserNotFound => (Code::FailedPrecondition, "etcdserver: user name not found"),
+        AuthError::RoleNotFound => (Code::FailedPrecondition, "etcdserver: role name not found"),
+        AuthError::PermissionNotGiven => {
+            (Code::InvalidArgument, "etcdserver: permission not given")
         }
     }
 }
 
 fn refused(refusal: &Refusal) -> (Code, &'static str) {
     match refusal {
-        Refusal::SessionEnded(_) => (Code::NotFound, "etcdserver: requested lease not found"),
+        Refusal::SessionEnded(_) => LEASE_NOT_FOUND,
         Refusal::NoSpace => (
             Code::ResourceExhausted,
             "etcdserver: mvcc: database space exceeded",
@@ -247,30 +314,99 @@ pub(crate) fn too_long(told: &Status) -> Option<Status> {
 
 #[cfg(test)]
 mod tests {
-    use conclave_core::session::EndReason;
+    use conclave_core::{ids::SessionId, session::EndReason};
 
     use super::*;
 
+    fn assert_told(error: impl Into<Error>, code: Code, text: &str) {
+        let status = error.into().into_status();
+        assert_eq!(status.code(), code, "{text}");
+        assert_eq!(status.message(), format!("etcdserver: {text}"));
+    }
+
     #[test]
-    fn errors_have_the_codes_and_texts_of_etcd() {
+    fn rules_for_keys_have_the_texts_of_etcd() {
+        for (error, text) in [
+            (TxnError::EmptyKey, "key is not provided"),
+            (TxnError::DuplicateKey, "duplicate key given in txn request"),
+            (
+                TxnError::TooManyOperations,
+                "too many operations in txn request",
+            ),
+            (TxnError::ValueGiven, "value is provided"),
+            (TxnError::SessionGiven, "lease is provided"),
+            (TxnError::KeyNotFound, "key not found"),
+            (TxnError::UnknownOperation, "key not found"),
+            (TxnError::UnknownOrder, "invalid sort option"),
+        ] {
+            assert_told(error, Code::InvalidArgument, text);
+        }
+        let no_session = TxnError::SessionNotAlive(SessionId(1));
+        assert_told(no_session, Code::NotFound, "requested lease not found");
+        assert_told(
+            TxnError::Reserved,
+            Code::PermissionDenied,
+            "permission denied",
+        );
+    }
+
+    #[test]
+    fn revisions_out_of_reach_are_told_apart() {
         let (asked, compacted, newest) = (3, 4, 2);
-        let table = [
-            (
-                Error::EmptyKey,
-                Code::InvalidArgument,
-                "key is not provided",
-            ),
-            (
-                Error::InvalidClientVersion,
-                Code::InvalidArgument,
-                "invalid client api version",
-            ),
-            (Error::NoLeader, Code::Unavailable, "no leader"),
-            (
-                Error::RequestTooLarge,
-                Code::InvalidArgument,
-                "request is too large",
-            ),
+        let gone = RevisionError::Compacted { asked, compacted };
+        let future = RevisionError::Future { asked, newest };
+        for (error, text) in [
+            (gone, "mvcc: required revision has been compacted"),
+            (future, "mvcc: required revision is a future revision"),
+        ] {
+            assert_told(error, Code::OutOfRange, text);
+            assert_told(TxnError::Revision(error), Code::OutOfRange, text);
+            assert_told(Refusal::Revision(error), Code::OutOfRange, text);
+        }
+    }
+
+    #[test]
+    fn other_errors_have_the_codes_and_texts_of_etcd() {
+        let unavailable = Code::Unavailable;
+        assert_told(Error::NoLeader, unavailable, "no leader");
+        assert_told(
+            Error::Behind,
+            unavailable,
+            "request timed out, waiting for the applied index took too long",
+        );
+        assert_told(
+            Error::RequestTooLarge,
+            Code::InvalidArgument,
+            "request is too large",
+        );
+        assert_told(
+            Error::InvalidClientVersion,
+            Code::InvalidArgument,
+            "invalid client api version",
+        );
+        let no_session = Refusal::SessionEnded(EndReason::Unknown);
+        assert_told(no_session, Code::NotFound, "requested lease not found");
+        let full = "mvcc: database space exceeded";
+        assert_told(Refusal::NoSpace, Code::ResourceExhausted, full);
+        let failed = |failure| Refusal::from(failure);
+        let no_leader = Failure::NotLeader { leader: None };
+        assert_told(failed(no_leader), unavailable, "no leader");
+        assert_told(
+            failed(Failure::Overloaded),
+            Code::ResourceExhausted,
+            "too many requests",
+        );
+        assert_told(
+            failed(Failure::OutcomeUnknown),
+            unavailable,
+            "request timed out, possibly due to previous leader failure",
+        );
+        assert_told(failed(Failure::ShuttingDown), unavailable, "server stopped");
+    }
+
+    #[test]
+    fn errors_of_leases_and_of_operators_have_the_codes_and_texts_of_etcd() {
+        for (error, code, text) in [
             (
                 Error::LeaseTtlTooLarge,
                 Code::OutOfRange,
@@ -338,85 +474,42 @@ mod tests {
             ),
             (Error::UnknownAction, Code::Unknown, "unknown method"),
             (
-                Error::RootUserMissing,
+                AuthError::RootUserMissing.into(),
                 Code::FailedPrecondition,
                 "root user does not exist",
             ),
             (
-                Error::AuthDisabled,
+                AuthError::Disabled.into(),
                 Code::FailedPrecondition,
                 "authentication is not enabled",
             ),
             (
-                Error::UserNameEmpty,
+                AuthError::UserNameEmpty.into(),
                 Code::InvalidArgument,
                 "user name is empty",
             ),
             (
-                Error::RoleNameEmpty,
+                AuthError::RoleNameEmpty.into(),
                 Code::InvalidArgument,
                 "role name is empty",
             ),
             (
-                Error::UserNotFound,
+                AuthError::UserNotFound.into(),
                 Code::FailedPrecondition,
                 "user name not found",
             ),
             (
-                Error::RoleNotFound,
+                AuthError::RoleNotFound.into(),
                 Code::FailedPrecondition,
                 "role name not found",
             ),
             (
-                Error::PermissionNotGiven,
+                AuthError::PermissionNotGiven.into(),
                 Code::InvalidArgument,
                 "permission not given",
             ),
-            (
-                Error::Revision(RevisionError::Compacted { asked, compacted }),
-                Code::OutOfRange,
-                "mvcc: required revision has been compacted",
-            ),
-            (
-                Error::Revision(RevisionError::Future { asked, newest }),
-                Code::OutOfRange,
-                "mvcc: required revision is a future revision",
-            ),
-            (
-                Refusal::SessionEnded(EndReason::Unknown).into(),
-                Code::NotFound,
-                "requested lease not found",
-            ),
-            (
-                Refusal::NoSpace.into(),
-                Code::ResourceExhausted,
-                "mvcc: database space exceeded",
-            ),
-            (
-                Refusal::from(Failure::NotLeader { leader: None }).into(),
-                Code::Unavailable,
-                "no leader",
-            ),
-            (
-                Refusal::from(Failure::Overloaded).into(),
-                Code::ResourceExhausted,
-                "too many requests",
-            ),
-            (
-                Refusal::from(Failure::OutcomeUnknown).into(),
-                Code::Unavailable,
-                "request timed out, possibly due to previous leader failure",
-            ),
-            (
-                Refusal::from(Failure::ShuttingDown).into(),
-                Code::Unavailable,
-                "server stopped",
-            ),
-        ];
-        for (error, code, text) in table {
-            let status = error.into_status();
-            assert_eq!(status.code(), code, "{text}");
-            assert_eq!(status.message(), format!("etcdserver: {text}"));
+        ] {
+            assert_told(error, code, text);
         }
     }
 

@@ -240,9 +240,9 @@ impl Row {
         }
     }
 
-    fn put(&mut self, record: Bytes) -> Result<(), Gone> {
+    fn put(&mut self, record: &[u8]) -> Result<(), Gone> {
         self.packed_bytes += record.len();
-        self.packed.records.push(record);
+        self.packed.records.push(Bytes::copy_from_slice(record));
         if self.packed_bytes < limits::CHECKPOINT_CHUNK_BYTES {
             return Ok(());
         }

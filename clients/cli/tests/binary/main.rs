@@ -14,6 +14,7 @@ mod dev_command;
 mod disk;
 mod garbage;
 mod install;
+mod kv_command;
 mod lock_command;
 mod overload;
 mod serve_command;

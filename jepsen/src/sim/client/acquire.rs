@@ -235,7 +235,7 @@ impl LockClient {
         let (lock, wait_ms, delay_ms) = (acquiring.lock, acquiring.wait_ms, acquiring.delay_ms);
         let (is_reentrant, entry) = (acquiring.is_reentrant, acquiring.acquire.request());
         self.request_over(ground);
-        if !self.trusts_session(ground) {
+        if !self.trusts_session(ground) || self.lost == Some(token) {
             return;
         }
         if let Step::Hold(holding) = &mut self.step {

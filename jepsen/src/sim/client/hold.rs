@@ -105,6 +105,7 @@ impl LockClient {
             }
             _ => return false,
         };
+        self.lost = Some(token);
         ground.checks.one_holder.gives_up(lock, token);
         true
     }

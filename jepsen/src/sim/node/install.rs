@@ -165,8 +165,8 @@ impl Node {
         }
         running.sent = Some((at, ground.now_us + KEEPS_LOG_US));
         let mut records = Vec::new();
-        let mut take = |record| {
-            records.push(record);
+        let mut take = |record: &[u8]| {
+            records.push(Bytes::copy_from_slice(record));
             true
         };
         if let Err(error) = self.checkpoints.read(at.into(), &mut take) {

@@ -1,0 +1,53 @@
+//! The etcd API over HTTP and JSON, with the services of this server behind it.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod harness;
+
+use std::net::SocketAddr;
+
+use harness::{Directory, Node, exchange, get};
+
+/// HTTP code and body. The server closes the connection behind it.
+fn post(address: SocketAddr, path: &str, body: &str) -> (u16, String) {
+    let length = body.len();
+    let request = format!(
+        "POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+    );
+    let answer = String::from_utf8(exchange(address, request.as_bytes())).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let code = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (code, body.to_owned())
+}
+
+#[test]
+fn keys_are_written_and_read_with_json() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    node.await_ready();
+    let address = node.client();
+    let put = r#"{"key":"Zm9v","value":"YmFy"}"#;
+    for (revision, path) in [("2", "/v3/kv/put"), ("3", "/v3beta/kv/put")] {
+        let (code, body) = post(address, path, put);
+        assert_eq!(code, 200, "{body}");
+        assert!(
+            body.contains(&format!(r#""revision":"{revision}""#)),
+            "{body}"
+        );
+        assert!(body.contains(r#"{"header":{"cluster_id":""#), "{body}");
+    }
+    let (code, body) = post(address, "/v3/kv/range", r#"{"key":"Zm9v"}"#);
+    let kv = r#""kvs":[{"key":"Zm9v","create_revision":"2","mod_revision":"3","version":"2","value":"YmFy"}],"count":"1"}"#;
+    assert_eq!(code, 200, "{body}");
+    assert!(body.ends_with(kv), "{body}");
+
+    let no_key = "etcdserver: key is not provided";
+    let refused = format!(r#"{{"code":3,"error":"{no_key}","message":"{no_key}"}}"#);
+    assert_eq!(post(address, "/v3/kv/range", "{}"), (400, refused));
+    let long = format!(r#"{{"key":"YQ==","value":"{}"}}"#, "A".repeat(2_200_000));
+    let (code, body) = post(address, "/v3/kv/put", &long);
+    assert_eq!(code, 400, "{body}");
+    assert!(body.contains("etcdserver: request is too large"), "{body}");
+    assert_eq!(get(address, "/v3/kv/range").0, 405);
+    assert_eq!(post(address, "/v3/kv/fly", "{}").0, 404);
+}
