@@ -212,6 +212,16 @@ impl<M: Machine> Handle<M> {
         self.shared.request(Request::Renew(of), respond)
     }
 
+    /// Hands over what a reader of events asks for; it is told by notices.
+    ///
+    /// # Errors
+    ///
+    /// If a new watcher or a question is too much at the moment, or the node is
+    /// stopping.
+    pub fn watch(&self, request: watch::Request) -> Result<(), Failure> {
+        self.shared.watch(request)
+    }
+
     /// Asks how long a session has left, which only the leader knows; otherwise as
     /// [`Handle::command`].
     pub fn time_left(&self, session: SessionId, respond: Responder<M>) -> Result<(), Failure> {
@@ -229,16 +239,6 @@ impl<M: Machine> Handle<M> {
     pub fn hand_over(&self, to: NodeId) {
         unpoisoned(self.shared.inbox.lock()).hand_over = Some(to);
         (self.shared.wake)();
-    }
-
-    /// Hands over what a reader of events asks for; it is told by notices.
-    ///
-    /// # Errors
-    ///
-    /// If a new watcher or a question is too much at the moment, or the node is
-    /// stopping.
-    pub fn watch(&self, request: watch::Request) -> Result<(), Failure> {
-        self.shared.watch(request)
     }
 
     /// Hands over what a peer sent, in one go, so that one turn takes it all.
@@ -335,6 +335,7 @@ struct Inbox<M: Machine> {
     work: Queue<Request<M>, Responder<M>>,
     hand_over: Option<NodeId>,
     watches: Queue<watch::Request, ()>,
+    hand_over: Option<NodeId>,
     stopping: bool,
 }
 
@@ -365,6 +366,7 @@ impl<M: Machine> Default for Inbox<M> {
             work: Queue::default(),
             hand_over: None,
             watches: Queue::default(),
+            hand_over: None,
             stopping: false,
         }
     }
@@ -519,6 +521,7 @@ impl<M: Machine> Shared<M> {
             work: inbox.work.take(limits::REQUESTS_PER_TURN_MAX),
             hand_over: inbox.hand_over.take(),
             watches: inbox.watches.take(limits::REQUESTS_PER_TURN_MAX),
+            hand_over: inbox.hand_over.take(),
             stopping,
         };
         Taken {
@@ -783,9 +786,9 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
                 Request::Hash(revision) => Input::Hash { number, revision },
             });
         }
-        inputs.extend(inbox.hand_over.map(Input::HandOver));
         let watches = inbox.watches.into_iter();
         inputs.extend(watches.map(|(request, ())| Input::Watch(request)));
+        inputs.extend(inbox.hand_over.map(Input::HandOver));
         inputs
     }
 

@@ -132,9 +132,9 @@ pub struct Replica<M: Machine> {
     renewals_ended: BTreeSet<(Index, RequestNumber)>,
 
     digests: Digests,
-    hashings: Hashings,
     /// Those of this node's clients who watch keys.
     watchers: Hub,
+    hashings: Hashings,
 
     install: Install,
     /// The entry behind which the log begins anew, with the batch of this turn.
@@ -239,8 +239,8 @@ impl<M: Machine> Replica<M> {
             renewals: BTreeMap::new(),
             renewals_ended: BTreeSet::new(),
             digests: Digests::default(),
-            hashings: Hashings::default(),
             watchers,
+            hashings: Hashings::default(),
             install,
             base: None,
             outbox: Vec::new(),
@@ -293,8 +293,8 @@ impl<M: Machine> Replica<M> {
         !self.pending.is_empty()
             || !self.renewals.is_empty()
             || !self.reads.is_empty()
-            || !self.hashings.is_empty()
             || !self.sweeps.is_empty()
+            || !self.hashings.is_empty()
     }
 
     /// What this node knows, as of the end of its last turn.
@@ -410,6 +410,7 @@ impl<M: Machine> Replica<M> {
                 body: AskBody::Read { number, query },
             }),
             Input::LocalRead { number, query } => self.local_reads.push((number, query)),
+            Input::Watch(request) => self.watch(request),
             Input::Renew { number, of } => self.arrived.renewals.push(Wish {
                 of,
                 from: Renewer::Here(number),
@@ -422,7 +423,6 @@ impl<M: Machine> Replica<M> {
             }),
             Input::Hash { number, revision } => self.hash(number, revision),
             Input::HandOver(to) => self.consensus.hand_over_to(to),
-            Input::Watch(request) => self.watch(request),
             Input::Resign => self.consensus.hand_over(),
         }
         Ok(())

@@ -5,9 +5,9 @@
 //!
 //! - here: what all of its services share;
 //! - `kv`: keys, transactions, compaction;
+//! - `watch`: events of keys;
 //! - `lease`: sessions as leases;
 //! - `cluster`, `maintenance` with `snapshot`, `auth`: what operators ask;
-//! - `watch`: events of keys;
 //! - `json`: all services over HTTP and JSON, too;
 //! - `replies`: what tonic says by itself, in etcd's words;
 //! - `status`: every error, with etcd's code and text.
@@ -67,6 +67,7 @@ pub(crate) fn add_services(routes: Routes, gateway: &Arc<Gateway>) -> Routes {
     let etcd = Etcd(Arc::clone(gateway));
     let bytes_max = etcd.settings.max_request_bytes + REQUEST_OVERHEAD_BYTES;
     let kv = KvServer::new(KvService(etcd.clone()));
+    let watch = WatchServer::new(WatchService(etcd.clone()));
     let lease = LeaseServer::new(LeaseService(etcd.clone()));
     let cluster = ClusterServer::new(ClusterService(etcd.clone()));
     let maintenance = MaintenanceServer::new(MaintenanceService(etcd.clone()));
@@ -74,11 +75,11 @@ pub(crate) fn add_services(routes: Routes, gateway: &Arc<Gateway>) -> Routes {
     let watch = WatchServer::new(WatchService(etcd));
     routes
         .add_service(Replies(kv.max_decoding_message_size(bytes_max)))
+        .add_service(Replies(watch.max_decoding_message_size(bytes_max)))
         .add_service(Replies(lease.max_decoding_message_size(bytes_max)))
         .add_service(Replies(cluster.max_decoding_message_size(bytes_max)))
         .add_service(Replies(maintenance.max_decoding_message_size(bytes_max)))
         .add_service(Replies(auth.max_decoding_message_size(bytes_max)))
-        .add_service(Replies(watch.max_decoding_message_size(bytes_max)))
 }
 
 impl Etcd {

@@ -37,9 +37,10 @@ pub(crate) async fn unknown(uri: Uri, headers: HeaderMap) -> Response {
         .get(header::CONTENT_TYPE)
         .map_or(&b""[..], |kind| kind.as_bytes());
     if kind.starts_with(b"application/grpc") {
-        let service = uri.path().trim_start_matches('/').split('/').next();
-        let text = format!("unknown service {}", service.unwrap_or_default());
-        return Status::unimplemented(text).into_http::<axum::body::Body>();
+        let service = uri.path().trim_start_matches('/').rsplit_once('/');
+        let service = service.map_or("", |(service, _)| service);
+        let status = Status::unimplemented(format!("unknown service {service}"));
+        return status.into_http::<axum::body::Body>();
     }
     (StatusCode::NOT_FOUND, "not found\n").into_response()
 }

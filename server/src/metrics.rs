@@ -180,6 +180,7 @@ pub(crate) enum Method {
     KvDeleteRange,
     KvTxn,
     KvCompact,
+    Watch,
     LeaseGrant,
     LeaseRevoke,
     LeaseKeepAlive,
@@ -199,7 +200,6 @@ pub(crate) enum Method {
     MoveLeader,
     Downgrade,
     Auth,
-    Watch,
 }
 
 impl Method {
@@ -226,6 +226,7 @@ impl Method {
         Self::KvDeleteRange,
         Self::KvTxn,
         Self::KvCompact,
+        Self::Watch,
         Self::LeaseGrant,
         Self::LeaseRevoke,
         Self::LeaseKeepAlive,
@@ -245,7 +246,6 @@ impl Method {
         Self::MoveLeader,
         Self::Downgrade,
         Self::Auth,
-        Self::Watch,
     ];
 
     fn label(self) -> &'static str {
@@ -272,6 +272,7 @@ impl Method {
             Self::KvDeleteRange => "etcdserverpb.KV/DeleteRange",
             Self::KvTxn => "etcdserverpb.KV/Txn",
             Self::KvCompact => "etcdserverpb.KV/Compact",
+            Self::Watch => "etcdserverpb.Watch/Watch",
             Self::LeaseGrant => "etcdserverpb.Lease/LeaseGrant",
             Self::LeaseRevoke => "etcdserverpb.Lease/LeaseRevoke",
             Self::LeaseKeepAlive => "etcdserverpb.Lease/LeaseKeepAlive",
@@ -291,7 +292,6 @@ impl Method {
             Self::MoveLeader => "etcdserverpb.Maintenance/MoveLeader",
             Self::Downgrade => "etcdserverpb.Maintenance/Downgrade",
             Self::Auth => "etcdserverpb.Auth",
-            Self::Watch => "etcdserverpb.Watch/Watch",
         }
     }
 }

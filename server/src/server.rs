@@ -377,7 +377,10 @@ fn open_node(
     };
     let (handle, node) = node::open(config, stores, outlets);
     let settings = Arc::new(settings);
-    let gateway = Gateway::new(handle, settings, hub, readers, peers, snapshots, mailboxes);
+    let random = storage::random();
+    let gateway = Gateway::new(
+        handle, settings, hub, readers, peers, snapshots, mailboxes, random,
+    );
     Ok((gateway, turns::run(node, arrived)))
 }
 

@@ -98,6 +98,8 @@ pub enum Input<M: Machine> {
         /// the present one renews nothing.
         of: Attachment,
     },
+    /// Of a reader of events of this node.
+    Watch(watch::Request),
     /// A client of this node asks how long a session has left, which only the leader
     /// knows.
     TimeLeft {
@@ -113,8 +115,6 @@ pub enum Input<M: Machine> {
         /// As of when; `None` for now.
         revision: Option<Revision>,
     },
-    /// Of a reader of events of this node.
-    Watch(watch::Request),
     /// What became of a [`Fetch`]: the state of a checkpoint that is durable and
     /// verified, or nothing.
     Fetched(Option<Box<State<M>>>),

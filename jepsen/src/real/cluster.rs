@@ -12,7 +12,10 @@ use std::{
 };
 
 use conclave_client::{Client, StatusResponse};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    io::Errno,
+    process::{Pid, Signal, kill_process},
+};
 use tokio::time::{Instant, sleep};
 
 use super::{proxy::Network, shim::Shim};
@@ -184,11 +187,15 @@ impl Cluster {
         Ok(code == Some(0))
     }
 
-    /// Sends a signal to a server that runs.
+    /// Sends a signal to a server that runs. One that ended by itself is for
+    /// [`Cluster::all_run`] to find.
     pub(crate) fn signal(&self, node: usize, signal: Signal) -> io::Result<()> {
-        match &self.servers[node].child {
-            Some(child) => Ok(kill_process(pid(child)?, signal)?),
-            None => Ok(()),
+        let Some(child) = &self.servers[node].child else {
+            return Ok(());
+        };
+        match kill_process(pid(child)?, signal) {
+            Err(Errno::SRCH) => Ok(()),
+            sent => Ok(sent?),
         }
     }
 

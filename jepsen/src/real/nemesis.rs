@@ -354,6 +354,10 @@ impl Row {
             }
         }
         let code = cluster.ended(node, END_WITHIN).await?;
+        if code.is_none() {
+            // Else it may end when that would be taken for a crash.
+            cluster.kill(node)?;
+        }
         if let Some(code) = code.filter(|code| *code == 0 || *code >= 101) {
             world.note(broken(
                 STAYS_UP,

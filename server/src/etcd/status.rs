@@ -30,6 +30,8 @@ pub(crate) enum Error {
     NoLeader,
     /// More than the log takes.
     RequestTooLarge,
+    /// This member lags too far behind to serve.
+    Behind,
     /// A TTL beyond the longest.
     LeaseTtlTooLarge,
     /// The id that was chosen is that of another lease.
@@ -66,10 +68,20 @@ pub(crate) enum Error {
     DowngradeVersionFormat,
     /// What is no action of a downgrade.
     UnknownAction,
-    /// Of users and roles.
-    Auth(AuthError),
-    /// This member lags too far behind to serve.
-    Behind,
+    /// Authentication needs one to be enabled.
+    RootUserMissing,
+    /// There are no users.
+    AuthDisabled,
+    /// A user without a name.
+    UserNameEmpty,
+    /// A role without a name.
+    RoleNameEmpty,
+    /// A user that there is not.
+    UserNotFound,
+    /// A role that there is not.
+    RoleNotFound,
+    /// A grant of nothing.
+    PermissionNotGiven,
     /// A revision that cannot be read or compacted.
     Revision(RevisionError),
     /// Everything that native calls fail with, too.
@@ -150,6 +162,10 @@ impl Error {
             ),
             Self::NoLeader => (Code::Unavailable, "etcdserver: no leader"),
             Self::RequestTooLarge => (Code::InvalidArgument, "etcdserver: request is too large"),
+            Self::Behind => (
+                Code::Unavailable,
+                "etcdserver: request timed out, waiting for the applied index took too long",
+            ),
             Self::LeaseTtlTooLarge => (Code::OutOfRange, "etcdserver: too large lease TTL"),
             Self::LeaseExists => (Code::FailedPrecondition, "etcdserver: lease already exists"),
             Self::TimedOut => (Code::Unavailable, "etcdserver: request timed out"),
@@ -198,11 +214,19 @@ impl Error {
                 "etcdserver: wrong downgrade target version format",
             ),
             Self::UnknownAction => (Code::Unknown, "etcdserver: unknown method"),
-            Self::Auth(error) => auth(*error),
-            Self::Behind => (
-                Code::Unavailable,
-                "etcdserver: request timed out, waiting for the applied index took too long",
+            Self::RootUserMissing => (
+                Code::FailedPrecondition,
+                "etcdserver: root user does not exist",
             ),
+            Self::AuthDisabled => (
+                Code::FailedPrecondition,
+                "etcdserver: authentication is not enabled",
+            ),
+            Self::UserNameEmpty => (Code::InvalidArgument, "etcdserver: user name is empty"),
+            Self::RoleNameEmpty => (Code::InvalidArgument, "etcdserver: role name is empty"),
+            Self::UserNotFound => (Code::FailedPrecondition, "etcdserver: user name not found"),
+            Self::RoleNotFound => (Code::FailedPrecondition, "etcdserver: role name not found"),
+            Self::PermissionNotGiven => (Code::InvalidArgument, "etcdserver: permission not given"),
             Self::Revision(error) => revision(*error),
             Self::Refused(refusal) => refused(refusal),
         }
@@ -351,61 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn revisions_out_of_reach_are_told_apart() {
-        let (asked, compacted, newest) = (3, 4, 2);
-        let gone = RevisionError::Compacted { asked, compacted };
-        let future = RevisionError::Future { asked, newest };
-        for (error, text) in [
-            (gone, "mvcc: required revision has been compacted"),
-            (future, "mvcc: required revision is a future revision"),
-        ] {
-            assert_told(error, Code::OutOfRange, text);
-            assert_told(TxnError::Revision(error), Code::OutOfRange, text);
-            assert_told(Refusal::Revision(error), Code::OutOfRange, text);
-        }
-    }
-
-    #[test]
-    fn other_errors_have_the_codes_and_texts_of_etcd() {
-        let unavailable = Code::Unavailable;
-        assert_told(Error::NoLeader, unavailable, "no leader");
-        assert_told(
-            Error::Behind,
-            unavailable,
-            "request timed out, waiting for the applied index took too long",
-        );
-        assert_told(
-            Error::RequestTooLarge,
-            Code::InvalidArgument,
-            "request is too large",
-        );
-        assert_told(
-            Error::InvalidClientVersion,
-            Code::InvalidArgument,
-            "invalid client api version",
-        );
-        let no_session = Refusal::SessionEnded(EndReason::Unknown);
-        assert_told(no_session, Code::NotFound, "requested lease not found");
-        let full = "mvcc: database space exceeded";
-        assert_told(Refusal::NoSpace, Code::ResourceExhausted, full);
-        let failed = |failure| Refusal::from(failure);
-        let no_leader = Failure::NotLeader { leader: None };
-        assert_told(failed(no_leader), unavailable, "no leader");
-        assert_told(
-            failed(Failure::Overloaded),
-            Code::ResourceExhausted,
-            "too many requests",
-        );
-        assert_told(
-            failed(Failure::OutcomeUnknown),
-            unavailable,
-            "request timed out, possibly due to previous leader failure",
-        );
-        assert_told(failed(Failure::ShuttingDown), unavailable, "server stopped");
-    }
-
-    #[test]
-    fn errors_of_leases_and_of_operators_have_the_codes_and_texts_of_etcd() {
+    fn what_leases_and_operators_are_told_has_the_words_of_etcd() {
         for (error, code, text) in [
             (
                 Error::LeaseTtlTooLarge,
@@ -511,6 +481,60 @@ mod tests {
         ] {
             assert_told(error, code, text);
         }
+    }
+
+    #[test]
+    fn revisions_out_of_reach_are_told_apart() {
+        let (asked, compacted, newest) = (3, 4, 2);
+        let gone = RevisionError::Compacted { asked, compacted };
+        let future = RevisionError::Future { asked, newest };
+        for (error, text) in [
+            (gone, "mvcc: required revision has been compacted"),
+            (future, "mvcc: required revision is a future revision"),
+        ] {
+            assert_told(error, Code::OutOfRange, text);
+            assert_told(TxnError::Revision(error), Code::OutOfRange, text);
+            assert_told(Refusal::Revision(error), Code::OutOfRange, text);
+        }
+    }
+
+    #[test]
+    fn other_errors_have_the_codes_and_texts_of_etcd() {
+        let unavailable = Code::Unavailable;
+        assert_told(Error::NoLeader, unavailable, "no leader");
+        assert_told(
+            Error::Behind,
+            unavailable,
+            "request timed out, waiting for the applied index took too long",
+        );
+        assert_told(
+            Error::RequestTooLarge,
+            Code::InvalidArgument,
+            "request is too large",
+        );
+        assert_told(
+            Error::InvalidClientVersion,
+            Code::InvalidArgument,
+            "invalid client api version",
+        );
+        let no_session = Refusal::SessionEnded(EndReason::Unknown);
+        assert_told(no_session, Code::NotFound, "requested lease not found");
+        let full = "mvcc: database space exceeded";
+        assert_told(Refusal::NoSpace, Code::ResourceExhausted, full);
+        let failed = |failure| Refusal::from(failure);
+        let no_leader = Failure::NotLeader { leader: None };
+        assert_told(failed(no_leader), unavailable, "no leader");
+        assert_told(
+            failed(Failure::Overloaded),
+            Code::ResourceExhausted,
+            "too many requests",
+        );
+        assert_told(
+            failed(Failure::OutcomeUnknown),
+            unavailable,
+            "request timed out, possibly due to previous leader failure",
+        );
+        assert_told(failed(Failure::ShuttingDown), unavailable, "server stopped");
     }
 
     #[test]
