@@ -71,8 +71,7 @@ pub(crate) fn add_services(routes: Routes, gateway: &Arc<Gateway>) -> Routes {
     let lease = LeaseServer::new(LeaseService(etcd.clone()));
     let cluster = ClusterServer::new(ClusterService(etcd.clone()));
     let maintenance = MaintenanceServer::new(MaintenanceService(etcd.clone()));
-    let auth = AuthServer::new(AuthService(etcd.clone()));
-    let watch = WatchServer::new(WatchService(etcd));
+    let auth = AuthServer::new(AuthService(etcd));
     routes
         .add_service(Replies(kv.max_decoding_message_size(bytes_max)))
         .add_service(Replies(watch.max_decoding_message_size(bytes_max)))

@@ -68,20 +68,8 @@ pub(crate) enum Error {
     DowngradeVersionFormat,
     /// What is no action of a downgrade.
     UnknownAction,
-    /// Authentication needs one to be enabled.
-    RootUserMissing,
-    /// There are no users.
-    AuthDisabled,
-    /// A user without a name.
-    UserNameEmpty,
-    /// A role without a name.
-    RoleNameEmpty,
-    /// A user that there is not.
-    UserNotFound,
-    /// A role that there is not.
-    RoleNotFound,
-    /// A grant of nothing.
-    PermissionNotGiven,
+    /// Of users and roles.
+    Auth(AuthError),
     /// A revision that cannot be read or compacted.
     Revision(RevisionError),
     /// Everything that native calls fail with, too.
@@ -214,19 +202,7 @@ impl Error {
                 "etcdserver: wrong downgrade target version format",
             ),
             Self::UnknownAction => (Code::Unknown, "etcdserver: unknown method"),
-            Self::RootUserMissing => (
-                Code::FailedPrecondition,
-                "etcdserver: root user does not exist",
-            ),
-            Self::AuthDisabled => (
-                Code::FailedPrecondition,
-                "etcdserver: authentication is not enabled",
-            ),
-            Self::UserNameEmpty => (Code::InvalidArgument, "etcdserver: user name is empty"),
-            Self::RoleNameEmpty => (Code::InvalidArgument, "etcdserver: role name is empty"),
-            Self::UserNotFound => (Code::FailedPrecondition, "etcdserver: user name not found"),
-            Self::RoleNotFound => (Code::FailedPrecondition, "etcdserver: role name not found"),
-            Self::PermissionNotGiven => (Code::InvalidArgument, "etcdserver: permission not given"),
+            Self::Auth(error) => auth(*error),
             Self::Revision(error) => revision(*error),
             Self::Refused(refusal) => refused(refusal),
         }
