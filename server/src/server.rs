@@ -345,10 +345,7 @@ fn open_node(
     };
     let (handle, node) = node::open(config, stores, outlets);
     let settings = Arc::new(settings);
-    let random = storage::random();
-    let gateway = Gateway::new(
-        handle, settings, hub, readers, peers, snapshots, mailboxes, random,
-    );
+    let gateway = Gateway::new(handle, settings, hub, readers, peers, snapshots, mailboxes);
     Ok((gateway, turns::run(node, arrived)))
 }
 
