@@ -5,6 +5,9 @@
 pub const NAME_BYTES_MAX: usize = 1_024;
 /// The longest owner inside a session, in bytes, before percent-encoding.
 pub const OWNER_BYTES_MAX: usize = 256;
+/// The longest value that a candidate proclaims through the native API, in bytes: every
+/// observer gets it.
+pub const ELECTION_VALUE_BYTES_MAX: usize = 64 << 10;
 /// The longest reason of an operator, in bytes.
 pub const REASON_BYTES_MAX: usize = 1_024;
 /// The longest name of a session, in bytes.
@@ -192,6 +195,8 @@ pub const LIST_LOCKS_MAX: usize = 1_000;
 /// Waiters shown in one answer of a list, for all its locks: some milliseconds of
 /// work, and no more than clients take in one message.
 pub const LIST_WAITERS_MAX: usize = 1_000;
+/// Bytes of what leaders proclaim after which an answer of a list ends.
+pub const LIST_VALUES_BYTES_MAX: usize = 1 << 20;
 
 const _: () = {
     assert!(ENTRY_BYTES_MAX <= COMMAND_BYTES_MAX);
@@ -205,5 +210,6 @@ const _: () = {
     assert!(LOG_BYTES_MAX >= 4 * CHECKPOINT_LOG_BYTES);
     // A command with the longest of everything fits.
     assert!(NAME_BYTES_MAX + 3 * OWNER_BYTES_MAX + REASON_BYTES_MAX < COMMAND_BYTES_MAX);
+    assert!(NAME_BYTES_MAX + 3 * OWNER_BYTES_MAX + ELECTION_VALUE_BYTES_MAX < COMMAND_BYTES_MAX);
     assert!(SESSION_METADATA_BYTES_MAX + SESSION_NAME_BYTES_MAX < COMMAND_BYTES_MAX);
 };

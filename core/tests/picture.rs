@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, SessionId},
-    keyspace::{Change, Event, Interest, KeyRange, Keyspace, Record},
+    keyspace::{Change, Event, Interest, KeyRange, Keyspace, Overlay, Record},
     machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
     session::EndReason,
     state::State,
@@ -60,6 +60,8 @@ impl Machine for Notes {
     }
 
     fn withdraw(&self, _: &mut Context<'_>, _: SessionId, _: &[u64]) {}
+
+    fn follow(_: &mut Overlay<'_>) {}
 
     fn holdings(&self, _: View<'_>, _: SessionId) {}
 

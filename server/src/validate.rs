@@ -11,7 +11,7 @@ use crate::status::Refusal;
 /// What is wrong with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Invalid {
-    /// The name, owner or reason of a lock.
+    /// A name, owner, reason or value of a lock or election.
     #[error(transparent)]
     Lock(#[from] name::Invalid),
     /// The TTL of a session.
@@ -58,6 +58,14 @@ pub(crate) fn lock_delay(delay_ms: u64) -> Result<(), Invalid> {
         Err(Invalid::LockDelay)
     } else {
         Ok(())
+    }
+}
+
+/// What a candidate proclaims.
+pub(crate) fn election_value(value: &[u8]) -> Result<(), Invalid> {
+    match value.len() {
+        0..=limits::ELECTION_VALUE_BYTES_MAX => Ok(()),
+        _ => Err(name::Invalid::ValueTooLong.into()),
     }
 }
 

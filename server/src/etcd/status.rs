@@ -72,6 +72,20 @@ pub(crate) enum Error {
     Auth(AuthError),
     /// A revision that cannot be read or compacted.
     Revision(RevisionError),
+    /// The name of a lock or election cannot be one.
+    BadName,
+    /// The place of a contender went before it was first, with its lease or its key.
+    SessionExpired,
+    /// The lease has a candidate of the name and asks for the lock, or the other way round.
+    OtherContender,
+    /// Nobody leads.
+    NobodyElected,
+    /// The candidate is none (any more).
+    NotElected,
+    /// A request of a leader that does not say which.
+    LeaderMissing,
+    /// What a service for locks or elections fails with, to which etcd gives no code.
+    InRecipe(Box<Self>),
     /// Everything that native calls fail with, too.
     Refused(Refusal),
 }
@@ -130,6 +144,15 @@ impl From<Refusal> for Error {
 }
 
 impl Error {
+    /// As the services for locks and elections tell it: all codes are UNKNOWN, but for
+    /// those of what may be tried again.
+    pub(super) fn in_recipe(self) -> Self {
+        match self {
+            failed @ Self::Refused(Refusal::Failed(_) | Refusal::Internal(_)) => failed,
+            error => Self::InRecipe(Box::new(error)),
+        }
+    }
+
     /// What the client is told.
     pub(crate) fn into_status(self) -> Status {
         let (code, text) = self.code_and_text();
@@ -204,6 +227,19 @@ impl Error {
             Self::UnknownAction => (Code::Unknown, "etcdserver: unknown method"),
             Self::Auth(error) => auth(*error),
             Self::Revision(error) => revision(*error),
+            Self::BadName => (
+                Code::InvalidArgument,
+                "etcdserver: a name has 1 to 1024 bytes of UTF-8 and is not of the service",
+            ),
+            Self::SessionExpired => (Code::Unknown, "mutex: session is expired"),
+            Self::OtherContender => (
+                Code::FailedPrecondition,
+                "etcdserver: the lease contends for a lock and an election of one name",
+            ),
+            Self::NobodyElected => (Code::Unknown, "election: no leader"),
+            Self::NotElected => (Code::Unknown, "election: not leader"),
+            Self::LeaderMissing => (Code::Unknown, "\"leader\" field must be provided"),
+            Self::InRecipe(error) => (Code::Unknown, error.code_and_text().1),
             Self::Refused(refusal) => refused(refusal),
         }
     }
