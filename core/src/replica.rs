@@ -206,8 +206,7 @@ impl<M: Machine> Replica<M> {
             install.want(consensus.before_first());
             State::new(identity.cluster)
         });
-        let mut clock = Clock::new(now, config.election_ms * 1_000);
-        clock.follow(state.system().log_time());
+        let clock = Clock::new(now, config.election_ms * 1_000, state.system().log_time());
         let admission = (!facts.admitted).then(|| Admission::new(config.node, &facts.voters));
         Self {
             consensus,
