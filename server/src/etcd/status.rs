@@ -147,10 +147,13 @@ impl Error {
     /// As the services for locks and elections tell it: all codes are UNKNOWN, but for
     /// those of what may be tried again.
     pub(super) fn in_recipe(self) -> Self {
-        match self {
-            failed @ Self::Refused(Refusal::Failed(_) | Refusal::Internal(_)) => failed,
-            error => Self::InRecipe(Box::new(error)),
+        if matches!(
+            self,
+            Self::Refused(Refusal::Failed(_) | Refusal::Internal(_))
+        ) {
+            return self;
         }
+        Self::InRecipe(Box::new(self))
     }
 
     /// What the client is told.
@@ -160,6 +163,7 @@ impl Error {
     }
 
     /// The contract of the wire.
+    #[expect(clippy::too_many_lines, reason = "one table")]
     fn code_and_text(&self) -> (Code, &'static str) {
         match self {
             Self::Txn(error) => txn(*error),
@@ -387,6 +391,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "one table")]
     fn what_leases_and_operators_are_told_has_the_words_of_etcd() {
         for (error, code, text) in [
             (
