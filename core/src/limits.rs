@@ -101,9 +101,9 @@ pub const COMPACTION_SAMPLES: u64 = 600;
 /// Superseded versions dropped by one entry: some milliseconds of work.
 pub const SWEPT_PER_ENTRY_MAX: usize = 4_096;
 /// What a version of a key counts for beside its key and value: about what it takes, as
-/// a test compares it for many mixes (`primitives/tests/size.rs`). 240 if it is
-/// past and others of its key are there, 330 if it is a plain key, 410 for a lock.
-pub const RECORD_OVERHEAD_BYTES: u64 = 320;
+/// a test compares it for many mixes (`primitives/tests/size.rs`). 300 if it is
+/// past and others of its key are there, 410 if it is a plain key, 500 for a lock.
+pub const RECORD_OVERHEAD_BYTES: u64 = 380;
 /// What a session counts for beside its name, its metadata and its requests: also what
 /// a leader has to know of it.
 pub const SESSION_OVERHEAD_BYTES: u64 = 640;

@@ -142,10 +142,14 @@ fn body(state: &State<Notes>, step: &Step) -> Option<command::Body> {
             session_id: session(*which)?.0,
             attachment: 0,
         }),
-        Step::Expire(which) => command::Body::ExpireSessions(ExpireSessions {
-            term: TERM,
-            session_ids: vec![session(*which)?.0],
-        }),
+        Step::Expire(which) => {
+            let id = session(*which)?;
+            command::Body::ExpireSessions(ExpireSessions {
+                term: TERM,
+                session_ids: vec![id.0],
+                opened_at_ms: vec![state.sessions().get(id)?.opened_at],
+            })
+        }
         Step::Note(which, request) => {
             let session = session(*which)?.0.to_be_bytes();
             command::Body::Machine([session, request.to_be_bytes()].concat().into())

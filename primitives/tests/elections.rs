@@ -114,6 +114,8 @@ struct Place {
     tag: u64,
 }
 
+/// Who led from a revision on, and what it said.
+type Reign = (Revision, Option<(Revision, Bytes)>);
 type Told = (Revision, Result<Reply, Rejection>);
 
 /// The term, and the word of a leader with the revision at which it said that; nobody.
@@ -124,8 +126,8 @@ struct World {
     sessions: Vec<SessionId>,
     places: Vec<Place>,
     last_tag: u64,
-    /// Who led, from which revision on, and what it said; by name.
-    history: BTreeMap<usize, Vec<(Revision, Said)>>,
+    /// By name.
+    history: BTreeMap<usize, Vec<Reign>>,
     opened: usize,
 }
 

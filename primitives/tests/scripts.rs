@@ -497,7 +497,7 @@ impl Script {
             let key = self.with_names(&record.key);
             let lease = record
                 .lease
-                .map_or("no session".to_owned(), |id| self.name(id));
+                .map_or_else(|| "no session".to_owned(), |id| self.name(id));
             writeln!(out, "{key} of {lease}: {:?}", record.value).unwrap();
         }
         out
@@ -510,7 +510,7 @@ impl Script {
         let key = self.with_names(&leader.key);
         let session = leader
             .session
-            .map_or("no session".to_owned(), |id| self.name(id));
+            .map_or_else(|| "no session".to_owned(), |id| self.name(id));
         let owner = with_owner(&leader.owner);
         let (term, value, proclaimed) = (leader.term, &leader.value, leader.proclaimed);
         format!("{key} of {session}{owner}, term {term}, says {value:?} since {proclaimed}")
@@ -672,7 +672,7 @@ impl Script {
         }
         let key = self.with_names(key);
         let owner = with_owner(owner);
-        let session = session.map_or("no session".to_owned(), |id| self.name(id));
+        let session = session.map_or_else(|| "no session".to_owned(), |id| self.name(id));
         let mut out =
             format!("{place}. {key} of {session}{owner}, token {token}, since {since_ms} ms");
         if let Some(left_ms) = delay_left_ms {

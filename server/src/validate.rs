@@ -207,10 +207,10 @@ mod tests {
     }
 
     #[test]
-    fn ids_of_sessions_are_positive() {
-        assert_eq!(session(1), Ok(SessionId(1)));
-        for bad in [0, -1, i64::MIN] {
-            assert_eq!(session(bad), Err(Refusal::SessionEnded(EndReason::Unknown)));
+    fn no_session_has_the_id_zero() {
+        for good in [1, -1, i64::MIN] {
+            assert_eq!(session(good), Ok(SessionId(good)));
         }
+        assert_eq!(session(0), Err(Refusal::SessionEnded(EndReason::Unknown)));
     }
 }
