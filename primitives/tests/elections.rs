@@ -118,9 +118,6 @@ struct Place {
 type Reign = (Revision, Option<(Revision, Bytes)>);
 type Told = (Revision, Result<Reply, Rejection>);
 
-/// The term, and the word of a leader with the revision at which it said that; nobody.
-type Said = Option<(Revision, Bytes)>;
-
 struct World {
     driver: Driver,
     sessions: Vec<SessionId>,
@@ -753,6 +750,7 @@ impl World {
         }
     }
 
+    #[expect(clippy::type_complexity, reason = "as in the history")]
     fn observed(
         &self,
         name: &str,
