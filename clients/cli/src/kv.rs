@@ -208,16 +208,17 @@ fn get_of(args: &GetArgs) -> Get {
     if let Some(revision) = args.rev {
         get = get.at_revision(revision);
     }
-    let by = match args.sort.unwrap_or(Sort::Key) {
+    let by = args.sort.map(|sort| match sort {
         Sort::Key => SortBy::Key,
         Sort::Version => SortBy::Version,
         Sort::Create => SortBy::CreateRevision,
         Sort::Mod => SortBy::ModRevision,
         Sort::Value => SortBy::Value,
-    };
-    get = match args.descend {
-        true => get.descending(by),
-        false => get.ascending(by),
+    });
+    get = match (by, args.descend) {
+        (by, true) => get.descending(by.unwrap_or(SortBy::Key)),
+        (Some(by), false) => get.ascending(by),
+        (None, false) => get,
     };
     if args.keys_only {
         get = get.keys_only();

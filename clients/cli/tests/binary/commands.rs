@@ -63,7 +63,14 @@ async fn what_programs_read_is_complete() {
     assert_eq!((&held["place"], &waiting["place"]), (&0.into(), &1.into()));
     assert!(held["token"].as_u64() < waiting["token"].as_u64());
     for contender in [held, waiting] {
-        let names = ["entries", "key", "owner", "place", "session_id"];
+        let names = [
+            "candidate",
+            "entries",
+            "key",
+            "owner",
+            "place",
+            "session_id",
+        ];
         let names = names
             .into_iter()
             .chain(["session_name", "since_ms", "token"]);
