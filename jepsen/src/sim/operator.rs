@@ -123,7 +123,7 @@ impl Operator {
             ) => ground.did(Operation::Compacted),
             (
                 Outcome::Answered(Answer {
-                    body: AnswerBody::Done,
+                    body: AnswerBody::Alarms(_),
                     ..
                 }),
                 _,
