@@ -1,0 +1,224 @@
+//! The same requests to two servers: code, text and answer must be equal.
+//!
+//! The differences that are meant are in [`crate::differences`]. A case that fails is
+//! made as short as it can be and still fail, and printed with its seed:
+//!
+//! ```sh
+//! CONCLAVE_ETCD_SEED=4711 CONCLAVE_ETCD_CASES=1 cargo test -p conclave --test etcd differential
+//! ```
+
+use std::{env, fmt::Write as _, time::Instant};
+
+use crate::{
+    differences::{KNOWN, Known},
+    generate,
+    reference::{Reference, installed, serving},
+    side::{Answer, Side},
+    step::{Step, script},
+    support::{Cluster, PATIENCE},
+};
+
+/// Cases of a run, unless `CONCLAVE_ETCD_CASES` says how many.
+const CASES: u64 = 1_000;
+
+/// The reference, or who stands in for it, and the one that is compared with it.
+struct Pair {
+    theirs: Side,
+    ours: Side,
+    known: &'static [Known],
+    /// How often each known difference occurred.
+    occurred: Vec<u64>,
+    requests: u64,
+}
+
+/// Where two servers differ.
+#[derive(Debug)]
+struct Difference {
+    /// How many steps of the case it takes.
+    steps: usize,
+    theirs: String,
+    ours: String,
+}
+
+impl Pair {
+    async fn new(theirs: &str, ours: &str, known: &'static [Known]) -> Self {
+        let mut sides = [Side::new(serving(theirs).await), Side::new(serving(ours).await)];
+        for side in &mut sides {
+            // Room for revisions before the beginning of a case.
+            for _ in 0..generate::HISTORY {
+                side.begin().await;
+            }
+        }
+        let [theirs, ours] = sides;
+        Self {
+            theirs,
+            ours,
+            known,
+            occurred: vec![0; known.len()],
+            requests: 0,
+        }
+    }
+
+    /// Runs a case on both, until they differ in what nobody knows of.
+    async fn run(&mut self, steps: &[Step]) -> Result<(), Difference> {
+        tokio::join!(self.theirs.begin(), self.ours.begin());
+        let mut result = Ok(());
+        for (at, step) in steps.iter().enumerate() {
+            result = self.step(step).await.map_err(|mut difference| {
+                difference.steps = at + 1;
+                difference
+            });
+            if result.is_err() {
+                break;
+            }
+        }
+        if result.is_ok() {
+            result = self.events().await.map_err(|mut difference| {
+                difference.steps = steps.len();
+                difference
+            });
+        }
+        tokio::join!(self.theirs.end(), self.ours.end());
+        result
+    }
+
+    async fn step(&mut self, step: &Step) -> Result<(), Difference> {
+        if step.waits_for_events() {
+            self.events().await?;
+        }
+        self.requests += 1;
+        let (theirs, ours) = tokio::join!(self.theirs.perform(step), self.ours.perform(step));
+        if theirs == ours {
+            return Ok(());
+        }
+        let known = |known: &Known| (known.explains)(step, &theirs, &ours);
+        if let Some(at) = self.known.iter().position(known) {
+            self.occurred[at] += 1;
+            return Ok(());
+        }
+        let (Answer(theirs), Answer(ours)) = (theirs, ours);
+        Err(Difference {
+            steps: 0,
+            theirs,
+            ours,
+        })
+    }
+
+    /// Waits until what has come on the watch streams is the same, which it need not
+    /// be at once: a watch may be catching up.
+    async fn events(&self) -> Result<(), Difference> {
+        tokio::join!(self.theirs.fenced(), self.ours.fenced());
+        let until = Instant::now() + PATIENCE / 10;
+        loop {
+            let (theirs, ours) = (self.theirs.arrived(), self.ours.arrived());
+            if theirs == ours {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                return Err(first_difference(&theirs, &ours));
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+    }
+
+    /// The shortest case found that still fails, and how it does.
+    async fn shrink(&mut self, mut steps: Vec<Step>, first: Difference) -> (Vec<Step>, Difference) {
+        steps.truncate(first.steps);
+        let mut difference = first;
+        let mut changed = true;
+        while std::mem::take(&mut changed) {
+            let mut candidates = Vec::new();
+            for at in (0..steps.len()).rev() {
+                let mut less = steps.clone();
+                less.remove(at);
+                candidates.push(less);
+            }
+            for (at, step) in steps.iter().enumerate() {
+                for simple in step.simpler() {
+                    let mut less = steps.clone();
+                    less[at] = simple;
+                    candidates.push(less);
+                }
+            }
+            for candidate in candidates {
+                if let Err(still) = self.run(&candidate).await {
+                    steps = candidate;
+                    steps.truncate(still.steps);
+                    difference = still;
+                    changed = true;
+                    break;
+                }
+            }
+        }
+        (steps, difference)
+    }
+
+    /// Runs the cases of these seeds; the first that fails, for people to read.
+    async fn cases(&mut self, seeds: impl Iterator<Item = u64>) -> Result<(), Failed> {
+        for seed in seeds {
+            let steps = generate::case(seed);
+            if let Err(first) = self.run(&steps).await {
+                let (steps, difference) = self.shrink(steps, first).await;
+                return Err(Failed {
+                    seed,
+                    steps,
+                    difference,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A case that fails, made short.
+struct Failed {
+    seed: u64,
+    steps: Vec<Step>,
+    difference: Difference,
+}
+
+impl Failed {
+    fn told(&self) -> String {
+        let mut text = format!("seed {} fails; the shortest case:\n", self.seed);
+        text += &script(&self.steps);
+        writeln!(text, "  the reference: {}", self.difference.theirs).unwrap();
+        writeln!(text, "  the other:     {}", self.difference.ours).unwrap();
+        text
+    }
+}
+
+fn first_difference(theirs: &[String], ours: &[String]) -> Difference {
+    let nothing = "nothing more has come".to_owned();
+    let longest = theirs.len().max(ours.len());
+    let pairs = (0..longest).map(|at| {
+        let theirs = theirs.get(at).unwrap_or(&nothing);
+        (theirs, ours.get(at).unwrap_or(&nothing))
+    });
+    let mut differing = pairs.skip_while(|(theirs, ours)| theirs == ours);
+    let (theirs, ours) = differing.next().unwrap();
+    Difference {
+        steps: 0,
+        theirs: theirs.clone(),
+        ours: ours.clone(),
+    }
+}
+
+fn setting(name: &str) -> Option<u64> {
+    env::var(name).ok().map(|value| value.parse().unwrap())
+}
+
+/// The harness itself: a server does not differ from its like.
+#[tokio::test]
+async fn the_reference_equals_itself() {
+    if !installed() {
+        return;
+    }
+    let servers = [Reference::start("etcd-one", 1), Reference::start("etcd-other", 1)];
+    let [one, other] = servers.each_ref().map(|server| &server.endpoints()[0]);
+    let mut pair = Pair::new(one, other, &[]).await;
+    let cases = setting("CONCLAVE_ETCD_CASES").unwrap_or(CASES / 4);
+    let first = setting("CONCLAVE_ETCD_SEED").unwrap_or(1);
+    if let Err(failed) = pair.cases(first..first + cases).await {
+        panic!("{}", failed.told());
+    }
+}
