@@ -19,8 +19,8 @@ use tonic::{Response, Status, transport::Channel};
 use crate::{
     names::Names,
     side::{Answer, Side, answer, refused},
+    soon,
     step::Step,
-    support::eventually,
 };
 
 type Contest = (Bytes, i64);
@@ -98,14 +98,22 @@ impl Contending {
                 let call = async move { Ended::Campaign(client.campaign(request).await) };
                 self.begin((name, lease), names, call).await
             }
-            Step::Proclaim { name, lease, later, value } => {
+            Step::Proclaim {
+                name,
+                lease,
+                later,
+                value,
+            } => {
                 let leader = self.leader_key(name, lease, later, names);
                 let request = ProclaimRequest { leader, value };
                 answer(self.election().proclaim(request).await, names)
             }
             Step::Resign { name, lease, later } => {
                 let leader = self.leader_key(name, lease, later, names);
-                answer(self.election().resign(ResignRequest { leader }).await, names)
+                answer(
+                    self.election().resign(ResignRequest { leader }).await,
+                    names,
+                )
             }
             Step::Leader { name } => {
                 answer(self.election().leader(LeaderRequest { name }).await, names)
@@ -155,7 +163,7 @@ impl Contending {
         let before = Side::contenders(&self.channel, &contest.0).await;
         let running = tokio::spawn(call);
         let own = (contest.1 != 0).then(|| names.contender(&contest.0, contest.1));
-        let key = eventually("a place", || async {
+        let key = soon("a place", || async {
             let ended = running.is_finished();
             let now = Side::contenders(&self.channel, &contest.0).await;
             let placed = match &own {

@@ -13,7 +13,9 @@ use crate::step::{BEGINNING, Step};
 
 /// The longest case.
 const STEPS: u64 = 30;
-const KEYS: [&[u8]; 9] = [b"a", b"ab", b"b", b"c", b"\0", b"\xff", b"m/x", b"m", b"e/1"];
+const KEYS: [&[u8]; 9] = [
+    b"a", b"ab", b"b", b"c", b"\0", b"\xff", b"m/x", b"m", b"e/1",
+];
 const VALUES: [&[u8]; 5] = [b"", b"1", b"2", b"10", b"\0\xff"];
 const NAMES: [&[u8]; 4] = [b"m", b"e", b"", b"deep/er"];
 /// An enum's number that nobody has defined.
@@ -94,7 +96,7 @@ impl Draw {
             2 => i64::MIN,
             3 => 1_000_000_000,
             4..=6 => BEGINNING - 2 + self.pick(&[0, 1, 2]),
-            _ => BEGINNING + self.pick(&[1, 2, 3, 4, 5, 6, 8, 10, 12, 16]),
+            _ => BEGINNING + self.pick(&[1, 1, 2, 2, 3, 3, 4, 5, 6, 8, 12]),
         }
     }
 
@@ -108,9 +110,17 @@ impl Draw {
         RangeRequest {
             key,
             range_end,
-            limit: if self.chance(35) { self.pick(&[-1, 1, 1, 2, 3, i64::MAX]) } else { 0 },
+            limit: if self.chance(35) {
+                self.pick(&[-1, 1, 1, 2, 3, i64::MAX])
+            } else {
+                0
+            },
             revision: self.revision(30),
-            sort_order: if self.chance(1) { UNDEFINED } else { self.pick(&[0, 0, 1, 2]) },
+            sort_order: if self.chance(1) {
+                UNDEFINED
+            } else {
+                self.pick(&[0, 0, 1, 2])
+            },
             // An undefined one kills the reference.
             sort_target: self.pick(&[0, 0, 0, 1, 2, 3, 4]),
             serializable: self.chance(20),
@@ -126,7 +136,11 @@ impl Draw {
     fn put(&mut self) -> PutRequest {
         let (ignore_value, ignore_lease) = (self.chance(10), self.chance(10));
         // Rightly used most of the time.
-        let value = if ignore_value && self.chance(80) { Bytes::new() } else { self.value() };
+        let value = if ignore_value && self.chance(80) {
+            Bytes::new()
+        } else {
+            self.value()
+        };
         let attach = self.chance(30) && !(ignore_lease && self.chance(80));
         PutRequest {
             key: self.key(),
@@ -150,7 +164,11 @@ impl Draw {
     fn compare(&mut self) -> Compare {
         let target = self.pick(&[0, 1, 2, 3, 4]);
         // Sometimes not what the target says.
-        let union = if self.chance(4) { self.pick(&[0, 1, 2, 3, 4, UNDEFINED]) } else { target };
+        let union = if self.chance(4) {
+            self.pick(&[0, 1, 2, 3, 4, UNDEFINED])
+        } else {
+            target
+        };
         let number = self.pick(&[0, 0, 1, 2, -1]);
         let target_union = match union {
             0 => Some(TargetUnion::Version(number)),
@@ -205,7 +223,9 @@ impl Draw {
 
     fn txn(&mut self, depth: u64) -> TxnRequest {
         TxnRequest {
-            compare: (0..self.pick(&[0, 1, 1, 1, 2, 3])).map(|_| self.compare()).collect(),
+            compare: (0..self.pick(&[0, 1, 1, 1, 2, 3]))
+                .map(|_| self.compare())
+                .collect(),
             success: self.ops(depth),
             failure: self.ops(depth),
         }
@@ -226,7 +246,11 @@ impl Draw {
                 _ => Vec::new(),
             },
             prev_kv: self.chance(40),
-            watch_id: if self.chance(30) { self.pick(&[1, 2, 5, -3]) } else { 0 },
+            watch_id: if self.chance(30) {
+                self.pick(&[1, 2, 5, -3])
+            } else {
+                0
+            },
             fragment: self.chance(20),
         }
     }
@@ -245,7 +269,9 @@ impl Draw {
                 },
                 ttl: self.pick(&[60, 600, 9_000_000_000, 9_000_000_001, i64::MAX]),
             },
-            5 | 6 => Step::Revoke { lease: self.lease() },
+            5 | 6 => Step::Revoke {
+                lease: self.lease(),
+            },
             7 | 8 => Step::KeepAlive {
                 leases: (0..=self.up_to(2)).map(|_| self.lease()).collect(),
             },
@@ -258,23 +284,37 @@ impl Draw {
     }
 
     fn contest_step(&mut self) -> Step {
-        let name = Bytes::from_static(self.pick(&NAMES));
-        let (lease, value) = (self.lease(), self.value());
-        let later = self.pick(&[0, 0, 0, 1, -1]);
-        match self.below(16) {
-            0..=4 => Step::Lock { name, lease },
-            5..=7 => Step::Unlock { name, lease },
-            8..=10 => Step::Campaign { name, lease, value },
-            11 | 12 => Step::Proclaim { name, lease, later, value },
-            13 => Step::Resign { name, lease, later },
-            14 => Step::Leader { name },
+        // Locks and campaigns of few names and leases, so that they go on from each
+        // other; sometimes of the other's.
+        let locks = self.chance(50);
+        let name = match self.below(10) {
+            0..=6 => if locks { "m" } else { "e" }.into(),
+            _ => Bytes::from_static(self.pick(&NAMES)),
+        };
+        let lease = self.pick(&[1, 1, 1, 2, 2, 2, 4, 4, 3, 0]);
+        let value = self.value();
+        let later = self.pick(&[0, 0, 0, 0, 1, -1]);
+        match self.below(12) {
+            0..=5 if locks => Step::Lock { name, lease },
+            6..=9 if locks => Step::Unlock { name, lease },
+            0..=3 => Step::Campaign { name, lease, value },
+            4..=7 => Step::Proclaim {
+                name,
+                lease,
+                later,
+                value,
+            },
+            8 | 9 => Step::Resign { name, lease, later },
+            10 => Step::Leader { name },
             _ => Step::Observe { name },
         }
     }
 
     fn status_step(&mut self) -> Step {
         match self.below(6) {
-            0..=1 => Step::HashKv { revision: self.revision(60) },
+            0..=1 => Step::HashKv {
+                revision: self.revision(60),
+            },
             2 => Step::Alarms,
             3 => Step::Members,
             4 => Step::Status,
@@ -285,7 +325,11 @@ impl Draw {
     fn step(&mut self, kind: Kind) -> Step {
         let stream = self.up_to(1);
         // Every case has its emphasis, and something of the rest.
-        let kind = if self.chance(70) { kind } else { self.pick(&Kind::ALL) };
+        let kind = if self.chance(70) {
+            kind
+        } else {
+            self.pick(&Kind::ALL)
+        };
         let dice = self.below(20);
         match kind {
             Kind::Lease if dice < 10 => self.lease_step(),
@@ -297,7 +341,7 @@ impl Draw {
             },
             Kind::Watch if dice < 9 => Step::Cancel {
                 stream,
-                id: self.pick(&[0, 1, 2, 5, -1]),
+                id: self.pick(&[0, 0, 0, 1, 1, 2, 5, -1]),
             },
             Kind::Watch if dice < 10 => Step::Progress { stream },
             Kind::Txn if dice < 12 => Step::Txn(self.txn(2)),
@@ -342,7 +386,11 @@ pub fn case(seed: u64) -> Vec<Step> {
     if matches!(kind, Kind::Lease | Kind::Contest) {
         // Leases to work with.
         for (lease, id) in [(1, 0x6c01), (2, 0x6c02_0000_0000), (4, 0)] {
-            steps.push(Step::Grant { lease, id, ttl: 600 });
+            steps.push(Step::Grant {
+                lease,
+                id,
+                ttl: 600,
+            });
         }
     }
     let count = 1 + draw.below(STEPS);

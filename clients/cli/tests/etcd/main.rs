@@ -10,8 +10,11 @@
 mod contending;
 mod differences;
 mod differential;
+mod etcdctl;
+mod fuzz;
 mod generate;
 mod names;
+mod python;
 mod reference;
 mod side;
 mod step;
@@ -20,3 +23,17 @@ mod watching;
 #[allow(dead_code, reason = "shared with the other tests of the binary")]
 #[path = "../binary/support.rs"]
 mod support;
+
+use std::time::{Duration, Instant};
+
+/// As [`support::eventually`], for what takes a millisecond.
+async fn soon<T, F: Future<Output = Option<T>>>(what: &str, mut attempt: impl FnMut() -> F) -> T {
+    let until = Instant::now() + support::PATIENCE;
+    loop {
+        if let Some(value) = attempt().await {
+            return value;
+        }
+        assert!(Instant::now() < until, "gave up waiting for {what}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}

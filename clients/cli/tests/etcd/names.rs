@@ -15,9 +15,7 @@ use conclave_proto::etcd::{
         response_op::Response,
     },
     mvccpb::{Event, KeyValue},
-    v3electionpb::{
-        CampaignResponse, LeaderKey, LeaderResponse, ProclaimResponse, ResignResponse,
-    },
+    v3electionpb::{CampaignResponse, LeaderKey, LeaderResponse, ProclaimResponse, ResignResponse},
     v3lockpb::{LockResponse, UnlockResponse},
 };
 

@@ -18,13 +18,17 @@ pub fn installed() -> bool {
     for program in ["etcd", "etcdctl"] {
         let told = Command::new(program)
             .env("ETCDCTL_API", "3")
-            .arg(if program == "etcd" { "--version" } else { "version" })
+            .arg(if program == "etcd" {
+                "--version"
+            } else {
+                "version"
+            })
             .stdin(Stdio::null())
             .output();
         let told = told.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-        let known = told.as_ref().is_ok_and(|told| {
-            program != "etcd" || told.starts_with(VERSION)
-        });
+        let known = told
+            .as_ref()
+            .is_ok_and(|told| program != "etcd" || told.starts_with(VERSION));
         if !known {
             #[expect(clippy::print_stderr, reason = "a test says that it is skipped")]
             {
@@ -38,9 +42,10 @@ pub fn installed() -> bool {
 
 /// Members named r0, r1, ... Killed when this value goes.
 pub struct Reference {
-    _directory: Directory,
-    members: Vec<Process>,
     endpoints: Vec<String>,
+    _members: Vec<Process>,
+    // Goes last.
+    _directory: Directory,
 }
 
 impl Reference {
@@ -68,21 +73,18 @@ impl Reference {
                 Process::start(directory.path(), &mut command)
             })
             .collect();
-        let endpoints = (0..size).map(|n| format!("127.0.0.1:{}", ports[2 * n])).collect();
+        let endpoints = (0..size)
+            .map(|n| format!("127.0.0.1:{}", ports[2 * n]))
+            .collect();
         Self {
-            _directory: directory,
-            members,
             endpoints,
+            _members: members,
+            _directory: directory,
         }
     }
 
     pub fn endpoints(&self) -> &[String] {
         &self.endpoints
-    }
-
-    /// What a member has logged.
-    pub fn log(&self, member: usize) -> String {
-        self.members[member].stderr()
     }
 }
 

@@ -9,7 +9,8 @@ use std::fmt::Write as _;
 
 use bytes::Bytes;
 use conclave_proto::etcd::etcdserverpb::{
-    CompactionRequest, DeleteRangeRequest, PutRequest, RangeRequest, TxnRequest, WatchCreateRequest,
+    CompactionRequest, DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest,
+    WatchCreateRequest, request_op::Request,
 };
 
 /// The revision of a case's beginning, in the case's own count.
@@ -107,10 +108,14 @@ impl Step {
     pub fn simpler(&self) -> Vec<Self> {
         match self {
             Self::Txn(txn) => simpler_txns(txn).into_iter().map(Self::Txn).collect(),
-            Self::Range(range) => simpler_ranges(range)
-                .into_iter()
-                .map(Self::Range)
-                .collect(),
+            Self::Range(range) => simpler_ranges(range).into_iter().map(Self::Range).collect(),
+            Self::Compact(compact) if compact.revision > 1 => {
+                let earlier = CompactionRequest {
+                    revision: compact.revision - 1,
+                    ..*compact
+                };
+                vec![Self::Compact(earlier)]
+            }
             _ => Vec::new(),
         }
     }
@@ -139,22 +144,45 @@ fn simpler_ranges(range: &RangeRequest) -> Vec<RangeRequest> {
 
 fn simpler_txns(txn: &TxnRequest) -> Vec<TxnRequest> {
     let mut simpler = Vec::new();
-    for i in 0..txn.compare.len() {
+    for at in 0..txn.compare.len() {
         let mut less = txn.clone();
-        less.compare.remove(i);
+        less.compare.remove(at);
         simpler.push(less);
     }
-    for i in 0..txn.success.len() {
-        let mut less = txn.clone();
-        less.success.remove(i);
-        simpler.push(less);
-    }
-    for i in 0..txn.failure.len() {
-        let mut less = txn.clone();
-        less.failure.remove(i);
-        simpler.push(less);
+    let lists: [fn(&mut TxnRequest) -> &mut Vec<RequestOp>; 2] =
+        [|txn| &mut txn.success, |txn| &mut txn.failure];
+    for list in lists {
+        let ops = list(&mut txn.clone()).clone();
+        for (at, op) in ops.iter().enumerate() {
+            let mut less = txn.clone();
+            list(&mut less).remove(at);
+            simpler.push(less);
+            for op in simpler_ops(op) {
+                let mut less = txn.clone();
+                list(&mut less)[at] = op;
+                simpler.push(less);
+            }
+        }
     }
     simpler
+}
+
+fn simpler_ops(op: &RequestOp) -> Vec<RequestOp> {
+    let requests: Vec<_> = match &op.request {
+        Some(Request::RequestTxn(nested)) => {
+            let simpler = simpler_txns(nested).into_iter();
+            simpler.map(Request::RequestTxn).collect()
+        }
+        Some(Request::RequestRange(range)) => {
+            let simpler = simpler_ranges(range).into_iter();
+            simpler.map(Request::RequestRange).collect()
+        }
+        _ => Vec::new(),
+    };
+    let op = |request| RequestOp {
+        request: Some(request),
+    };
+    requests.into_iter().map(op).collect()
 }
 
 /// A case for people to read: one request a line.
@@ -175,7 +203,11 @@ pub fn terse(debug: &str) -> String {
             let value = format!(": {default}{end}");
             while let Some(at) = text.find(&value) {
                 let name = text[..at].rfind([' ', '{']).map_or(0, |space| space + 1);
-                let kept = if end == " }" { at + value.len() - 2 } else { at + value.len() };
+                let kept = if end == " }" {
+                    at + value.len() - 2
+                } else {
+                    at + value.len()
+                };
                 text.replace_range(name..kept, "");
             }
         }

@@ -18,8 +18,8 @@ use tonic::transport::Channel;
 
 use crate::{
     names::{Names, Shown as _},
+    soon,
     step::terse,
-    support::eventually,
 };
 
 /// The id of the watch that every stream begins with: an event of it tells that the
@@ -99,7 +99,7 @@ impl Watching {
     async fn answered(&self, union: RequestUnion) -> WatchResponse {
         let before = self.with(|arrived| arrived.controls.len());
         self.ask(union).await;
-        eventually("an answer on a watch stream", || async {
+        soon("an answer on a watch stream", || async {
             self.with(|arrived| {
                 assert!(arrived.wrong.is_empty(), "{:?}", arrived.wrong);
                 arrived.controls.get(before).cloned()
@@ -130,7 +130,7 @@ impl Watching {
 
     /// Waits until the event of the fence at this revision has come.
     pub async fn fenced(&self, revision: i64) {
-        eventually("the fence of a watch stream", || async {
+        soon("the fence of a watch stream", || async {
             self.with(|arrived| {
                 assert!(arrived.wrong.is_empty(), "{:?}", arrived.wrong);
                 (arrived.fenced >= revision).then_some(())
