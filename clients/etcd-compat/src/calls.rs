@@ -62,6 +62,15 @@ fn check(holds: bool, what: &str) -> Checked {
     if holds { Ok(()) } else { Err(what.into()) }
 }
 
+/// gRPC's codes for what a server will not do, other than for what went wrong.
+fn says_no(code: i32) -> bool {
+    const INVALID_ARGUMENT: i32 = 3;
+    const NOT_FOUND: i32 = 5;
+    const FAILED_PRECONDITION: i32 = 9;
+    const UNIMPLEMENTED: i32 = 12;
+    [INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, UNIMPLEMENTED].contains(&code)
+}
+
 async fn next(stream: &mut WatchStream) -> Result<WatchResponse, Box<dyn Error>> {
     Ok(stream.message().await?.ok_or("a watch stream has ended")?)
 }
@@ -76,9 +85,7 @@ impl Calls {
         self.made.push(name);
         match result {
             Ok(value) => Ok(Some(value)),
-            Err(etcd_client::Error::GRpcStatus(status))
-                if status.message().starts_with("etcdserver: ") =>
-            {
+            Err(etcd_client::Error::GRpcStatus(status)) if says_no(status.code() as i32) => {
                 self.refused.push((name, status.message().to_owned()));
                 Ok(None)
             }

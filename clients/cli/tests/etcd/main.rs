@@ -7,6 +7,7 @@
 )]
 #![expect(unreachable_pub, reason = "shared between tests, not an interface")]
 
+mod contend;
 mod contending;
 mod differences;
 mod differential;
