@@ -10,8 +10,7 @@ use bytes::Bytes;
 use conclave_proto::etcd::{
     etcdserverpb::{
         Compare, LeaseGrantRequest, PutRequest, RangeRequest, RequestOp, TxnRequest,
-        compare::TargetUnion, kv_client::KvClient, lease_client::LeaseClient,
-        request_op::Request,
+        compare::TargetUnion, kv_client::KvClient, lease_client::LeaseClient, request_op::Request,
     },
     v3lockpb::{LockRequest, UnlockRequest, lock_client::LockClient},
 };
@@ -30,7 +29,11 @@ struct Journal(PathBuf);
 
 impl Journal {
     fn note(&self, line: &str) {
-        let mut file = File::options().append(true).create(true).open(&self.0).unwrap();
+        let mut file = File::options()
+            .append(true)
+            .create(true)
+            .open(&self.0)
+            .unwrap();
         writeln!(file, "{line}").unwrap();
     }
 
@@ -97,7 +100,11 @@ async fn placed(channel: &Channel, lease: i64) -> (Bytes, i64) {
         }],
         failure: Vec::new(),
     };
-    let done = KvClient::new(channel.clone()).txn(txn).await.unwrap().into_inner();
+    let done = KvClient::new(channel.clone())
+        .txn(txn)
+        .await
+        .unwrap()
+        .into_inner();
     assert!(done.succeeded);
     (key, done.header.unwrap().revision)
 }
@@ -140,8 +147,11 @@ async fn all_kinds_of_clients_take_turns_while_leaders_are_killed() {
         let staying = cluster.endpoints().remove((leader + 1) % 3);
         let channel = serving(&staying).await;
         let journal = Journal(cluster.directory().join(format!("journal{round}")));
-        let [first, third, fourth] =
-            [lease(&channel).await, lease(&channel).await, lease(&channel).await];
+        let [first, third, fourth] = [
+            lease(&channel).await,
+            lease(&channel).await,
+            lease(&channel).await,
+        ];
 
         let held = locked(channel.clone(), first).await;
         let one = etcdctl_lock(&cluster, cluster.directory(), &journal.job("etcdctl"));

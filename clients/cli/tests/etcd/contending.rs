@@ -163,7 +163,7 @@ impl Contending {
         let before = Side::contenders(&self.channel, &contest.0).await;
         let running = tokio::spawn(call);
         let own = (contest.1 != 0).then(|| names.contender(&contest.0, contest.1));
-        let key = soon("a place", || async {
+        let key = soon(|| async {
             let ended = running.is_finished();
             let now = Side::contenders(&self.channel, &contest.0).await;
             let placed = match &own {
@@ -175,7 +175,8 @@ impl Contending {
                 None => ended.then_some(None),
             }
         })
-        .await;
+        .await
+        .flatten();
         let number = self.calls.len();
         self.calls.push(Call {
             number,

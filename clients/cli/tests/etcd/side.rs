@@ -210,7 +210,7 @@ impl Side {
             }
             Step::Progress { stream } => {
                 let answer = match &self.streams[stream] {
-                    Some(stream) => Some(stream.progress().await),
+                    Some(stream) => stream.progress().await,
                     None => None,
                 };
                 self.told(answer)
@@ -284,7 +284,7 @@ impl Side {
         create.start_revision = self.names.revision(create.start_revision);
         let stream = self.streams[stream].as_ref().unwrap();
         let answer = stream.create(create).await;
-        self.told(Some(answer))
+        self.told(answer)
     }
 
     fn told(&self, response: Option<WatchResponse>) -> Answer {

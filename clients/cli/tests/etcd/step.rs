@@ -104,6 +104,13 @@ impl Step {
         )
     }
 
+    /// What kind of request it is.
+    pub fn name(&self) -> String {
+        let debug = format!("{self:?}");
+        let name = debug.split(|c: char| !c.is_alphanumeric()).next();
+        name.unwrap_or_default().to_owned()
+    }
+
     /// The same with one part less, in every way there is.
     pub fn simpler(&self) -> Vec<Self> {
         match self {

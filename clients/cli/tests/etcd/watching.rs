@@ -36,6 +36,7 @@ pub struct Arrived {
     /// The responses that only answer requests, as they came.
     controls: Vec<WatchResponse>,
     fenced: i64,
+    ended: bool,
     /// What no server may do.
     pub wrong: Vec<String>,
     /// By watch, the revision of its newest event, and whether more of it must come.
@@ -69,7 +70,7 @@ impl Watching {
             loop {
                 match stream.message().await {
                     Ok(Some(response)) => log.lock().unwrap().take(response),
-                    Ok(None) => return log.lock().unwrap().wrong.push("ended".to_owned()),
+                    Ok(None) => return log.lock().unwrap().ended(&tonic::Status::ok("")),
                     Err(status) => return log.lock().unwrap().ended(&status),
                 }
             }
@@ -92,23 +93,25 @@ impl Watching {
         let request = WatchRequest {
             request_union: Some(union),
         };
-        self.requests.send(request).await.unwrap();
+        // A stream that has ended takes nothing more, and has told so.
+        self.requests.send(request).await.ok();
     }
 
-    /// Asks, and waits for the answer.
-    async fn answered(&self, union: RequestUnion) -> WatchResponse {
+    /// Asks, and waits for the answer; none if the stream is broken.
+    async fn answered(&self, union: RequestUnion) -> Option<WatchResponse> {
         let before = self.with(|arrived| arrived.controls.len());
         self.ask(union).await;
-        soon("an answer on a watch stream", || async {
-            self.with(|arrived| {
-                assert!(arrived.wrong.is_empty(), "{:?}", arrived.wrong);
-                arrived.controls.get(before).cloned()
+        soon(|| async {
+            self.with(|arrived| match arrived.controls.get(before) {
+                None if arrived.ended => Some(None),
+                answer => answer.cloned().map(Some),
             })
         })
         .await
+        .flatten()
     }
 
-    pub async fn create(&self, create: WatchCreateRequest) -> WatchResponse {
+    pub async fn create(&self, create: WatchCreateRequest) -> Option<WatchResponse> {
         self.answered(RequestUnion::CreateRequest(create)).await
     }
 
@@ -120,21 +123,19 @@ impl Watching {
             self.ask(request).await;
             return None;
         }
-        Some(self.answered(request).await)
+        self.answered(request).await
     }
 
-    pub async fn progress(&self) -> WatchResponse {
+    pub async fn progress(&self) -> Option<WatchResponse> {
         let request = RequestUnion::ProgressRequest(WatchProgressRequest {});
         self.answered(request).await
     }
 
-    /// Waits until the event of the fence at this revision has come.
+    /// Waits until the event of the fence at this revision has come, unless it never
+    /// does.
     pub async fn fenced(&self, revision: i64) {
-        soon("the fence of a watch stream", || async {
-            self.with(|arrived| {
-                assert!(arrived.wrong.is_empty(), "{:?}", arrived.wrong);
-                (arrived.fenced >= revision).then_some(())
-            })
+        soon(|| async {
+            self.with(|arrived| (arrived.ended || arrived.fenced >= revision).then_some(()))
         })
         .await;
     }
@@ -176,6 +177,7 @@ impl Arrived {
     fn ended(&mut self, status: &tonic::Status) {
         let (code, text) = (status.code(), status.message());
         self.wrong.push(format!("ended with {code:?} {text}"));
+        self.ended = true;
     }
 
     fn take(&mut self, response: WatchResponse) {
