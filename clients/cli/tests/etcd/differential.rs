@@ -196,7 +196,9 @@ fn simpler(steps: &[Step]) -> Vec<Vec<Step>> {
     for at in (0..steps.len()).rev() {
         let mut less = steps.to_vec();
         less.remove(at);
-        candidates.push(less);
+        let mut earlier = less.clone();
+        earlier[at..].iter_mut().for_each(Step::earlier);
+        candidates.extend([less, earlier]);
     }
     for (at, step) in steps.iter().enumerate() {
         for simple in step.simpler() {

@@ -26,16 +26,23 @@ pub const HISTORY: u64 = 8;
 const OPERATIONS: usize = 128;
 
 /// Numbers that depend on the seed alone (splitmix64).
-pub struct Draw(u64);
+pub struct Draw {
+    state: u64,
+    /// Whether the case has a lock without a lease of its own.
+    anonymous: bool,
+}
 
 impl Draw {
     pub fn new(seed: u64) -> Self {
-        Self(seed)
+        Self {
+            state: seed,
+            anonymous: false,
+        }
     }
 
     pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
@@ -291,10 +298,26 @@ impl Draw {
             0..=6 => if locks { "m" } else { "e" }.into(),
             _ => Bytes::from_static(self.pick(&NAMES)),
         };
-        let lease = self.pick(&[1, 1, 1, 2, 2, 2, 4, 4, 3, 0]);
+        // Of ids that are chosen: keys have them in their names, and an order.
+        let lease = self.pick(&[1, 1, 1, 2, 2, 2, 3]);
         let value = self.value();
         let later = self.pick(&[0, 0, 0, 0, 1, -1]);
         match self.below(12) {
+            // The server makes its lease; one in a case, for the order again.
+            0 if locks && !std::mem::replace(&mut self.anonymous, true) => Step::Lock {
+                name: "anonymous".into(),
+                lease: 0,
+            },
+            1 if locks && self.anonymous => Step::Unlock {
+                name: "anonymous".into(),
+                lease: 0,
+            },
+            // A leader that is nobody.
+            7 if !locks && self.chance(10) => Step::Resign {
+                name,
+                lease: 0,
+                later,
+            },
             0..=5 if locks => Step::Lock { name, lease },
             6..=9 if locks => Step::Unlock { name, lease },
             0..=3 => Step::Campaign { name, lease, value },

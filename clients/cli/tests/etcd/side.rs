@@ -123,7 +123,8 @@ impl Side {
         }
         self.contending = Contending::new(self.channel.clone());
         let leases = self.lease().lease_leases(LeaseLeasesRequest {}).await;
-        for lease in leases.unwrap().into_inner().leases {
+        let leases = leases.map(|leases| leases.into_inner().leases);
+        for lease in leases.unwrap_or_default() {
             let revoke = LeaseRevokeRequest { id: lease.id };
             self.lease().lease_revoke(revoke).await.unwrap();
         }
