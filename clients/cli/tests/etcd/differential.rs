@@ -7,7 +7,13 @@
 //! CONCLAVE_ETCD_SEED=4711 CONCLAVE_ETCD_CASES=1 cargo test -p conclave --test etcd differential
 //! ```
 
-use std::{collections::BTreeSet, env, fmt::Write as _, ops::Range, time::Instant};
+use std::{
+    collections::BTreeSet,
+    env,
+    fmt::Write as _,
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use conclave_proto::etcd::etcdserverpb::request_op::Request;
 
@@ -47,6 +53,13 @@ struct Difference {
     ours: String,
 }
 
+/// Whether the two servers still hold the same.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum After {
+    TheSame,
+    Apart,
+}
+
 impl Pair {
     async fn new(theirs: &str, ours: &str, known: &'static [Known]) -> Self {
         let mut sides = [
@@ -73,69 +86,77 @@ impl Pair {
     /// Runs a case on both, until they differ in what nobody knows of.
     async fn run(&mut self, steps: &[Step]) -> Result<(), Difference> {
         tokio::join!(self.theirs.begin(), self.ours.begin());
-        let mut result = Ok(());
-        for (at, step) in steps.iter().enumerate() {
-            result = self.step(step).await.map_err(|mut difference| {
-                difference.steps = at + 1;
-                difference
-            });
-            if result.is_err() {
-                break;
-            }
-        }
-        if result.is_ok() {
-            result = self.events().await.map_err(|mut difference| {
-                difference.steps = steps.len();
-                difference
-            });
-        }
+        let result = self.run_steps(steps).await;
         tokio::join!(self.theirs.end(), self.ours.end());
         result
     }
 
-    async fn step(&mut self, step: &Step) -> Result<(), Difference> {
-        if step.waits_for_events() {
-            self.events().await?;
+    async fn run_steps(&mut self, steps: &[Step]) -> Result<(), Difference> {
+        for (at, step) in steps.iter().enumerate() {
+            let after = if step.waits_for_events() {
+                self.events(at).await?
+            } else {
+                After::TheSame
+            };
+            if after == After::Apart || self.step(at + 1, step).await? == After::Apart {
+                return Ok(());
+            }
         }
+        self.events(steps.len()).await.map(|_| ())
+    }
+
+    async fn step(&mut self, steps: usize, step: &Step) -> Result<After, Difference> {
         self.requests += 1;
         let (theirs, ours) = tokio::join!(self.theirs.perform(step), self.ours.perform(step));
         if self.trace {
-            told(&format!(
-                "{}      {}",
-                script(std::slice::from_ref(step)),
-                ours.0
-            ));
-        }
-        if theirs == ours {
-            return Ok(());
-        }
-        let known = |known: &Known| (known.explains)(step, &theirs, &ours);
-        if let Some(at) = self.known.iter().position(known) {
-            self.occurred[at] += 1;
-            return Ok(());
+            let request = script(std::slice::from_ref(step));
+            told(&format!("{request}      {}", ours.0));
         }
         let (Answer(theirs), Answer(ours)) = (theirs, ours);
-        Err(Difference {
-            steps: 0,
+        let difference = Difference {
+            steps,
             theirs,
             ours,
+        };
+        self.explained(Some(step), difference)
+    }
+
+    /// What a difference means, if it is one.
+    fn explained(
+        &mut self,
+        step: Option<&Step>,
+        difference: Difference,
+    ) -> Result<After, Difference> {
+        let Difference { theirs, ours, .. } = &difference;
+        if theirs == ours {
+            return Ok(After::TheSame);
+        }
+        let known = |known: &Known| (known.explains)(step, theirs, ours);
+        let Some(at) = self.known.iter().position(known) else {
+            return Err(difference);
+        };
+        self.occurred[at] += 1;
+        Ok(match self.known[at].ends_case {
+            true => After::Apart,
+            false => After::TheSame,
         })
     }
 
     /// Waits until what has come on the watch streams is the same, which it need not
     /// be at once: a watch may be catching up.
-    async fn events(&self) -> Result<(), Difference> {
+    async fn events(&mut self, steps: usize) -> Result<After, Difference> {
         tokio::join!(self.theirs.fenced(), self.ours.fenced());
         let until = Instant::now() + PATIENCE / 10;
         loop {
             let (theirs, ours) = (self.theirs.arrived(), self.ours.arrived());
             if theirs == ours {
-                return Ok(());
+                return Ok(After::TheSame);
             }
             if Instant::now() > until {
-                return Err(first_difference(&theirs, &ours));
+                let difference = first_difference(steps, &theirs, &ours);
+                return self.explained(None, difference);
             }
-            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
 
@@ -218,7 +239,8 @@ impl Difference {
             let text = text.chars().filter(|c| !c.is_ascii_digit());
             text.take(LONG).collect()
         };
-        let last = steps[self.steps - 1].name();
+        let last = steps.get(self.steps.wrapping_sub(1)).map(Step::name);
+        let last = last.unwrap_or_default();
         format!("{last} {} {}", words(&self.theirs), words(&self.ours))
     }
 }
@@ -245,7 +267,7 @@ fn told_all(failed: &[Failed]) -> String {
     told.join("\n")
 }
 
-fn first_difference(theirs: &[String], ours: &[String]) -> Difference {
+fn first_difference(steps: usize, theirs: &[String], ours: &[String]) -> Difference {
     let nothing = "nothing more has come".to_owned();
     let longest = theirs.len().max(ours.len());
     let pairs = (0..longest).map(|at| {
@@ -255,7 +277,7 @@ fn first_difference(theirs: &[String], ours: &[String]) -> Difference {
     let mut differing = pairs.skip_while(|(theirs, ours)| theirs == ours);
     let (theirs, ours) = differing.next().unwrap();
     Difference {
-        steps: 0,
+        steps,
         theirs: theirs.clone(),
         ours: ours.clone(),
     }

@@ -211,6 +211,8 @@ impl Side {
             }
             Step::Progress { stream } => {
                 let answer = match &self.streams[stream] {
+                    // Newer ones say nothing before a watch of the future has begun.
+                    Some(stream) if stream.begins_later() => None,
                     Some(stream) => stream.progress().await,
                     None => None,
                 };

@@ -2,7 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicI64, Ordering},
+    },
 };
 
 use conclave_proto::etcd::{
@@ -52,6 +55,8 @@ enum Line {
 pub struct Watching {
     requests: mpsc::Sender<WatchRequest>,
     arrived: Arc<Mutex<Arrived>>,
+    /// The highest revision that a watch of it begins at.
+    last_start: AtomicI64,
     reader: JoinHandle<()>,
 }
 
@@ -78,6 +83,7 @@ impl Watching {
         let stream = Self {
             requests,
             arrived,
+            last_start: AtomicI64::new(0),
             reader,
         };
         let fence = WatchCreateRequest {
@@ -111,7 +117,15 @@ impl Watching {
         .flatten()
     }
 
+    /// Whether a watch may not have begun yet, as far as the fence tells.
+    pub fn begins_later(&self) -> bool {
+        let last = self.last_start.load(Ordering::Relaxed);
+        self.with(|arrived| last > arrived.fenced)
+    }
+
     pub async fn create(&self, create: WatchCreateRequest) -> Option<WatchResponse> {
+        self.last_start
+            .fetch_max(create.start_revision, Ordering::Relaxed);
         self.answered(RequestUnion::CreateRequest(create)).await
     }
 
