@@ -414,6 +414,14 @@ impl Consensus {
         }
     }
 
+    /// Hands leadership, if this node has it, to a follower; ignored if there is none of
+    /// that id.
+    pub(crate) fn hand_over_to(&mut self, to: NodeId) {
+        if self.role() == Role::Leader && to.0 != self.raw.raft.id {
+            self.raw.transfer_leader(to.0);
+        }
+    }
+
     /// Whether leadership is on its way to another member; nothing can be
     /// proposed meanwhile.
     pub(crate) fn is_handing_over(&self) -> bool {

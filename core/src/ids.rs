@@ -25,7 +25,8 @@ impl fmt::Display for NodeId {
     }
 }
 
-/// A session, which is an etcd lease; positive.
+/// A session, which is an etcd lease; never 0. Clients may choose the ids of leases, so
+/// that one may be negative, or come again after its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SessionId(pub i64);
 
@@ -43,6 +44,17 @@ pub struct Attachment {
     pub session: SessionId,
     /// Which attachment to it.
     pub number: u64,
+}
+
+impl Attachment {
+    /// Whichever is the present one: for who does not attach to sessions, as clients of
+    /// leases.
+    pub fn present(session: SessionId) -> Self {
+        Self {
+            session,
+            number: u64::MAX,
+        }
+    }
 }
 
 /// A number that a node gives to a request of its own clients; unique within

@@ -16,6 +16,7 @@
 mod bound;
 mod changes;
 mod events;
+mod hash;
 mod history;
 mod order;
 mod overlay;
@@ -47,6 +48,8 @@ use crate::{
 };
 
 pub use events::{Event, Excerpt, Interest};
+pub use hash::Hashed;
+pub(crate) use hash::Hashing;
 pub use overlay::{Overlay, Writes};
 pub(crate) use picture::Picture;
 pub use range::KeyRange;

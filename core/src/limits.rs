@@ -18,6 +18,11 @@ pub const SESSION_METADATA_BYTES_MAX: usize = 4_096;
 pub const SESSION_TTL_MS_MIN: u64 = 500;
 /// The longest TTL: a day.
 pub const SESSION_TTL_MS_MAX: u64 = 24 * 60 * 60 * 1_000;
+/// The shortest TTL of a lease, which is that of etcd: its clients count in seconds, and
+/// renew thrice in that time.
+pub const LEASE_TTL_MS_MIN: u64 = 2_000;
+/// The longest TTL of a lease, which is that of etcd.
+pub const LEASE_TTL_MS_MAX: u64 = 9_000_000_000_000;
 /// The TTL of a session that asks for none.
 pub const SESSION_TTL_MS_DEFAULT: u64 = 10_000;
 /// Bytes of the secret of a session: too many to be guessed.
@@ -148,6 +153,10 @@ pub const CHECKPOINT_LOG_BYTES: u64 = 64 << 20;
 /// Versions and sessions that one turn copies for a checkpoint: a fraction of a
 /// millisecond.
 pub const DRAWN_PER_TURN_MAX: usize = 2_048;
+/// Bytes of values after which a turn goes on with a hash no further: as much.
+pub const HASHED_BYTES_PER_TURN_MAX: usize = 4 << 20;
+/// Hashes over all keys that wait at a time.
+pub const HASHINGS_MAX: usize = 64;
 /// The log is kept for members that are away up to this many bytes, unless told
 /// otherwise; memory holds about as much.
 pub const LOG_BYTES_MAX: u64 = 1 << 30;

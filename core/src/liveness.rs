@@ -92,6 +92,12 @@ impl Liveness {
         }
     }
 
+    /// How long a session has left, in microseconds.
+    pub(crate) fn left_us(&self, id: SessionId, now_us: u64) -> u64 {
+        let life = self.sessions.get(&id);
+        life.map_or(0, |life| life.deadline_us.saturating_sub(now_us))
+    }
+
     /// Whether an expiry of this session is proposed and its outcome open.
     pub(crate) fn is_expiring(&self, id: SessionId) -> bool {
         self.sessions.get(&id).is_some_and(|life| life.expiring)

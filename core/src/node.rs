@@ -29,7 +29,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::{
     checkpoint::{Done, Schedule, Sink, Writer},
     disk::Disk,
-    ids::{Attachment, Index, NodeId, RequestNumber},
+    ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId},
     limits,
     log::{Batch, Log, LogError, Recovered},
     machine::Machine,
@@ -222,6 +222,25 @@ impl<M: Machine> Handle<M> {
         self.shared.watch(request)
     }
 
+    /// Asks how long a session has left, which only the leader knows; otherwise as
+    /// [`Handle::command`].
+    pub fn time_left(&self, session: SessionId, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::TimeLeft(session), respond)
+    }
+
+    /// Asks for a hash over all keys as this node has them, at a revision or now;
+    /// otherwise as [`Handle::command`].
+    pub fn hash(&self, at: Option<Revision>, respond: Responder<M>) -> Result<(), Failure> {
+        self.shared.request(Request::Hash(at), respond)
+    }
+
+    /// Has leadership handed over to a member, if this one has it. Whether it comes to
+    /// that is seen by [`Handle::status`], after one election timeout at most.
+    pub fn hand_over(&self, to: NodeId) {
+        unpoisoned(self.shared.inbox.lock()).hand_over = Some(to);
+        (self.shared.wake)();
+    }
+
     /// Hands over what a peer sent, in one go, so that one turn takes it all.
     /// Dropped if too much is waiting, as a network would.
     pub fn peer(&self, from: NodeId, messages: impl IntoIterator<Item = PeerMessage>) {
@@ -315,6 +334,7 @@ struct Inbox<M: Machine> {
     endings: Queue<command::Body, Responder<M>>,
     work: Queue<Request<M>, Responder<M>>,
     watches: Queue<watch::Request, ()>,
+    hand_over: Option<NodeId>,
     stopping: bool,
 }
 
@@ -331,6 +351,8 @@ enum Request<M: Machine> {
     Read(Query<M>),
     LocalRead(Query<M>),
     Renew(Attachment),
+    TimeLeft(SessionId),
+    Hash(Option<Revision>),
 }
 
 impl<M: Machine> Default for Inbox<M> {
@@ -342,6 +364,7 @@ impl<M: Machine> Default for Inbox<M> {
             endings: Queue::default(),
             work: Queue::default(),
             watches: Queue::default(),
+            hand_over: None,
             stopping: false,
         }
     }
@@ -405,7 +428,11 @@ impl<M: Machine> Shared<M> {
         let was_empty = inbox.is_empty();
         let bytes = match &request {
             Request::Command(body) | Request::Ending(body) => body.encoded_len(),
-            Request::Read(_) | Request::LocalRead(_) | Request::Renew(_) => 0,
+            Request::Read(_)
+            | Request::LocalRead(_)
+            | Request::Renew(_)
+            | Request::TimeLeft(_)
+            | Request::Hash(_) => 0,
         };
         match request {
             Request::Renew(of) => {
@@ -416,7 +443,11 @@ impl<M: Machine> Shared<M> {
                 let max = limits::QUEUED_ENDINGS_MAX;
                 inbox.endings.put(body, bytes, respond, max)?;
             }
-            Request::Command(_) | Request::Read(_) | Request::LocalRead(_) => {
+            Request::Command(_)
+            | Request::Read(_)
+            | Request::LocalRead(_)
+            | Request::TimeLeft(_)
+            | Request::Hash(_) => {
                 let max = limits::QUEUED_REQUESTS_MAX;
                 inbox.work.put(request, bytes, respond, max)?;
             }
@@ -487,6 +518,7 @@ impl<M: Machine> Shared<M> {
             endings: inbox.endings.take(limits::REQUESTS_PER_TURN_MAX),
             work: inbox.work.take(limits::REQUESTS_PER_TURN_MAX),
             watches: inbox.watches.take(limits::REQUESTS_PER_TURN_MAX),
+            hand_over: inbox.hand_over.take(),
             stopping,
         };
         Taken {
@@ -604,6 +636,8 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             fetch,
             installed,
         } = self.replica.finish()?;
+        // First, so that nobody who has an answer sees what was before it.
+        self.publish_status();
         self.send(messages);
         let is_any_answered = !answers.is_empty();
         for (number, answer) in answers {
@@ -633,7 +667,6 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             None => {}
         }
         self.keep_checkpoints()?;
-        self.publish_status();
         let leads = self.replica.status().role == Role::Leader;
         let is_free = !leads && !self.replica.owes_answers();
         Ok(match self.give_up_us {
@@ -746,10 +779,13 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
                 Request::Read(query) => Input::Read { number, query },
                 Request::LocalRead(query) => Input::LocalRead { number, query },
                 Request::Renew(of) => Input::Renew { number, of },
+                Request::TimeLeft(session) => Input::TimeLeft { number, session },
+                Request::Hash(revision) => Input::Hash { number, revision },
             });
         }
         let watches = inbox.watches.into_iter();
         inputs.extend(watches.map(|(request, ())| Input::Watch(request)));
+        inputs.extend(inbox.hand_over.map(Input::HandOver));
         inputs
     }
 

@@ -24,6 +24,7 @@ mod api;
 mod commands;
 mod compaction;
 mod divergence;
+mod hashing;
 mod install;
 mod leadership;
 mod quota;
@@ -50,9 +51,10 @@ pub use self::api::{
 use self::{
     admission::Admission,
     divergence::Digests,
+    hashing::Hashings,
     install::Install,
     leadership::{Leadership, Taken},
-    reads::{Ask, AskBody, Reads, Renewer},
+    reads::{Ask, AskBody, Reads, Renewer, Wish},
 };
 pub use self::{compaction::Retention, install::Fetch};
 use crate::{
@@ -132,6 +134,7 @@ pub struct Replica<M: Machine> {
     digests: Digests,
     /// Those of this node's clients who watch keys.
     watchers: Hub,
+    hashings: Hashings,
 
     install: Install,
     /// The entry behind which the log begins anew, with the batch of this turn.
@@ -155,7 +158,7 @@ pub struct Replica<M: Machine> {
 struct Arrived {
     commands: Vec<(RequestNumber, command::Body)>,
     forwarded: Vec<(NodeId, Forward)>,
-    renewals: Vec<(Renewer, Attachment)>,
+    renewals: Vec<Wish>,
 }
 
 #[derive(Debug)]
@@ -237,6 +240,7 @@ impl<M: Machine> Replica<M> {
             renewals_ended: BTreeSet::new(),
             digests: Digests::default(),
             watchers,
+            hashings: Hashings::default(),
             install,
             base: None,
             outbox: Vec::new(),
@@ -290,6 +294,7 @@ impl<M: Machine> Replica<M> {
             || !self.renewals.is_empty()
             || !self.reads.is_empty()
             || !self.sweeps.is_empty()
+            || !self.hashings.is_empty()
     }
 
     /// What this node knows, as of the end of its last turn.
@@ -301,7 +306,10 @@ impl<M: Machine> Replica<M> {
     /// microseconds.
     pub fn next_turn_us(&self) -> u64 {
         let is_behind = !self.unapplied.is_empty() || self.watchers.has_work();
-        if is_behind || self.consensus.has_ready() || (self.reads.has_fresh() && self.can_confirm())
+        if is_behind
+            || !self.hashings.is_empty()
+            || self.consensus.has_ready()
+            || (self.reads.has_fresh() && self.can_confirm())
         {
             return self.now.boot_us;
         }
@@ -372,6 +380,7 @@ impl<M: Machine> Replica<M> {
         self.plan_to_tell_commit();
         self.fail_what_lost_its_leader();
         self.answer_reads();
+        self.go_on_hashing();
         self.answer_ended_renewals();
         if mem::take(&mut self.has_ticked) {
             self.give_up_late();
@@ -401,10 +410,19 @@ impl<M: Machine> Replica<M> {
                 body: AskBody::Read { number, query },
             }),
             Input::LocalRead { number, query } => self.local_reads.push((number, query)),
-            Input::Renew { number, of } => {
-                self.arrived.renewals.push((Renewer::Here(number), of));
-            }
             Input::Watch(request) => self.watch(request),
+            Input::Renew { number, of } => self.arrived.renewals.push(Wish {
+                of,
+                from: Renewer::Here(number),
+                only_asks: false,
+            }),
+            Input::TimeLeft { number, session } => self.arrived.renewals.push(Wish {
+                of: Attachment::present(session),
+                from: Renewer::Here(number),
+                only_asks: true,
+            }),
+            Input::Hash { number, revision } => self.hash(number, revision),
+            Input::HandOver(to) => self.consensus.hand_over_to(to),
             Input::Resign => self.consensus.hand_over(),
         }
         Ok(())
@@ -439,19 +457,20 @@ impl<M: Machine> Replica<M> {
                 self.arrived
                     .renewals
                     .extend(renewals.into_iter().map(|renewal| {
-                        let number = renewal.number;
+                        let from = Renewer::There {
+                            node: from,
+                            boot,
+                            number: renewal.number,
+                        };
                         let of = Attachment {
                             session: SessionId(renewal.session_id),
                             number: renewal.attachment,
                         };
-                        (
-                            Renewer::There {
-                                node: from,
-                                boot,
-                                number,
-                            },
+                        Wish {
                             of,
-                        )
+                            from,
+                            only_asks: renewal.only_asks,
+                        }
                     }));
             }
             Message::RenewalReplies(replies) => self.receive_renewal_replies(replies),
@@ -562,7 +581,7 @@ impl<M: Machine> Replica<M> {
             let parked = leadership.parked.into_values().flatten();
             let given_up = leadership.early.into_iter().chain(parked);
             for renewal in given_up.chain(self.reads.take_renewals()) {
-                self.refuse_renewal(renewal.from);
+                self.refuse_renewal(renewal.wish.from);
             }
         }
         if leads {
@@ -705,6 +724,17 @@ impl<M: Machine> Replica<M> {
                     more: behind.next().is_some(),
                 }
             }
+            Query::SessionIds => {
+                AnswerBody::SessionIds(sessions.iter().map(|(id, _)| id).collect())
+            }
+            Query::KeysOf(id) if sessions.get(id).is_some() => {
+                AnswerBody::Keys(keyspace.keys_of(id).cloned().collect())
+            }
+            Query::KeysOf(id) => AnswerBody::SessionEnded(self.state.system().end_reason(id)),
+            Query::Alarms => {
+                let raised_by = self.state.system().out_of_space();
+                AnswerBody::Alarms(raised_by.iter().copied().collect())
+            }
             Query::Machine(query) => {
                 AnswerBody::Query(self.state.machine().query(self.state.view(), query))
             }
@@ -837,12 +867,13 @@ impl<M: Machine> Replica<M> {
             match ask.body {
                 AskBody::Read { number, .. } => self.fail(number, Failure::NotLeader { leader }),
                 AskBody::Renewal(renewal) => {
-                    if let Some(leadership) = &mut self.leadership
+                    if !renewal.wish.only_asks
+                        && let Some(leadership) = &mut self.leadership
                         && let Some(liveness) = &mut leadership.liveness
                     {
-                        liveness.renewal_over(renewal.of.session, None);
+                        liveness.renewal_over(renewal.wish.of.session, None);
                     }
-                    self.refuse_renewal(renewal.from);
+                    self.refuse_renewal(renewal.wish.from);
                 }
             }
         }
@@ -925,7 +956,8 @@ impl<M: Machine> Replica<M> {
         self.status.state_bytes = self.state.bytes();
         self.status.watching = self.watchers.load();
         self.status.is_behind = self.is_behind();
-        self.status.is_out_of_space = self.state.system().is_out_of_space();
+        let out_of_space = self.state.system().out_of_space();
+        self.status.out_of_space = out_of_space.iter().copied().collect();
     }
 
     fn take_outbox(&mut self) -> Vec<(NodeId, PeerMessage)> {

@@ -8,7 +8,7 @@ mod once;
 mod sessions;
 
 use bytes::Bytes;
-use conclave_proto::internal::{Command, Entry, Origin, PublishMember, Stamp, command};
+use conclave_proto::internal::{Command, Entry, NoSpace, Origin, PublishMember, Stamp, command};
 use prost::Message as _;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -379,15 +379,14 @@ impl<M: Machine> State<M> {
             command::Body::OpenSession(open) => self.open_session(open, applied),
             command::Body::AttachSession(attach) => self.attach_session(&attach, applied),
             command::Body::CloseSession(close) => self.close_session(&close, applied),
+            command::Body::GrantLease(grant) => self.grant_lease(&grant, applied),
+            command::Body::RevokeLease(revoke) => self.revoke_lease(&revoke, applied),
             command::Body::ExpireSessions(expire) => self.expire_sessions(&expire, term, applied),
             command::Body::PublishMember(member) => self.publish_member(member),
             command::Body::Compact(compact) => {
                 AnswerBody::Compacted(self.keyspace.compact(compact.revision))
             }
-            command::Body::NoSpace(alarm) => {
-                self.system.set_out_of_space(alarm.raised);
-                AnswerBody::Done
-            }
+            command::Body::NoSpace(alarm) => AnswerBody::Alarms(self.no_space(&alarm)),
             command::Body::RaiseApplyVersion(raise) => {
                 if raise.version > APPLY_VERSION {
                     return Err(unknown(&format!("apply version {}", raise.version)));
@@ -420,6 +419,17 @@ impl<M: Machine> State<M> {
         let changes = self.keyspace.keep(writes);
         self.settle(&changes, Cause::Txn, applied);
         Some(Ok(reply))
+    }
+
+    /// Raises or clears the alarm; for which members.
+    fn no_space(&mut self, alarm: &NoSpace) -> Vec<NodeId> {
+        let member = NodeId(alarm.member);
+        if alarm.raised {
+            self.system.raise_out_of_space(member);
+            return vec![member];
+        }
+        let only = (alarm.member != 0).then_some(member);
+        self.system.clear_out_of_space(only)
     }
 
     /// A mistake: nobody else hears of it.

@@ -1,6 +1,6 @@
 //! The system table: replicated state without revisions, invisible to ranges.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use conclave_proto::internal::CheckpointSystem;
 
@@ -57,11 +57,13 @@ pub struct System {
     /// How often a member published itself.
     pub(crate) publications: u64,
     pub(crate) apply_version: u32,
-    /// The alarm NOSPACE.
-    pub(crate) is_out_of_space: bool,
+    /// The alarm NOSPACE: the members that raised it, 0 if that is not known.
+    pub(crate) out_of_space: BTreeSet<NodeId>,
     /// The newest at the back; bounded.
     pub(crate) ended: VecDeque<Ended>,
-    pub(crate) ended_by_id: BTreeMap<SessionId, EndReason>,
+    /// The newest end of each, and how many are on record: a client may choose the id of
+    /// a lease that has ended.
+    pub(crate) ended_by_id: BTreeMap<SessionId, (EndReason, u32)>,
     pub(crate) ended_by_secret: BTreeMap<Secret, EndReason>,
     /// By token; bounded.
     pub(crate) forced: BTreeMap<Revision, ForcedRelease>,
@@ -96,15 +98,19 @@ impl System {
 
     /// Whether the alarm NOSPACE is raised: what would grow the state is refused.
     pub fn is_out_of_space(&self) -> bool {
-        self.is_out_of_space
+        !self.out_of_space.is_empty()
+    }
+
+    /// The members that raised the alarm NOSPACE.
+    pub fn out_of_space(&self) -> &BTreeSet<NodeId> {
+        &self.out_of_space
     }
 
     /// Why a session that is not alive ended, as far as it is on record.
     pub fn end_reason(&self, id: SessionId) -> EndReason {
         self.ended_by_id
             .get(&id)
-            .copied()
-            .unwrap_or(EndReason::Unknown)
+            .map_or(EndReason::Unknown, |(reason, _)| *reason)
     }
 
     /// Why the session that was opened with this secret ended, if it did and that is
@@ -137,14 +143,14 @@ impl System {
             sessions_opened,
             publications,
             apply_version,
-            is_out_of_space,
+            out_of_space,
         } = counts;
         self.log_time = log_time_ms;
         self.date_ms = date_ms;
         self.sessions_opened = sessions_opened;
         self.publications = publications;
         self.apply_version = apply_version;
-        self.is_out_of_space = is_out_of_space;
+        self.out_of_space = out_of_space.into_iter().map(NodeId).collect();
     }
 
     pub(crate) fn count_session(&mut self) -> u64 {
@@ -161,22 +167,42 @@ impl System {
         self.apply_version = self.apply_version.max(version);
     }
 
-    pub(crate) fn set_out_of_space(&mut self, is_out_of_space: bool) {
-        self.is_out_of_space = is_out_of_space;
+    /// Raises the alarm NOSPACE for a member.
+    pub(crate) fn raise_out_of_space(&mut self, member: NodeId) {
+        self.out_of_space.insert(member);
+    }
+
+    /// Clears the alarm NOSPACE of a member, or all; those for which it was raised.
+    pub(crate) fn clear_out_of_space(&mut self, member: Option<NodeId>) -> Vec<NodeId> {
+        self.out_of_space
+            .extract_if(.., |raised| member.is_none_or(|member| member == *raised))
+            .collect()
     }
 
     pub(crate) fn record_end(&mut self, ended: Ended) {
         self.ended.push_back(ended);
-        self.ended_by_id.insert(ended.session, ended.reason);
+        let newest = self.ended_by_id.entry(ended.session);
+        let (reason, count) = newest.or_insert((ended.reason, 0));
+        *reason = ended.reason;
+        *count += 1;
         if let Some(secret) = ended.secret {
             self.ended_by_secret.insert(secret, ended.reason);
         }
         if self.ended.len() > limits::ENDED_SESSIONS_KEPT
             && let Some(oldest) = self.ended.pop_front()
         {
-            self.ended_by_id.remove(&oldest.session);
+            self.forget_end(oldest.session);
             if let Some(secret) = oldest.secret {
                 self.ended_by_secret.remove(&secret);
+            }
+        }
+    }
+
+    fn forget_end(&mut self, session: SessionId) {
+        if let Some((_, count)) = self.ended_by_id.get_mut(&session) {
+            *count -= 1;
+            if *count == 0 {
+                self.ended_by_id.remove(&session);
             }
         }
     }

@@ -409,11 +409,14 @@ proptest! {
         let (mut keyspace, mut model) = (Keyspace::new(), Model::default());
         for (commands, at, sweep) in rounds {
             for command in commands.iter().filter(|command| command.kept) {
+                let before = model.revision();
                 run(&mut keyspace, command);
                 model.apply(&command.writes);
                 let newest = model.revision();
-                let told: Vec<Told> = keyspace.events_of(newest).collect();
-                prop_assert_eq!(told, model.told(newest));
+                if newest > before {
+                    let told: Vec<Told> = keyspace.events_of(newest).collect();
+                    prop_assert_eq!(told, model.told(newest));
+                }
             }
             keyspace.compact(at).ok();
             keyspace.sweep(sweep);

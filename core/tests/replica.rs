@@ -8,6 +8,8 @@
 
 #[path = "replica/install.rs"]
 mod install;
+#[path = "replica/leases.rs"]
+mod leases;
 #[path = "replica/watch.rs"]
 mod watch;
 
@@ -1355,8 +1357,13 @@ fn above_the_quota_what_grows_is_refused_until_there_is_space_and_an_operator_sa
     cluster.settle();
     assert_eq!(cluster.outcome(follower, number), "Ok(Done)");
 
-    let disarm = || command::Body::NoSpace(NoSpace { raised: false });
-    let is_raised = |cluster: &Cluster| cluster.nodes[&leader].replica.status().is_out_of_space;
+    let disarm = || {
+        command::Body::NoSpace(NoSpace {
+            raised: false,
+            member: 0,
+        })
+    };
+    let is_raised = |cluster: &Cluster| cluster.nodes[&leader].replica.status().is_out_of_space();
     cluster.send(follower, disarm());
     cluster.run_ms(200);
     assert!(is_raised(&cluster), "raised again while there is too much");

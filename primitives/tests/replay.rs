@@ -136,7 +136,7 @@ impl Recorder {
     }
 
     fn no_space(&mut self, raised: bool) {
-        self.run(command::Body::NoSpace(NoSpace { raised }));
+        self.run(command::Body::NoSpace(NoSpace { raised, member: 0 }));
     }
 }
 

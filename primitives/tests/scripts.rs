@@ -155,7 +155,10 @@ fn above_the_quota_a_shared_grant_is_given_back_and_taken_by_force() {
     };
     driver.run(acquire(1));
     driver.run(acquire(2));
-    driver.run(Body::NoSpace(NoSpace { raised: true }));
+    driver.run(Body::NoSpace(NoSpace {
+        raised: true,
+        member: 0,
+    }));
     let refused = driver.run(acquire(3)).outcome;
     let Outcome::Done(refused) = refused else {
         panic!("it waits");

@@ -66,7 +66,10 @@ async fn compact(
 
 async fn disarm(gateway: &Gateway) -> Result<v1::DisarmResponse, Refusal> {
     tracing::info!("alarms are to be cleared");
-    let body = Body::NoSpace(NoSpace { raised: false });
+    let body = Body::NoSpace(NoSpace {
+        raised: false,
+        member: 0,
+    });
     let answer = gateway.command(body).await?;
     let header = gateway.header(answer.revision, answer.term);
     Ok(v1::DisarmResponse { header })
@@ -94,7 +97,7 @@ fn status(gateway: &Gateway) -> v1::StatusResponse {
         compacted_revision: status.compacted,
         state_bytes: status.state_bytes,
         alarms: status
-            .is_out_of_space
+            .is_out_of_space()
             .then(|| "NOSPACE".to_owned())
             .into_iter()
             .collect(),

@@ -6,6 +6,8 @@
 //! - here: what all of its services share;
 //! - `kv`: keys, transactions, compaction;
 //! - `watch`: events of keys;
+//! - `lease`: sessions as leases;
+//! - `cluster`, `maintenance` with `snapshot`, `auth`: what operators ask;
 //! - `json`: all services over HTTP and JSON, too;
 //! - `replies`: what tonic says by itself, in etcd's words;
 //! - `status`: every error, with etcd's code and text.
@@ -13,9 +15,14 @@
 //! A service asks for what etcd asks, in etcd's order, then takes the way of the
 //! native services: through the [`Gateway`] to the replica and back.
 
+mod auth;
+mod cluster;
 pub(crate) mod json;
 mod kv;
+mod lease;
+mod maintenance;
 mod replies;
+mod snapshot;
 pub(crate) mod status;
 mod watch;
 
@@ -23,14 +30,21 @@ use std::{future::Future, ops::Deref, sync::Arc, time::Duration};
 
 use conclave_core::ids::{Revision, Term};
 use conclave_proto::etcd::etcdserverpb::{
-    ResponseHeader, kv_server::KvServer, watch_server::WatchServer,
+    ResponseHeader, auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer,
+    lease_server::LeaseServer, maintenance_server::MaintenanceServer, watch_server::WatchServer,
 };
 use tokio::time;
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::Routes};
 
-use self::{kv::KvService, replies::Replies, status::Error, watch::WatchService};
+pub(crate) use self::snapshot::Source as Snapshots;
+use self::{
+    auth::AuthService, cluster::ClusterService, kv::KvService, lease::LeaseService,
+    maintenance::MaintenanceService, replies::Replies, status::Error, watch::WatchService,
+};
 use crate::{gateway::Gateway, metrics::Method, routes::REQUEST_OVERHEAD_BYTES};
 
+/// The version of etcd whose API this is: clients choose by it what they ask for.
+pub(crate) const VERSION: &str = "3.6.0";
 /// What etcd's log puts around a request, and counts against the limit of its size.
 const ENTRY_OVERHEAD_BYTES: usize = 18;
 /// A stream that asked for it ends after so many election timeouts without a leader.
@@ -52,9 +66,19 @@ impl Deref for Etcd {
 pub(crate) fn add_services(routes: Routes, gateway: &Arc<Gateway>) -> Routes {
     let etcd = Etcd(Arc::clone(gateway));
     let bytes_max = etcd.settings.max_request_bytes + REQUEST_OVERHEAD_BYTES;
-    let kv = KvServer::new(KvService(etcd.clone())).max_decoding_message_size(bytes_max);
-    let watch = WatchServer::new(WatchService(etcd)).max_decoding_message_size(bytes_max);
-    routes.add_service(Replies(kv)).add_service(Replies(watch))
+    let kv = KvServer::new(KvService(etcd.clone()));
+    let watch = WatchServer::new(WatchService(etcd.clone()));
+    let lease = LeaseServer::new(LeaseService(etcd.clone()));
+    let cluster = ClusterServer::new(ClusterService(etcd.clone()));
+    let maintenance = MaintenanceServer::new(MaintenanceService(etcd.clone()));
+    let auth = AuthServer::new(AuthService(etcd));
+    routes
+        .add_service(Replies(kv.max_decoding_message_size(bytes_max)))
+        .add_service(Replies(watch.max_decoding_message_size(bytes_max)))
+        .add_service(Replies(lease.max_decoding_message_size(bytes_max)))
+        .add_service(Replies(cluster.max_decoding_message_size(bytes_max)))
+        .add_service(Replies(maintenance.max_decoding_message_size(bytes_max)))
+        .add_service(Replies(auth.max_decoding_message_size(bytes_max)))
 }
 
 impl Etcd {

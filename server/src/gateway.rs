@@ -9,7 +9,7 @@ use std::{
 };
 
 use conclave_core::{
-    ids::{Attachment, Revision, Term},
+    ids::{Attachment, Revision, SessionId, Term},
     limits,
     node::{Handle, Responder},
     replica::{self, AnswerBody, Failure, Query, Status},
@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use tonic::{Code, Response};
 
 use crate::{
+    etcd::Snapshots,
     events::Hub,
     mailbox::Mailbox,
     metrics::{Method, Metrics},
@@ -41,6 +42,7 @@ pub(crate) struct Gateway {
     readers: Arc<Readers>,
     pub(crate) peers: Arc<Peers>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) snapshots: Arc<Snapshots>,
     /// Where answers for this thread arrive; somebody must deliver them.
     pub(crate) mailbox: Arc<Mailbox>,
     /// Those of all threads, that of the control thread first.
@@ -58,6 +60,7 @@ impl Gateway {
         hub: Arc<Hub>,
         readers: Arc<Readers>,
         peers: Arc<Peers>,
+        snapshots: Snapshots,
         mailboxes: Vec<Arc<Mailbox>>,
         random: u64,
     ) -> Self {
@@ -68,6 +71,7 @@ impl Gateway {
             readers,
             peers,
             metrics: Arc::new(Metrics::new()),
+            snapshots: Arc::new(snapshots),
             mailbox: Arc::clone(&mailboxes[0]),
             mailboxes: mailboxes.into(),
             next_tag: Arc::new(AtomicU64::new(random)),
@@ -88,6 +92,7 @@ impl Gateway {
             readers: Arc::clone(&self.readers),
             peers: Arc::clone(&self.peers),
             metrics: Arc::clone(&self.metrics),
+            snapshots: Arc::clone(&self.snapshots),
             mailbox,
             mailboxes: Arc::clone(&self.mailboxes),
             next_tag: Arc::clone(&self.next_tag),
@@ -134,6 +139,17 @@ impl Gateway {
             .await
     }
 
+    /// Asks how long a session has left.
+    pub(crate) async fn time_left(&self, session: SessionId) -> Result<Answer, Refusal> {
+        self.answered(|respond| self.handle.time_left(session, respond))
+            .await
+    }
+
+    /// Asks for a hash over all keys as this member has them, at a revision or now.
+    pub(crate) async fn hash(&self, at: Option<Revision>) -> Result<Answer, Refusal> {
+        self.answered(|respond| self.handle.hash(at, respond)).await
+    }
+
     /// Waits for the outcome of a request. If the loop thread ends without having
     /// given one, the request may have been applied.
     async fn answered(
@@ -158,7 +174,10 @@ impl Gateway {
                 ..
             } => Err(Refusal::Rejected(rejection)),
             Answer {
-                body: AnswerBody::Compacted(Err(error)) | AnswerBody::Range(Err(error)),
+                body:
+                    AnswerBody::Compacted(Err(error))
+                    | AnswerBody::Range(Err(error))
+                    | AnswerBody::Hashed(Err(error)),
                 ..
             } => Err(Refusal::Revision(error)),
             Answer {

@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::time;
 use tonic::Status;
 
-use crate::{gateway::Gateway, metrics::Snapshot};
+use crate::{etcd::VERSION, gateway::Gateway, metrics::Snapshot};
 
 /// How long a health check waits for the cluster.
 pub(crate) const READY_WITHIN: Duration = Duration::from_secs(1);
@@ -37,9 +37,10 @@ pub(crate) async fn unknown(uri: Uri, headers: HeaderMap) -> Response {
         .get(header::CONTENT_TYPE)
         .map_or(&b""[..], |kind| kind.as_bytes());
     if kind.starts_with(b"application/grpc") {
-        let service = uri.path().trim_start_matches('/').split('/').next();
-        let text = format!("unknown service {}", service.unwrap_or_default());
-        return Status::unimplemented(text).into_http::<axum::body::Body>();
+        let service = uri.path().trim_start_matches('/').rsplit_once('/');
+        let service = service.map_or("", |(service, _)| service);
+        let status = Status::unimplemented(format!("unknown service {service}"));
+        return status.into_http::<axum::body::Body>();
     }
     (StatusCode::NOT_FOUND, "not found\n").into_response()
 }
@@ -54,15 +55,30 @@ pub(crate) async fn is_ready(gateway: &Gateway) -> Result<(), String> {
 }
 
 /// As etcd answers it.
-async fn health(State(gateway): State<Arc<Gateway>>) -> Response {
-    let (status, body) = match is_ready(&gateway).await {
-        Ok(()) => (StatusCode::OK, json!({ "health": "true" })),
-        Err(reason) => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            json!({ "health": "false", "reason": reason }),
-        ),
+async fn health(State(gateway): State<Arc<Gateway>>, uri: Uri) -> Response {
+    let (status, health, reason) = match illness(&gateway, uri.query().unwrap_or_default()).await {
+        None => (StatusCode::OK, "true", String::new()),
+        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, "false", reason),
     };
-    json_response(status, &body)
+    json_response(status, &json!({ "health": health, "reason": reason }))
+}
+
+/// What is wrong, but for alarms that the query excludes. A serializable check does not
+/// ask the others.
+async fn illness(gateway: &Gateway, query: &str) -> Option<String> {
+    let has = |parameter: &str| query.split('&').any(|given| given == parameter);
+    let status = gateway.handle.status();
+    if status.is_out_of_space() && !has("exclude=NOSPACE") {
+        return Some("ALARM NOSPACE".to_owned());
+    }
+    if has("serializable=true") {
+        return status.is_behind.then(|| "RANGE ERROR:no state".to_owned());
+    }
+    if status.leader.is_none() {
+        return Some("RAFT NO LEADER".to_owned());
+    }
+    let read = is_ready(gateway).await;
+    read.err().map(|reason| format!("RANGE ERROR:{reason}"))
 }
 
 /// The process answers, and that is all that is asked: a member without a
@@ -95,8 +111,15 @@ async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
+/// As etcd answers it, and what answers.
 async fn version() -> Response {
-    let body = json!({ "server": "conclave", "version": env!("CARGO_PKG_VERSION") });
+    let body = json!({
+        "etcdserver": VERSION,
+        "etcdcluster": VERSION,
+        "storage": VERSION,
+        "server": "conclave",
+        "version": env!("CARGO_PKG_VERSION"),
+    });
     json_response(StatusCode::OK, &body)
 }
 

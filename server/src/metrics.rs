@@ -181,6 +181,25 @@ pub(crate) enum Method {
     KvTxn,
     KvCompact,
     Watch,
+    LeaseGrant,
+    LeaseRevoke,
+    LeaseKeepAlive,
+    LeaseTimeToLive,
+    LeaseLeases,
+    MemberAdd,
+    MemberRemove,
+    MemberUpdate,
+    MemberList,
+    MemberPromote,
+    Alarm,
+    MemberStatus,
+    Defragment,
+    Hash,
+    HashKv,
+    Snapshot,
+    MoveLeader,
+    Downgrade,
+    Auth,
 }
 
 impl Method {
@@ -208,6 +227,25 @@ impl Method {
         Self::KvTxn,
         Self::KvCompact,
         Self::Watch,
+        Self::LeaseGrant,
+        Self::LeaseRevoke,
+        Self::LeaseKeepAlive,
+        Self::LeaseTimeToLive,
+        Self::LeaseLeases,
+        Self::MemberAdd,
+        Self::MemberRemove,
+        Self::MemberUpdate,
+        Self::MemberList,
+        Self::MemberPromote,
+        Self::Alarm,
+        Self::MemberStatus,
+        Self::Defragment,
+        Self::Hash,
+        Self::HashKv,
+        Self::Snapshot,
+        Self::MoveLeader,
+        Self::Downgrade,
+        Self::Auth,
     ];
 
     fn label(self) -> &'static str {
@@ -235,6 +273,25 @@ impl Method {
             Self::KvTxn => "etcdserverpb.KV/Txn",
             Self::KvCompact => "etcdserverpb.KV/Compact",
             Self::Watch => "etcdserverpb.Watch/Watch",
+            Self::LeaseGrant => "etcdserverpb.Lease/LeaseGrant",
+            Self::LeaseRevoke => "etcdserverpb.Lease/LeaseRevoke",
+            Self::LeaseKeepAlive => "etcdserverpb.Lease/LeaseKeepAlive",
+            Self::LeaseTimeToLive => "etcdserverpb.Lease/LeaseTimeToLive",
+            Self::LeaseLeases => "etcdserverpb.Lease/LeaseLeases",
+            Self::MemberAdd => "etcdserverpb.Cluster/MemberAdd",
+            Self::MemberRemove => "etcdserverpb.Cluster/MemberRemove",
+            Self::MemberUpdate => "etcdserverpb.Cluster/MemberUpdate",
+            Self::MemberList => "etcdserverpb.Cluster/MemberList",
+            Self::MemberPromote => "etcdserverpb.Cluster/MemberPromote",
+            Self::Alarm => "etcdserverpb.Maintenance/Alarm",
+            Self::MemberStatus => "etcdserverpb.Maintenance/Status",
+            Self::Defragment => "etcdserverpb.Maintenance/Defragment",
+            Self::Hash => "etcdserverpb.Maintenance/Hash",
+            Self::HashKv => "etcdserverpb.Maintenance/HashKV",
+            Self::Snapshot => "etcdserverpb.Maintenance/Snapshot",
+            Self::MoveLeader => "etcdserverpb.Maintenance/MoveLeader",
+            Self::Downgrade => "etcdserverpb.Maintenance/Downgrade",
+            Self::Auth => "etcdserverpb.Auth",
         }
     }
 }
@@ -401,7 +458,7 @@ fn render_status(page: &mut Page, snapshot: &Snapshot<'_>) {
     page.one(SESSIONS, status.sessions);
     page.one(KEYS, status.keys);
     page.one(STATE_BYTES, status.state_bytes);
-    page.one(NO_SPACE, u8::from(status.is_out_of_space));
+    page.one(NO_SPACE, u8::from(status.is_out_of_space()));
     page.one(WATCHED, snapshot.watched_sessions);
     page.one(WATCHERS, status.watching.watchers);
     page.one(WATCHERS_BEHIND, status.watching.behind);

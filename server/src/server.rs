@@ -33,6 +33,7 @@ use tonic_health::{
 
 use crate::{
     cluster::role_name,
+    etcd::Snapshots,
     events::Hub,
     gateway::Gateway,
     http,
@@ -139,7 +140,8 @@ impl Server {
         let (phase, phases) = watch::channel(Phase::Serving);
         let (health, health_server) = health_reporter();
         let checkpoints = storage.checkpoints.clone();
-        let (gateway, turns) = open_node(settings, storage)?;
+        let snapshots = Snapshots::new(storage.checkpoints.clone());
+        let (gateway, turns) = open_node(settings, storage, snapshots)?;
         let gateway = Arc::new(gateway);
         let peers = Arc::clone(&gateway.peers);
         let links = peers.run(gateway.handle.clone(), checkpoints, peer_listeners);
@@ -300,6 +302,7 @@ fn local_addresses(listeners: &[StdListener]) -> Vec<SocketAddr> {
 fn open_node(
     settings: Settings,
     storage: Storage,
+    snapshots: Snapshots,
 ) -> Result<(Gateway, impl Future<Output = Result<(), Fatal>> + Send), ServerError> {
     let Storage {
         log,
@@ -374,14 +377,9 @@ fn open_node(
     };
     let (handle, node) = node::open(config, stores, outlets);
     let settings = Arc::new(settings);
+    let random = storage::random();
     let gateway = Gateway::new(
-        handle,
-        settings,
-        hub,
-        readers,
-        peers,
-        mailboxes,
-        storage::random(),
+        handle, settings, hub, readers, peers, snapshots, mailboxes, random,
     );
     Ok((gateway, turns::run(node, arrived)))
 }

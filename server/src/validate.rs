@@ -125,9 +125,9 @@ pub(crate) fn number(number: Option<v1::RequestNumber>) -> Result<Request, Inval
     })
 }
 
-/// A session's id. No session ever has one that is not positive.
+/// A session's id. No session ever has 0.
 pub(crate) fn session(id: i64) -> Result<SessionId, Refusal> {
-    if id <= 0 {
+    if id == 0 {
         return Err(Refusal::SessionEnded(EndReason::Unknown));
     }
     Ok(SessionId(id))

@@ -458,7 +458,7 @@ fn system_records(system: System) -> impl Iterator<Item = Body> {
         members,
         publications,
         apply_version,
-        is_out_of_space,
+        out_of_space,
         ended,
         ended_by_id: _,
         ended_by_secret: _,
@@ -470,7 +470,7 @@ fn system_records(system: System) -> impl Iterator<Item = Body> {
         sessions_opened,
         publications,
         apply_version,
-        is_out_of_space,
+        out_of_space: out_of_space.into_iter().map(|node| node.0).collect(),
     });
     let members = members.into_iter().map(|(node, member)| {
         let PublishedMember {

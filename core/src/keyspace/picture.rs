@@ -32,32 +32,25 @@ pub(crate) struct Picture {
 /// The end of a version that has none.
 const LIVES: Revision = Revision::MAX;
 
-/// A picture, as far as it is drawn.
-#[derive(Clone, Debug)]
-pub(super) struct Drawing {
-    picture: Picture,
-    /// The version the walk came to: its key and its end. No key is empty.
+/// A walk over all versions of all keys, some at a time. Met twice is none, and missed
+/// only what a compaction drops ahead of it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Walk {
+    /// The version it came to: its key and its end. No key is empty.
     at: (Bytes, Revision),
 }
 
-impl Drawing {
-    /// Begins one. The vectors never grow: that would copy them in one go.
-    pub(super) fn new(revision: Revision, digest: u64, live: usize, past: &History) -> Self {
-        let picture = Picture {
-            revision,
-            compacted: past.compacted(),
-            digest,
-            live: Vec::with_capacity(live),
-            past: Vec::with_capacity(past.len()),
-        };
-        Self {
-            picture,
-            at: (Bytes::new(), 0),
-        }
-    }
-
-    /// Walks on over `max` versions. Whether it has come to the end.
-    pub(super) fn walk(&mut self, live: &BTreeSet<Live>, past: &History, max: usize) -> bool {
+impl Walk {
+    /// Walks on over `max` versions, or until `meet` says that it is enough for now.
+    /// `meet` gets each with the revision that ended it, the highest of all if it lives.
+    /// Whether it has come to the end.
+    pub(super) fn go_on(
+        &mut self,
+        live: &BTreeSet<Live>,
+        past: &History,
+        max: usize,
+        mut meet: impl FnMut(Revision, &Record) -> bool,
+    ) -> bool {
         let at = self.at.clone();
         let from = match &at {
             (key, LIVES) => Bound::Excluded(&key[..]),
@@ -78,8 +71,10 @@ impl Drawing {
                 false => live.next().map(|Live(record)| (LIVES, record)),
             }
             .expect("it was there to be seen");
-            self.picture.take(ended, record);
             walked = Some((&record.key, ended));
+            if !meet(ended, record) {
+                break;
+            }
         }
         if let Some((key, ended)) = walked {
             self.at = (key.clone(), ended);
@@ -87,10 +82,48 @@ impl Drawing {
         false
     }
 
+    /// Whether a version that has ended is yet to be met.
+    fn is_ahead(&self, ended: Revision, record: &Record) -> bool {
+        let (key, end) = &self.at;
+        (key, *end) < (&record.key, ended)
+    }
+}
+
+/// A picture, as far as it is drawn.
+#[derive(Clone, Debug)]
+pub(super) struct Drawing {
+    picture: Picture,
+    walk: Walk,
+}
+
+impl Drawing {
+    /// Begins one. The vectors never grow: that would copy them in one go.
+    pub(super) fn new(revision: Revision, digest: u64, live: usize, past: &History) -> Self {
+        let picture = Picture {
+            revision,
+            compacted: past.compacted(),
+            digest,
+            live: Vec::with_capacity(live),
+            past: Vec::with_capacity(past.len()),
+        };
+        Self {
+            picture,
+            walk: Walk::default(),
+        }
+    }
+
+    /// Walks on over `max` versions. Whether it has come to the end.
+    pub(super) fn walk(&mut self, live: &BTreeSet<Live>, past: &History, max: usize) -> bool {
+        let picture = &mut self.picture;
+        self.walk.go_on(live, past, max, |ended, record| {
+            picture.take(ended, record);
+            true
+        })
+    }
+
     /// A version that has ended goes for good.
     pub(super) fn rescue(&mut self, ended: Revision, record: &Record) {
-        let (key, end) = &self.at;
-        if (key, *end) < (&record.key, ended) {
+        if self.walk.is_ahead(ended, record) {
             self.picture.take(ended, record);
         }
     }

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use conclave_proto::internal::{Compare, PeerMessage, command};
 
 use super::{compaction::Retention, install::Fetch};
 use crate::{
     ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId, Term},
     keyspace::{
-        Filter, KeyRange, Piece, RevisionError,
+        Filter, Hashed, KeyRange, Piece, RevisionError,
         txn::{OperationReply, TxnError, TxnReply},
     },
     log::Batch,
@@ -99,11 +100,28 @@ pub enum Input<M: Machine> {
     },
     /// Of a reader of events of this node.
     Watch(watch::Request),
+    /// A client of this node asks how long a session has left, which only the leader
+    /// knows.
+    TimeLeft {
+        /// Names the answer.
+        number: RequestNumber,
+        /// Which session.
+        session: SessionId,
+    },
+    /// A hash over keys is asked of this node alone, as it stands.
+    Hash {
+        /// Names the answer.
+        number: RequestNumber,
+        /// As of when; `None` for now.
+        revision: Option<Revision>,
+    },
     /// What became of a [`Fetch`]: the state of a checkpoint that is durable and
     /// verified, or nothing.
     Fetched(Option<Box<State<M>>>),
     /// Hand leadership over, if this node has it.
     Resign,
+    /// Hand leadership over to this member, if this node has it.
+    HandOver(NodeId),
 }
 
 /// A question.
@@ -120,6 +138,12 @@ pub enum Query<M: Machine> {
         /// At most so many.
         limit: usize,
     },
+    /// The ids of all live sessions.
+    SessionIds,
+    /// The keys that are bound to a session.
+    KeysOf(SessionId),
+    /// The members that raised the alarm NOSPACE.
+    Alarms,
     /// Keys, now or at an earlier revision: as much of them as one turn bears.
     Range {
         /// Which keys.
@@ -163,6 +187,8 @@ pub enum AnswerBody<M: Machine> {
         /// Its TTL, within the limits.
         ttl_ms: u64,
     },
+    /// The id that was chosen for a session is that of a live one.
+    SessionExists,
     /// A client attached to its session, or asked how that stands.
     SessionAttached {
         /// The present attachment.
@@ -178,6 +204,13 @@ pub enum AnswerBody<M: Machine> {
     Renewed {
         /// How long it lives from when the renewal was sent, at least.
         ttl_ms: u64,
+    },
+    /// To `Input::TimeLeft`: the session lives.
+    TimeLeft {
+        /// Its TTL.
+        ttl_ms: u64,
+        /// Until it expires, if nobody renews it.
+        left_ms: u64,
     },
     /// The session named is not alive.
     SessionEnded(EndReason),
@@ -199,6 +232,15 @@ pub enum AnswerBody<M: Machine> {
         /// Whether there are more behind the last one.
         more: bool,
     },
+    /// To `Query::SessionIds`, in order.
+    SessionIds(Vec<SessionId>),
+    /// To `Query::KeysOf`, in order.
+    Keys(Vec<Bytes>),
+    /// To `Query::Alarms`: for which members it is raised; to an alarm: for which of
+    /// them it was changed, or was raised before.
+    Alarms(Vec<NodeId>),
+    /// To `Input::Hash`.
+    Hashed(Result<Hashed, RevisionError>),
     /// To `Query::Range`; of the revision that was asked for, or of [`Answer::revision`].
     Range(Result<Piece, RevisionError>),
     /// To `Query::Compare`.
@@ -225,6 +267,7 @@ impl<M: Machine> AnswerBody<M> {
             Self::SessionEnded(_)
                 | Self::NotRun(_)
                 | Self::NoSpace
+                | Self::SessionExists
                 | Self::Compacted(Err(_))
                 | Self::Txn(Err(_))
                 | Self::Operation(Err(_))
@@ -358,10 +401,17 @@ pub struct Status {
     pub watching: watch::Load,
     /// Whether this node waits for a checkpoint of the leader.
     pub is_behind: bool,
-    /// Whether the alarm NOSPACE is raised.
-    pub is_out_of_space: bool,
+    /// The members that raised the alarm NOSPACE.
+    pub out_of_space: Vec<NodeId>,
     /// Members that have served: id, name, client addresses.
     pub members: Arc<Vec<(NodeId, String, Vec<String>)>>,
+}
+
+impl Status {
+    /// Whether the alarm NOSPACE is raised.
+    pub fn is_out_of_space(&self) -> bool {
+        !self.out_of_space.is_empty()
+    }
 }
 
 /// See [`Status::role`].

@@ -8,10 +8,10 @@ use conclave_proto::internal::{
 };
 use prost::Message as _;
 
-use super::{Arrived, Failure, Pending, Replica, reads::Renewer, to};
+use super::{Arrived, Failure, Pending, Replica, reads::Wish, to};
 use crate::{
     APPLY_VERSION,
-    ids::{Attachment, NodeId, RequestNumber, SessionId},
+    ids::{NodeId, RequestNumber, SessionId},
     limits,
     machine::Machine,
 };
@@ -54,13 +54,14 @@ impl<M: Machine> Replica<M> {
         for (from, forward) in arrived.forwarded {
             self.take_forwarded(from, forward, &mut commands);
         }
-        for (from, of) in arrived.renewals {
-            self.take_renewal(from, of);
+        for wish in arrived.renewals {
+            self.take_renewal(wish);
         }
         let keyspace = self.state.keyspace();
         let touched = |command: &Command| {
             let session = match &command.body {
                 Some(command::Body::CloseSession(close)) => close.session_id,
+                Some(command::Body::RevokeLease(revoke)) => revoke.session_id,
                 Some(command::Body::AttachSession(attach)) => attach.session_id,
                 _ => return 0,
             };
@@ -256,14 +257,14 @@ impl<M: Machine> Replica<M> {
         &mut self,
         leader: Option<NodeId>,
         commands: Vec<(RequestNumber, command::Body)>,
-        renewals: Vec<(Renewer, Attachment)>,
+        renewals: Vec<Wish>,
     ) {
         let failure = Failure::NotLeader { leader };
         for (number, _) in commands {
             self.fail(number, failure);
         }
-        for (from, _) in renewals {
-            self.refuse_renewal(from);
+        for wish in renewals {
+            self.refuse_renewal(wish.from);
         }
     }
 
@@ -364,6 +365,8 @@ fn may_be_forwarded<M: Machine>(from: NodeId, boot: u64, command: &Command) -> b
             command::Body::OpenSession(_)
             | command::Body::AttachSession(_)
             | command::Body::CloseSession(_)
+            | command::Body::GrantLease(_)
+            | command::Body::RevokeLease(_)
             | command::Body::Txn(_)
             | command::Body::Put(_)
             | command::Body::DeleteRange(_)

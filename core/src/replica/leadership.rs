@@ -57,14 +57,6 @@ impl Leadership {
         self.expiry_resumes_us
             .filter(|_| self.expiry_entry <= applied)
     }
-
-    /// A session ended: who waited to renew it hears so.
-    pub(super) fn ended(&mut self, session: SessionId) -> Vec<RenewalAsk> {
-        if let Some(liveness) = &mut self.liveness {
-            liveness.ended(session);
-        }
-        self.parked.remove(&session).unwrap_or_default()
-    }
 }
 
 /// Which requests of other members a leader has taken: the newest of each start

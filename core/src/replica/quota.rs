@@ -24,7 +24,10 @@ impl<M: Machine> Replica<M> {
         if is_under_way || is_raised || self.state.bytes() <= self.config.quota_bytes {
             return;
         }
-        let body = Some(command::Body::NoSpace(NoSpace { raised: true }));
+        let body = Some(command::Body::NoSpace(NoSpace {
+            raised: true,
+            member: self.config.node.0,
+        }));
         if self.propose(vec![Command { origin: None, body }]) {
             let entry = self.consensus.last_index();
             if let Some(leadership) = &mut self.leadership {

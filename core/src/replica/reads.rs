@@ -43,10 +43,18 @@ impl<M: Machine> Ask<M> {
 /// A renewal, with who is to be answered.
 #[derive(Debug)]
 pub(super) struct RenewalAsk {
-    pub(super) of: Attachment,
-    pub(super) from: Renewer,
+    pub(super) wish: Wish,
     /// When it arrived, by the clock of this leader.
     pub(super) arrived_us: u64,
+}
+
+/// A renewal, or a question how long a session has left.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wish {
+    pub(super) of: Attachment,
+    pub(super) from: Renewer,
+    /// It renews nothing.
+    pub(super) only_asks: bool,
 }
 
 /// Who renews.

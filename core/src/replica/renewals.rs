@@ -9,11 +9,11 @@ use conclave_proto::internal::{
 
 use super::{
     AnswerBody, Failure, PendingRenewal, Replica,
-    reads::{Ask, AskBody, RenewalAsk, Renewer},
+    reads::{Ask, AskBody, RenewalAsk, Renewer, Wish},
     to,
 };
 use crate::{
-    ids::{Attachment, NodeId, RequestNumber, Term},
+    ids::{NodeId, RequestNumber, Term},
     liveness::Liveness,
     machine::Machine,
     requests::NotRun,
@@ -51,6 +51,12 @@ impl<M: Machine> Replica<M> {
                 let ttl_ms = reply.ttl_ms;
                 self.answer(number, AnswerBody::Renewed { ttl_ms });
             }
+            Outcome::Lives => {
+                let RenewalReply {
+                    ttl_ms, left_ms, ..
+                } = *reply;
+                self.answer(number, AnswerBody::TimeLeft { ttl_ms, left_ms });
+            }
             Outcome::Superseded => {
                 self.answer(number, AnswerBody::NotRun(NotRun::Superseded));
             }
@@ -62,21 +68,19 @@ impl<M: Machine> Replica<M> {
     }
 
     /// A leader takes a renewal.
-    pub(super) fn take_renewal(&mut self, from: Renewer, of: Attachment) {
+    pub(super) fn take_renewal(&mut self, wish: Wish) {
         let arrived_us = self.clock.micros();
         let deadline_us = self.request_deadline_us();
-        let renewal = RenewalAsk {
-            of,
-            from,
-            arrived_us,
-        };
+        let renewal = RenewalAsk { wish, arrived_us };
         let leadership = self
             .leadership
             .as_mut()
             .expect("only a leader takes renewals");
         match &mut leadership.liveness {
             Some(liveness) => {
-                liveness.renewal_arrived(of.session);
+                if !wish.only_asks {
+                    liveness.renewal_arrived(wish.of.session);
+                }
                 #[cfg(conclave_plant)]
                 if crate::plant::is("renew-without-confirmation") {
                     return self.renew(renewal);
@@ -90,10 +94,15 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    pub(super) fn forward_renewals(&mut self, leader: NodeId, arrived: Vec<(Renewer, Attachment)>) {
+    pub(super) fn forward_renewals(&mut self, leader: NodeId, arrived: Vec<Wish>) {
         let deadline_us = self.request_deadline_us();
         let mut renewals = Vec::new();
-        for (from, of) in arrived {
+        for wish in arrived {
+            let Wish {
+                of,
+                from,
+                only_asks,
+            } = wish;
             match from {
                 Renewer::Here(number) => {
                     let under = (leader, self.consensus.term());
@@ -107,6 +116,7 @@ impl<M: Machine> Replica<M> {
                         number,
                         session_id: of.session.0,
                         attachment: of.number,
+                        only_asks,
                     });
                 }
                 Renewer::There { .. } => self.refuse_renewal(from),
@@ -125,35 +135,42 @@ impl<M: Machine> Replica<M> {
     /// A quorum has confirmed this leader since the renewal arrived.
     pub(super) fn renew(&mut self, renewal: RenewalAsk) {
         let Some(leadership) = &mut self.leadership else {
-            return self.refuse_renewal(renewal.from);
+            return self.refuse_renewal(renewal.wish.from);
         };
         let liveness = leadership.liveness.as_mut().expect("renewals wait for it");
-        let Attachment {
-            session: id,
-            number,
-        } = renewal.of;
+        let Wish {
+            of,
+            from,
+            only_asks,
+        } = renewal.wish;
+        let id = of.session;
         if liveness.is_expiring(id) {
             leadership.parked.entry(id).or_default().push(renewal);
             return;
         }
         match self.state.sessions().get(id) {
-            Some(session) if session.requests.fences(number) => {
+            Some(session) if only_asks => {
+                let left_us = liveness.left_us(id, self.clock.micros());
+                let reply = lives(session.ttl_ms, left_us / 1_000);
+                self.reply_renewal(from, reply);
+            }
+            Some(session) if session.requests.fences(of.number) => {
                 liveness.renewal_over(id, None);
-                self.reply_renewal(renewal.from, superseded());
+                self.reply_renewal(from, superseded());
             }
             Some(session) => {
                 liveness.renewal_over(id, Some(renewal.arrived_us));
                 let ttl_ms = session.ttl_ms;
-                self.reply_renewal(renewal.from, renewed(ttl_ms));
+                self.reply_renewal(from, renewed(ttl_ms));
             }
             None => self.renewal_ended(&renewal),
         }
     }
 
     fn renewal_ended(&mut self, renewal: &RenewalAsk) {
-        match renewal.from {
+        match renewal.wish.from {
             Renewer::Here(number) => {
-                let reason = self.state.system().end_reason(renewal.of.session);
+                let reason = self.state.system().end_reason(renewal.wish.of.session);
                 self.answer(number, AnswerBody::SessionEnded(reason));
             }
             Renewer::There { .. } => {
@@ -164,7 +181,7 @@ impl<M: Machine> Replica<M> {
                     applied,
                     ..RenewalReply::default()
                 };
-                self.reply_renewal(renewal.from, reply);
+                self.reply_renewal(renewal.wish.from, reply);
             }
         }
     }
@@ -196,21 +213,19 @@ impl<M: Machine> Replica<M> {
             }
             return;
         };
-        let mut ended = Vec::new();
+        // In their order: the id of one that ended may be given to the next.
+        let mut parked = Vec::new();
         for life in lives {
             match *life {
                 Life::Opened { session, ttl_ms } => liveness.opened(session, ttl_ms, now_us),
-                Life::Ended(session) => ended.push(session),
+                Life::Ended(session) => {
+                    liveness.ended(session);
+                    parked.extend(leadership.parked.remove(&session).unwrap_or_default());
+                }
             }
         }
-        for session in ended {
-            let parked = self
-                .leadership
-                .as_mut()
-                .map(|leadership| leadership.ended(session));
-            for renewal in parked.unwrap_or_default() {
-                self.renewal_ended(&renewal);
-            }
+        for renewal in parked {
+            self.renewal_ended(&renewal);
         }
     }
 
@@ -226,7 +241,7 @@ impl<M: Machine> Replica<M> {
         let leadership = self.leadership.as_mut().expect("called by a leader");
         leadership.liveness = Some(liveness);
         for renewal in mem::take(&mut leadership.early) {
-            self.take_renewal(renewal.from, renewal.of);
+            self.take_renewal(renewal.wish);
         }
     }
 
@@ -256,6 +271,15 @@ fn refused() -> RenewalReply {
 fn superseded() -> RenewalReply {
     RenewalReply {
         outcome: renewal_reply::Outcome::Superseded.into(),
+        ..RenewalReply::default()
+    }
+}
+
+fn lives(ttl_ms: u64, left_ms: u64) -> RenewalReply {
+    RenewalReply {
+        outcome: renewal_reply::Outcome::Lives.into(),
+        ttl_ms,
+        left_ms,
         ..RenewalReply::default()
     }
 }

@@ -1,6 +1,10 @@
 //! The commands that begin and end sessions, and hand them over.
 
-use conclave_proto::internal::{AttachSession, CloseSession, ExpireSessions, OpenSession};
+use std::collections::BTreeMap;
+
+use conclave_proto::internal::{
+    AttachSession, CloseSession, ExpireSessions, GrantLease, OpenSession, RevokeLease,
+};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::{Applied, Life, State};
@@ -33,14 +37,56 @@ impl<M: Machine> State<M> {
             .ttl_ms
             .clamp(limits::SESSION_TTL_MS_MIN, limits::SESSION_TTL_MS_MAX);
         let opened = Session {
-            ttl_ms,
             name: open.name,
             metadata: open.metadata.into_iter().collect(),
+            secret,
+            ..self.new_session(ttl_ms)
+        };
+        self.begin_session(session, opened, applied)
+    }
+
+    /// Opens a session that is only a lease, with the id that its client chose if it
+    /// did and no session has that.
+    pub(super) fn grant_lease(
+        &mut self,
+        grant: &GrantLease,
+        applied: &mut Applied<M>,
+    ) -> AnswerBody<M> {
+        if self.system.is_out_of_space() {
+            return AnswerBody::NoSpace;
+        }
+        let session = match grant.session_id {
+            0 => self.next_session_id(),
+            chosen => SessionId(chosen),
+        };
+        if self.sessions.get(session).is_some() {
+            return AnswerBody::SessionExists;
+        }
+        let ttl_ms = grant
+            .ttl_ms
+            .clamp(limits::LEASE_TTL_MS_MIN, limits::LEASE_TTL_MS_MAX);
+        self.begin_session(session, self.new_session(ttl_ms), applied)
+    }
+
+    fn new_session(&self, ttl_ms: u64) -> Session {
+        Session {
+            ttl_ms,
+            name: String::new(),
+            metadata: BTreeMap::new(),
             opened_revision: self.keyspace.revision(),
             opened_at: self.system.log_time(),
-            secret,
+            secret: None,
             requests: Requests::default(),
-        };
+        }
+    }
+
+    fn begin_session(
+        &mut self,
+        session: SessionId,
+        opened: Session,
+        applied: &mut Applied<M>,
+    ) -> AnswerBody<M> {
+        let ttl_ms = opened.ttl_ms;
         self.sessions.insert(session, opened);
         applied.lives.push(Life::Opened { session, ttl_ms });
         AnswerBody::SessionOpened { session, ttl_ms }
@@ -149,8 +195,24 @@ impl<M: Machine> State<M> {
         AnswerBody::Done
     }
 
+    /// Ends a session, native ones included; whoever has it learns the reason.
+    pub(super) fn revoke_lease(
+        &mut self,
+        revoke: &RevokeLease,
+        applied: &mut Applied<M>,
+    ) -> AnswerBody<M> {
+        let id = SessionId(revoke.session_id);
+        if self.sessions.get(id).is_none() {
+            return AnswerBody::SessionEnded(self.system.end_reason(id));
+        }
+        self.end_session(id, EndReason::Revoked, applied);
+        AnswerBody::Done
+    }
+
     /// Only the leader decides on expiry, and only in its own term: the term of
-    /// the entry, which is the same on every node, unlike a node's current one.
+    /// the entry, which is the same on every node, unlike a node's current one. A
+    /// session that is younger than its TTL is not the one that the leader meant, but
+    /// another that was given the same id since.
     pub(super) fn expire_sessions(
         &mut self,
         expire: &ExpireSessions,
@@ -159,9 +221,14 @@ impl<M: Machine> State<M> {
     ) -> AnswerBody<M> {
         #[cfg(conclave_plant)]
         let term = crate::plant::expiry_term(term);
+        let now = self.system.log_time();
         if expire.term == term {
             for id in expire.session_ids.iter().copied().map(SessionId) {
-                if self.sessions.get(id).is_some() {
+                if self
+                    .sessions
+                    .get(id)
+                    .is_some_and(|live| live.opened_at + live.ttl_ms <= now)
+                {
                     self.end_session(id, EndReason::Expired, applied);
                 }
             }

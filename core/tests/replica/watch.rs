@@ -29,7 +29,7 @@ impl Cluster {
         self.settle();
     }
 
-    fn revision(&self, node: NodeId) -> Revision {
+    pub(crate) fn revision(&self, node: NodeId) -> Revision {
         self.nodes[&node].replica.state().keyspace().revision()
     }
 

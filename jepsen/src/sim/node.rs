@@ -496,12 +496,15 @@ impl Node {
             Input::Command { number: other, .. }
             | Input::Read { number: other, .. }
             | Input::LocalRead { number: other, .. }
-            | Input::Renew { number: other, .. } => *other != number,
+            | Input::Renew { number: other, .. }
+            | Input::TimeLeft { number: other, .. }
+            | Input::Hash { number: other, .. } => *other != number,
             Input::Peer { .. }
             | Input::PeerLost { .. }
             | Input::Watch(_)
             | Input::Fetched(_)
-            | Input::Resign => true,
+            | Input::Resign
+            | Input::HandOver(_) => true,
         });
         if running.inbox.len() < before {
             running.callers.remove(&number);

@@ -72,7 +72,10 @@ impl Operator {
             self.made_room = !self.made_room;
             CallBody::Command(match self.made_room {
                 true => command::Body::Compact(Compact { revision }),
-                false => command::Body::NoSpace(NoSpace { raised: false }),
+                false => command::Body::NoSpace(NoSpace {
+                    raised: false,
+                    member: 0,
+                }),
             })
         } else if ground.rng.chance(200_000) {
             // At times far too late, which is refused.

@@ -32,6 +32,56 @@ pub(crate) enum Error {
     RequestTooLarge,
     /// This member lags too far behind to serve.
     Behind,
+    /// A TTL beyond the longest.
+    LeaseTtlTooLarge,
+    /// The id that was chosen is that of another lease.
+    LeaseExists,
+    /// No leader was reached in time.
+    TimedOut,
+    /// This member stops.
+    Stopped,
+    /// A member that there is not.
+    MemberNotFound,
+    /// What is no address of a member.
+    InvalidMemberUrls,
+    /// The address of another member.
+    PeerUrlsExist,
+    /// Who is a member already cannot be made one.
+    NoLearner,
+    /// What is not there yet; a text of our own.
+    MembersFixed,
+    /// Only the leader can do this.
+    NotLeader,
+    /// Leadership cannot go there.
+    BadTransferee,
+    /// It did not in time.
+    TransferTimedOut,
+    /// A member that differs stops instead; a text of our own.
+    NoSuchAlarm,
+    /// The checkpoint went away, or is damaged; a text of our own.
+    SnapshotFailed,
+    /// There is no older version.
+    NotCapable,
+    /// None is under way.
+    NoDowngrade,
+    /// What is no version.
+    DowngradeVersionFormat,
+    /// What is no action of a downgrade.
+    UnknownAction,
+    /// Authentication needs one to be enabled.
+    RootUserMissing,
+    /// There are no users.
+    AuthDisabled,
+    /// A user without a name.
+    UserNameEmpty,
+    /// A role without a name.
+    RoleNameEmpty,
+    /// A user that there is not.
+    UserNotFound,
+    /// A role that there is not.
+    RoleNotFound,
+    /// A grant of nothing.
+    PermissionNotGiven,
     /// A revision that cannot be read or compacted.
     Revision(RevisionError),
     /// Everything that native calls fail with, too.
@@ -91,6 +141,67 @@ impl Error {
                 Code::Unavailable,
                 "etcdserver: request timed out, waiting for the applied index took too long",
             ),
+            Self::LeaseTtlTooLarge => (Code::OutOfRange, "etcdserver: too large lease TTL"),
+            Self::LeaseExists => (Code::FailedPrecondition, "etcdserver: lease already exists"),
+            Self::TimedOut => (Code::Unavailable, "etcdserver: request timed out"),
+            Self::Stopped => (Code::Unavailable, "etcdserver: server stopped"),
+            Self::MemberNotFound => (Code::NotFound, "etcdserver: member not found"),
+            Self::InvalidMemberUrls => (
+                Code::InvalidArgument,
+                "etcdserver: given member URLs are invalid",
+            ),
+            Self::PeerUrlsExist => (
+                Code::FailedPrecondition,
+                "etcdserver: Peer URLs already exists",
+            ),
+            Self::NoLearner => (
+                Code::FailedPrecondition,
+                "etcdserver: can only promote a learner member",
+            ),
+            Self::MembersFixed => (
+                Code::Unimplemented,
+                "etcdserver: members cannot be changed in this version",
+            ),
+            Self::NotLeader => (Code::FailedPrecondition, "etcdserver: not leader"),
+            Self::BadTransferee => (
+                Code::FailedPrecondition,
+                "etcdserver: bad leader transferee",
+            ),
+            Self::TransferTimedOut => (
+                Code::Unknown,
+                "etcdserver: request timed out, leader transfer took too long",
+            ),
+            Self::NoSuchAlarm => (
+                Code::Unimplemented,
+                "etcdserver: alarm CORRUPT cannot be raised",
+            ),
+            Self::SnapshotFailed => (
+                Code::Unavailable,
+                "etcdserver: the snapshot could not be read",
+            ),
+            Self::NotCapable => (Code::FailedPrecondition, "etcdserver: not capable"),
+            Self::NoDowngrade => (
+                Code::FailedPrecondition,
+                "etcdserver: no inflight downgrade job",
+            ),
+            Self::DowngradeVersionFormat => (
+                Code::InvalidArgument,
+                "etcdserver: wrong downgrade target version format",
+            ),
+            Self::UnknownAction => (Code::Unknown, "etcdserver: unknown method"),
+            Self::RootUserMissing => (
+                Code::FailedPrecondition,
+                "etcdserver: root user does not exist",
+            ),
+            Self::AuthDisabled => (
+                Code::FailedPrecondition,
+                "etcdserver: authentication is not enabled",
+            ),
+            Self::UserNameEmpty => (Code::InvalidArgument, "etcdserver: user name is empty"),
+            Self::RoleNameEmpty => (Code::InvalidArgument, "etcdserver: role name is empty"),
+            Self::UserNotFound => (Code::FailedPrecondition, "etcdserver: user name not found"),
+            Self::RoleNotFound => (Code::FailedPrecondition, "etcdserver: role name not found"),
+            Self::PermissionNotGiven => (Code::InvalidArgument, "etcdserver: permission not given"),
             Self::Revision(error) => revision(*error),
             Self::Refused(refusal) => refused(refusal),
         }
@@ -216,6 +327,115 @@ mod tests {
             Code::PermissionDenied,
             "permission denied",
         );
+    }
+
+    #[test]
+    fn what_leases_and_operators_are_told_has_the_words_of_etcd() {
+        for (error, code, text) in [
+            (
+                Error::LeaseTtlTooLarge,
+                Code::OutOfRange,
+                "too large lease TTL",
+            ),
+            (
+                Error::LeaseExists,
+                Code::FailedPrecondition,
+                "lease already exists",
+            ),
+            (Error::TimedOut, Code::Unavailable, "request timed out"),
+            (Error::Stopped, Code::Unavailable, "server stopped"),
+            (Error::MemberNotFound, Code::NotFound, "member not found"),
+            (
+                Error::InvalidMemberUrls,
+                Code::InvalidArgument,
+                "given member URLs are invalid",
+            ),
+            (
+                Error::PeerUrlsExist,
+                Code::FailedPrecondition,
+                "Peer URLs already exists",
+            ),
+            (
+                Error::NoLearner,
+                Code::FailedPrecondition,
+                "can only promote a learner member",
+            ),
+            (
+                Error::MembersFixed,
+                Code::Unimplemented,
+                "members cannot be changed in this version",
+            ),
+            (Error::NotLeader, Code::FailedPrecondition, "not leader"),
+            (
+                Error::BadTransferee,
+                Code::FailedPrecondition,
+                "bad leader transferee",
+            ),
+            (
+                Error::TransferTimedOut,
+                Code::Unknown,
+                "request timed out, leader transfer took too long",
+            ),
+            (
+                Error::NoSuchAlarm,
+                Code::Unimplemented,
+                "alarm CORRUPT cannot be raised",
+            ),
+            (
+                Error::SnapshotFailed,
+                Code::Unavailable,
+                "the snapshot could not be read",
+            ),
+            (Error::NotCapable, Code::FailedPrecondition, "not capable"),
+            (
+                Error::NoDowngrade,
+                Code::FailedPrecondition,
+                "no inflight downgrade job",
+            ),
+            (
+                Error::DowngradeVersionFormat,
+                Code::InvalidArgument,
+                "wrong downgrade target version format",
+            ),
+            (Error::UnknownAction, Code::Unknown, "unknown method"),
+            (
+                Error::RootUserMissing,
+                Code::FailedPrecondition,
+                "root user does not exist",
+            ),
+            (
+                Error::AuthDisabled,
+                Code::FailedPrecondition,
+                "authentication is not enabled",
+            ),
+            (
+                Error::UserNameEmpty,
+                Code::InvalidArgument,
+                "user name is empty",
+            ),
+            (
+                Error::RoleNameEmpty,
+                Code::InvalidArgument,
+                "role name is empty",
+            ),
+            (
+                Error::UserNotFound,
+                Code::FailedPrecondition,
+                "user name not found",
+            ),
+            (
+                Error::RoleNotFound,
+                Code::FailedPrecondition,
+                "role name not found",
+            ),
+            (
+                Error::PermissionNotGiven,
+                Code::InvalidArgument,
+                "permission not given",
+            ),
+        ] {
+            assert_told(error, code, text);
+        }
     }
 
     #[test]

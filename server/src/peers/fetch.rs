@@ -197,13 +197,35 @@ impl Sender {
     }
 }
 
+/// How fast a thread that may wait reads a checkpoint.
+#[derive(Debug)]
+pub(crate) struct Pace {
+    read_bytes: u64,
+    began: Instant,
+}
+
+impl Pace {
+    pub(crate) fn new() -> Self {
+        Self {
+            read_bytes: 0,
+            began: Instant::now(),
+        }
+    }
+
+    /// Waits until these bytes may be sent.
+    pub(crate) fn wait_for(&mut self, bytes: u64) {
+        self.read_bytes += bytes;
+        let due = Duration::from_micros(self.read_bytes * 1_000_000 / BYTES_PER_S);
+        thread::sleep(due.saturating_sub(self.began.elapsed()));
+    }
+}
+
 /// Packs records, and hands them on at a measured pace.
 struct Row {
     chunks: mpsc::Sender<Result<CheckpointChunk, Status>>,
     packed: CheckpointChunk,
     packed_bytes: usize,
-    sent_bytes: u64,
-    began: Instant,
+    pace: Pace,
 }
 
 type Gone = SendError<Result<CheckpointChunk, Status>>;
@@ -214,8 +236,7 @@ impl Row {
             chunks,
             packed: CheckpointChunk::default(),
             packed_bytes: 0,
-            sent_bytes: 0,
-            began: Instant::now(),
+            pace: Pace::new(),
         }
     }
 
@@ -230,9 +251,8 @@ impl Row {
 
     fn flush(&mut self) -> Result<(), Gone> {
         let chunk = std::mem::take(&mut self.packed);
-        self.sent_bytes += std::mem::take(&mut self.packed_bytes) as u64;
-        let due = Duration::from_micros(self.sent_bytes * 1_000_000 / BYTES_PER_S);
-        thread::sleep(due.saturating_sub(self.began.elapsed()));
+        self.pace
+            .wait_for(std::mem::take(&mut self.packed_bytes) as u64);
         self.chunks.blocking_send(Ok(chunk))
     }
 }
