@@ -88,10 +88,12 @@ impl Side {
         response.header.unwrap().revision
     }
 
-    /// A server as each case finds it: no key, and history compacted up to now.
+    /// A server as each case finds it: no key but the fence's, and history compacted
+    /// up to now.
     pub async fn begin(&mut self) {
-        self.fence().await;
-        let revision = self.delete_all().await;
+        self.delete_all().await;
+        // Of the newest revision is a key that lives: nobody forgets that.
+        let revision = self.fence().await;
         let compact = CompactionRequest {
             revision,
             physical: false,
@@ -140,6 +142,11 @@ impl Side {
         for stream in self.streams.iter().flatten() {
             stream.fenced(revision).await;
         }
+    }
+
+    /// Whether a watch was created with a revision to start from.
+    pub fn may_be_parked(&self) -> bool {
+        self.streams.iter().flatten().any(Watching::has_a_past)
     }
 
     /// What has come on the streams.

@@ -123,6 +123,10 @@ impl Watching {
         self.with(|arrived| last > arrived.fenced)
     }
 
+    pub fn has_a_past(&self) -> bool {
+        self.last_start.load(Ordering::Relaxed) > 0
+    }
+
     pub async fn create(&self, create: WatchCreateRequest) -> Option<WatchResponse> {
         self.last_start
             .fetch_max(create.start_revision, Ordering::Relaxed);
