@@ -694,6 +694,10 @@ mod tests {
                 }),
             ),
             (
+                vec![range("a", "", 2, 0), bound("a", "1", 9)],
+                TxnError::SessionNotAlive(SessionId(9)),
+            ),
+            (
                 vec![Operation { operation: None }],
                 TxnError::UnknownOperation,
             ),
