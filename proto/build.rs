@@ -4,9 +4,10 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const SCHEMAS: [&str; 12] = [
+const SCHEMAS: [&str; 13] = [
     "conclave/v1/session.proto",
     "conclave/v1/lock.proto",
+    "conclave/v1/election.proto",
     "conclave/v1/cluster.proto",
     "conclave/v1/channel.proto",
     "conclave/internal/entry.proto",

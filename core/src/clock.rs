@@ -19,12 +19,15 @@ pub(crate) struct Clock {
 }
 
 impl Clock {
-    pub(crate) fn new(now: Now, step_us_max: u64) -> Self {
-        Self {
+    /// A clock that goes on from this log time.
+    pub(crate) fn new(now: Now, step_us_max: u64, log_time: LogTime) -> Self {
+        let mut clock = Self {
             last_boot_us: now.boot_us,
             elapsed_us: 0,
             step_us_max,
-        }
+        };
+        clock.follow(log_time);
+        clock
     }
 
     /// Takes note of the time at the start of a turn.
@@ -72,7 +75,7 @@ mod tests {
 
     #[test]
     fn a_stall_counts_as_one_step_at_most() {
-        let mut clock = Clock::new(at(1_000), 500);
+        let mut clock = Clock::new(at(1_000), 500, 0);
         clock.advance(at(1_100));
         assert_eq!(clock.micros(), 100);
         clock.advance(at(900_000));
@@ -81,7 +84,7 @@ mod tests {
 
     #[test]
     fn time_that_goes_back_stands_still() {
-        let mut clock = Clock::new(at(1_000), 500);
+        let mut clock = Clock::new(at(1_000), 500, 0);
         clock.advance(at(900));
         clock.advance(at(1_010));
         assert_eq!(clock.micros(), 10);
@@ -89,7 +92,7 @@ mod tests {
 
     #[test]
     fn it_continues_from_the_log() {
-        let mut clock = Clock::new(at(0), 1_000_000);
+        let mut clock = Clock::new(at(0), 1_000_000, 0);
         clock.raise(7_000);
         clock.advance(at(2_500));
         assert_eq!((clock.log_time(), clock.micros()), (7_002, 7_002_500));

@@ -31,8 +31,11 @@ impl fmt::Display for NodeId {
 pub struct SessionId(pub i64);
 
 impl fmt::Display for SessionId {
+    /// In lowercase hex, as etcd's clients write it into keys: a sign in front of what
+    /// is negative.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:x}", self.0)
+        let sign = if self.0 < 0 { "-" } else { "" };
+        write!(f, "{sign}{:x}", self.0.unsigned_abs())
     }
 }
 

@@ -5,6 +5,9 @@
 pub const NAME_BYTES_MAX: usize = 1_024;
 /// The longest owner inside a session, in bytes, before percent-encoding.
 pub const OWNER_BYTES_MAX: usize = 256;
+/// The longest value that a candidate proclaims through the native API, in bytes: every
+/// observer gets it.
+pub const ELECTION_VALUE_BYTES_MAX: usize = 64 << 10;
 /// The longest reason of an operator, in bytes.
 pub const REASON_BYTES_MAX: usize = 1_024;
 /// The longest name of a session, in bytes.
@@ -98,9 +101,9 @@ pub const COMPACTION_SAMPLES: u64 = 600;
 /// Superseded versions dropped by one entry: some milliseconds of work.
 pub const SWEPT_PER_ENTRY_MAX: usize = 4_096;
 /// What a version of a key counts for beside its key and value: about what it takes, as
-/// a test compares it for many mixes (`primitives/tests/size.rs`). 240 if it is
-/// past and others of its key are there, 330 if it is a plain key, 410 for a lock.
-pub const RECORD_OVERHEAD_BYTES: u64 = 320;
+/// a test compares it for many mixes (`primitives/tests/size.rs`). 300 if it is
+/// past and others of its key are there, 410 if it is a plain key, 500 for a lock.
+pub const RECORD_OVERHEAD_BYTES: u64 = 380;
 /// What a session counts for beside its name, its metadata and its requests: also what
 /// a leader has to know of it.
 pub const SESSION_OVERHEAD_BYTES: u64 = 640;
@@ -192,6 +195,8 @@ pub const LIST_LOCKS_MAX: usize = 1_000;
 /// Waiters shown in one answer of a list, for all its locks: some milliseconds of
 /// work, and no more than clients take in one message.
 pub const LIST_WAITERS_MAX: usize = 1_000;
+/// Bytes of what leaders proclaim after which an answer of a list ends.
+pub const LIST_VALUES_BYTES_MAX: usize = 1 << 20;
 
 const _: () = {
     assert!(ENTRY_BYTES_MAX <= COMMAND_BYTES_MAX);
@@ -205,5 +210,6 @@ const _: () = {
     assert!(LOG_BYTES_MAX >= 4 * CHECKPOINT_LOG_BYTES);
     // A command with the longest of everything fits.
     assert!(NAME_BYTES_MAX + 3 * OWNER_BYTES_MAX + REASON_BYTES_MAX < COMMAND_BYTES_MAX);
+    assert!(NAME_BYTES_MAX + 3 * OWNER_BYTES_MAX + ELECTION_VALUE_BYTES_MAX < COMMAND_BYTES_MAX);
     assert!(SESSION_METADATA_BYTES_MAX + SESSION_NAME_BYTES_MAX < COMMAND_BYTES_MAX);
 };

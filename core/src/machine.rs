@@ -88,6 +88,9 @@ pub trait Machine: fmt::Debug + PartialEq + Sized {
     /// What a session has and waits for.
     fn holdings(&self, state: View<'_>, session: SessionId) -> Self::Answer;
 
+    /// Adds to the writes of a transaction on plain keys what has to change with them.
+    fn follow(overlay: &mut Overlay<'_>);
+
     /// Takes note of changed keys, and says what follows from them.
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Self::Note>) -> Settled<Self>;
 

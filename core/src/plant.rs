@@ -16,6 +16,8 @@ pub const NAMES: &[&str] = &[
     "clock-over-stall",
     "grant-second",
     "accept-stale-release",
+    "observe-last-only",
+    "accept-stale-term",
     "forget-lock-at-recovery",
     "compact-locally",
     "skip-lock-delay",

@@ -206,13 +206,12 @@ impl<M: Machine> Replica<M> {
             install.want(consensus.before_first());
             State::new(identity.cluster)
         });
-        let mut clock = Clock::new(now, config.election_ms * 1_000);
-        clock.follow(state.system().log_time());
-        let watchers = Hub::new(state.keyspace().revision());
+        let clock = Clock::new(now, config.election_ms * 1_000, state.system().log_time());
         let admission = (!facts.admitted).then(|| Admission::new(config.node, &facts.voters));
         Self {
             consensus,
             clock,
+            watchers: Hub::new(state.keyspace().revision()),
             state,
             held: 0,
             incarnation: identity.incarnation,
@@ -239,7 +238,6 @@ impl<M: Machine> Replica<M> {
             renewals: BTreeMap::new(),
             renewals_ended: BTreeSet::new(),
             digests: Digests::default(),
-            watchers,
             hashings: Hashings::default(),
             install,
             base: None,

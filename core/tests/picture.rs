@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, SessionId},
-    keyspace::{Change, Event, Interest, KeyRange, Keyspace, Record},
+    keyspace::{Change, Event, Interest, KeyRange, Keyspace, Overlay, Record},
     machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
     session::EndReason,
     state::State,
@@ -60,6 +60,8 @@ impl Machine for Notes {
     }
 
     fn withdraw(&self, _: &mut Context<'_>, _: SessionId, _: &[u64]) {}
+
+    fn follow(_: &mut Overlay<'_>) {}
 
     fn holdings(&self, _: View<'_>, _: SessionId) {}
 
@@ -140,10 +142,14 @@ fn body(state: &State<Notes>, step: &Step) -> Option<command::Body> {
             session_id: session(*which)?.0,
             attachment: 0,
         }),
-        Step::Expire(which) => command::Body::ExpireSessions(ExpireSessions {
-            term: TERM,
-            session_ids: vec![session(*which)?.0],
-        }),
+        Step::Expire(which) => {
+            let id = session(*which)?;
+            command::Body::ExpireSessions(ExpireSessions {
+                term: TERM,
+                session_ids: vec![id.0],
+                opened_at_ms: vec![state.sessions().get(id)?.opened_at],
+            })
+        }
         Step::Note(which, request) => {
             let session = session(*which)?.0.to_be_bytes();
             command::Body::Machine([session, request.to_be_bytes()].concat().into())

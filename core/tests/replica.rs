@@ -26,7 +26,7 @@ use conclave_core::{
     checkpoint::{SimCheckpoints, Writer},
     disk::SimDisk,
     ids::{Attachment, Index, LogTime, NodeId, RequestNumber, SessionId, Term},
-    keyspace::{Change, Filter, KeyRange, Keyspace, Record},
+    keyspace::{Change, Filter, KeyRange, Keyspace, Overlay, Record},
     limits,
     log::{Facts, HardState, Identity, Log, LogEntry, Recovered},
     machine::{Cause, Context, Executed, Machine, Outcome, Place, Settled, View},
@@ -140,6 +140,8 @@ impl Machine for Register {
     }
 
     fn withdraw(&self, _: &mut Context<'_>, _: SessionId, _: &[u64]) {}
+
+    fn follow(_: &mut Overlay<'_>) {}
 
     fn holdings(&self, state: View<'_>, _: SessionId) -> Bytes {
         self.query(state, ())

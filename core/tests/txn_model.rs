@@ -1,6 +1,11 @@
 //! Transactions and ranges against a naive model, which keeps the whole keyspace of
 //! every revision and computes each answer from that.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test stops where something is missing"
+)]
+
 use std::{cmp::Ordering, collections::BTreeMap};
 
 use bytes::Bytes;

@@ -13,6 +13,7 @@ pub(crate) mod fifo;
 pub(crate) mod linearizable;
 pub(crate) mod liveness;
 pub(crate) mod lock_delay;
+pub(crate) mod observed;
 pub(crate) mod once;
 pub(crate) mod one_holder;
 pub(crate) mod shared;

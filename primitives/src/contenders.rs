@@ -21,7 +21,10 @@ use conclave_core::{
     keyspace::{Change, KeyRange, Keyspace, Record},
 };
 
-use crate::{name, value::Standing};
+use crate::{
+    name,
+    value::{self, Standing},
+};
 
 /// A place in a queue. Their order is the rule: tickets of one name follow each other,
 /// the holder first.
@@ -40,6 +43,10 @@ pub(crate) struct Ticket {
 pub(crate) struct Contenders {
     /// Every contender, and every delay that runs.
     tickets: BTreeMap<Ticket, Standing>,
+    /// How many candidates an election has; by what lies beside their keys.
+    elections: BTreeMap<Bytes, usize>,
+    /// When candidates wait no longer.
+    deadlines: BTreeMap<Ticket, LogTime>,
     /// The waits and delays that end. A holder waits no more and is not here.
     timers: BTreeSet<(LogTime, Ticket)>,
 }
@@ -52,6 +59,8 @@ pub(crate) struct Shift {
     pub(crate) gone: Vec<Gone>,
     /// Who holds now and did not before, in order of name.
     pub(crate) granted: Vec<Ticket>,
+    /// The keys of those who were candidates before the command and are no more.
+    pub(crate) campaigns_over: BTreeSet<Bytes>,
 }
 
 /// A contender that is no more.
@@ -122,24 +131,30 @@ impl Contenders {
     /// The index for these keys.
     pub(crate) fn rebuild(keyspace: &Keyspace) -> Self {
         let keys = KeyRange::prefix(b"");
-        let all = keyspace.range(&keys, None);
-        let tickets = all.filter_map(|record| Some((Ticket::of(record)?, Standing::of(record))));
+        let mut tickets = Vec::new();
+        let mut contenders = Self::default();
+        for record in keyspace.range(&keys, None) {
+            contenders.insert_beside(record);
+            if let Some(ticket) = Ticket::of(record) {
+                tickets.push((ticket, Standing::of(record)));
+            }
+        }
         // Nearly in order, so sorted at once, and a tree at once.
-        let tickets: BTreeMap<_, _> = tickets.collect();
+        contenders.tickets = tickets.into_iter().collect();
+        let ends = contenders.tickets.iter();
+        let ends = ends.filter_map(|(ticket, standing)| Some((standing.end()?, ticket)));
+        let deadlines = contenders
+            .deadlines
+            .iter()
+            .map(|(ticket, end)| (*end, ticket));
         let mut timers = Vec::new();
-        let mut before: Option<&Ticket> = None;
-        for (ticket, standing) in &tickets {
-            let is_first = before.is_none_or(|before| before.name() != ticket.name());
-            let holds = is_first && matches!(standing, Standing::Contends(_));
-            if let Some(end) = standing.end().filter(|_| !holds) {
+        for (end, ticket) in ends.chain(deadlines) {
+            if contenders.holder(&ticket.lock()) != Some(ticket) {
                 timers.push((end, ticket.clone()));
             }
-            before = Some(ticket);
         }
-        Self {
-            timers: timers.into_iter().collect(),
-            tickets,
-        }
+        contenders.timers = timers.into_iter().collect();
+        contenders
     }
 
     /// Takes note of what one command changed. Who holds is settled once, at the
@@ -148,12 +163,20 @@ impl Contenders {
         let mut shift = Shift::default();
         let mut holders = BTreeMap::<Bytes, Option<Ticket>>::new();
         for change in changes {
-            let Some(lock) = name::lock_of(&change.key) else {
+            let candidate = name::candidate_of(&change.key);
+            let Some(lock) = name::lock_of(candidate.as_ref().unwrap_or(&change.key)) else {
                 continue;
             };
             let holder = holders
                 .entry(lock)
                 .or_insert_with_key(|lock| self.holder(lock).cloned());
+            if let Some(candidate) = candidate {
+                self.update_beside(change);
+                if change.after.is_none() {
+                    shift.campaigns_over.insert(candidate);
+                }
+                continue;
+            }
             let removed = change
                 .before
                 .as_ref()
@@ -217,9 +240,45 @@ impl Contenders {
         })
     }
 
+    /// The elections behind this name that have candidates of this API, in order.
+    pub(crate) fn elections_after(&self, name: Bytes) -> impl Iterator<Item = &Bytes> {
+        let behind = (Bound::Excluded(name), Bound::Unbounded);
+        self.elections.range(behind).map(|(name, _)| name)
+    }
+
     /// The wait or delay that ends first, and when.
     pub(crate) fn first_timer(&self) -> Option<&(LogTime, Ticket)> {
         self.timers.first()
+    }
+
+    /// Takes note of what is beside a candidate's key.
+    fn update_beside(&mut self, change: &Change) {
+        if let Some((ticket, end)) = change.before.as_ref().and_then(beside) {
+            if let Some(end) = end {
+                self.deadlines.remove(&ticket);
+                self.timers.remove(&(end, ticket.clone()));
+            }
+            let candidates = self.elections.get_mut(ticket.name());
+            let candidates = candidates.expect("it was counted when it came");
+            *candidates -= 1;
+            if *candidates == 0 {
+                self.elections.remove(ticket.name());
+            }
+        }
+        if let Some(record) = &change.after {
+            self.insert_beside(record);
+        }
+    }
+
+    fn insert_beside(&mut self, record: &Record) {
+        let Some((ticket, end)) = beside(record) else {
+            return;
+        };
+        *self.elections.entry(ticket.lock()).or_default() += 1;
+        if let Some(end) = end {
+            self.timers.insert((end, ticket.clone()));
+            self.deadlines.insert(ticket, end);
+        }
     }
 
     /// The ticket, if it contends.
@@ -247,5 +306,17 @@ impl Contenders {
         if let Some(Standing::Contends(Some(end))) = self.tickets.get(ticket) {
             self.timers.remove(&(*end, ticket.clone()));
         }
+        if let Some(end) = self.deadlines.get(ticket) {
+            self.timers.remove(&(*end, ticket.clone()));
+        }
     }
+}
+
+/// Whose request is beside a key, and when its wait ends.
+fn beside(record: &Record) -> Option<(Ticket, Option<LogTime>)> {
+    let key = name::candidate_of(&record.key)?;
+    let lock = name::lock_of(&key)?;
+    let ticket = Ticket::new(key, &lock, record.create_revision);
+    let end = value::campaign(record)?.wait_until_ms;
+    Some((ticket, (end != 0).then_some(end)))
 }

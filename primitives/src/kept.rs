@@ -22,7 +22,7 @@ const END_REASONS: [EndReason; 4] = [
     EndReason::Revoked,
 ];
 /// What can be wrong with an argument, by its code.
-const INVALID: [Invalid; 7] = [
+const INVALID: [Invalid; 9] = [
     Invalid::NameEmpty,
     Invalid::NameTooLong,
     Invalid::NameWithZero,
@@ -30,6 +30,8 @@ const INVALID: [Invalid; 7] = [
     Invalid::OwnerTooLong,
     Invalid::ReasonEmpty,
     Invalid::ReasonTooLong,
+    Invalid::ValueTooLong,
+    Invalid::ValueOfLock,
 ];
 
 /// The bytes for an answer.
@@ -41,6 +43,8 @@ pub(crate) fn keep(answer: &Result<Reply, Rejection>) -> Bytes {
         }),
         Ok(Reply::Released) => Answer::Released(true),
         Ok(Reply::Cancelled) => Answer::Cancelled(true),
+        Ok(Reply::Proclaimed) => Answer::Proclaimed(true),
+        Ok(Reply::Resigned) => Answer::Resigned(true),
         Ok(Reply::ForceReleased(_)) => unreachable!("no session asks for it, so it has no number"),
         Err(rejection) => Answer::Refused(Refusal {
             refusal: Some(refusal(rejection)),
@@ -89,6 +93,8 @@ fn answer(answer: Answer) -> Option<Result<Reply, Rejection>> {
         Answer::Granted(Granted { key, token }) => Ok(Reply::Granted { key, token }),
         Answer::Released(_) => Ok(Reply::Released),
         Answer::Cancelled(_) => Ok(Reply::Cancelled),
+        Answer::Proclaimed(_) => Ok(Reply::Proclaimed),
+        Answer::Resigned(_) => Ok(Reply::Resigned),
         Answer::Refused(refusal) => Err(rejection(refusal.refusal?)?),
     })
 }
@@ -177,6 +183,8 @@ mod tests {
             Ok(Reply::Granted { key, token: 3 }),
             Ok(Reply::Released),
             Ok(Reply::Cancelled),
+            Ok(Reply::Proclaimed),
+            Ok(Reply::Resigned),
             Err(Rejection::Held),
             Err(Rejection::WaitTimedOut),
             Err(Rejection::Cancelled),

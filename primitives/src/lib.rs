@@ -6,7 +6,10 @@
 //! - [`name`]: names and owners, and the keys made of them;
 //! - `value`: what a contender's key says;
 //! - `contenders`: who contends for what, in order, and who holds;
+//! - [`contention`]: what locks and elections have in common;
 //! - [`mutex`]: the commands, rules and answers of the mutex;
+//! - [`election`]: those of the election, on the same contenders;
+//! - [`observer`]: who leads, told from the keys of an election;
 //! - `kept`: answers in the form in which they are kept for numbered commands.
 //!
 //! [`Primitives`] joins them into the one [`Machine`] that core replicates. It has
@@ -14,15 +17,18 @@
 //! disk and no encoding but that of its own commands and values.
 
 mod contenders;
+pub mod contention;
+pub mod election;
 mod kept;
 pub mod mutex;
 pub mod name;
+pub mod observer;
 mod value;
 
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
-    keyspace::{Change, Keyspace, Record},
+    keyspace::{Change, Keyspace, Overlay, Record},
     machine::{Cause, Context, Executed, Machine, Settled, View},
     session::EndReason,
     system::ForcedRelease,
@@ -30,7 +36,9 @@ use conclave_core::{
 use conclave_proto::internal::{PrimitiveCommand, Request, command, primitive_command};
 use prost::Message as _;
 
-pub use mutex::{Contender, Grant, Held, LockInfo, LossReason, Note, Waiting};
+pub use contention::{Contender, Grant, Held, LossReason, Note, Waiting};
+pub use election::{ElectionInfo, Leader};
+pub use mutex::LockInfo;
 pub use name::Invalid;
 
 use contenders::Contenders;
@@ -44,7 +52,7 @@ pub struct Primitives {
 /// The result of a command that succeeded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
-    /// The lock is held; `token` is the create revision of `key`.
+    /// The lock is held, or the election won; `token` is the create revision of `key`.
     Granted {
         /// The key that the grant stands for.
         key: Bytes,
@@ -57,6 +65,10 @@ pub enum Reply {
     Cancelled,
     /// This contender lost its grant.
     ForceReleased(Contender),
+    /// The leader's value is this one now.
+    Proclaimed,
+    /// Leadership was given up.
+    Resigned,
 }
 
 /// The result of a command that changed nothing, or of waiting that ended without a grant.
@@ -125,9 +137,23 @@ pub enum Query {
         /// Else: at most so many; 0 for `limits::LIST_LOCKS_MAX`, which also caps it.
         limit: usize,
     },
+    /// Who leads an election.
+    Leader {
+        /// Its name.
+        name: String,
+    },
+    /// One election, or those that have candidates, after a name.
+    Elections {
+        /// The one election, whoever contends for it.
+        name: Option<String>,
+        /// Else: those behind this name.
+        after: String,
+        /// Else: at most so many; 0 for `limits::LIST_LOCKS_MAX`, which also caps it.
+        limit: usize,
+    },
     /// Whether the grant with this token holds.
     Check {
-        /// The lock.
+        /// The lock or election.
         name: String,
         /// The token.
         token: Revision,
@@ -143,6 +169,15 @@ pub enum Answer {
     Locks {
         /// Locks that are held; all others are free.
         locks: Vec<LockInfo>,
+        /// Whether there are more behind the last one.
+        more: bool,
+    },
+    /// To `Query::Leader`; `None` if nobody leads.
+    Leader(Option<Leader>),
+    /// To `Query::Elections`, in order of name.
+    Elections {
+        /// Those that someone contends for.
+        elections: Vec<ElectionInfo>,
         /// Whether there are more behind the last one.
         more: bool,
     },
@@ -200,6 +235,9 @@ impl Machine for Primitives {
             Command::LockRelease(command) => (command.session_id, &command.request),
             Command::LockCancel(command) => (command.session_id, &command.request),
             Command::LockForceRelease(_) => return None,
+            Command::ElectCampaign(command) => (command.session_id, &command.request),
+            Command::ElectProclaim(command) => (command.session_id, &command.request),
+            Command::ElectResign(command) => (command.session_id, &command.request),
         };
         Some((SessionId(session), request.as_ref()?))
     }
@@ -221,19 +259,26 @@ impl Machine for Primitives {
         match command {
             Command::LockAcquire(command) => mutex::acquire(&self.contenders, context, command),
             Command::LockRelease(command) => mutex::release(&self.contenders, context, command),
-            Command::LockCancel(command) => mutex::cancel(context, command),
+            Command::LockCancel(command) => contention::cancel(context, command),
             Command::LockForceRelease(command) => {
                 mutex::force_release(&self.contenders, context, command)
             }
+            Command::ElectCampaign(command) => {
+                election::campaign(&self.contenders, context, command)
+            }
+            Command::ElectProclaim(command) => {
+                election::proclaim(&self.contenders, context, command)
+            }
+            Command::ElectResign(command) => election::resign(&self.contenders, context, command),
         }
     }
 
     fn next_due(&self) -> Option<LogTime> {
-        mutex::next_due(&self.contenders)
+        contention::next_due(&self.contenders)
     }
 
     fn fire(&self, context: &mut Context<'_>) -> Note {
-        mutex::fire(&self.contenders, context)
+        contention::fire(&self.contenders, context)
     }
 
     fn outlives(&self, record: &Record, reason: EndReason, now: LogTime) -> Option<Bytes> {
@@ -241,15 +286,19 @@ impl Machine for Primitives {
     }
 
     fn withdraw(&self, context: &mut Context<'_>, session: SessionId, wanted: &[u64]) {
-        mutex::withdraw(&self.contenders, context, session, wanted);
+        contention::withdraw(&self.contenders, context, session, wanted);
     }
 
     fn holdings(&self, view: View<'_>, session: SessionId) -> Answer {
-        mutex::grants_of(&self.contenders, view, session)
+        contention::grants_of(&self.contenders, view, session)
+    }
+
+    fn follow(overlay: &mut Overlay<'_>) {
+        contention::follow(overlay);
     }
 
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Note>) -> Settled<Self> {
-        mutex::settle(self.contenders.update(changes), cause)
+        contention::settle(self.contenders.update(changes), cause)
     }
 
     fn query(&self, view: View<'_>, query: Query) -> Answer {
@@ -257,8 +306,12 @@ impl Machine for Primitives {
             Query::Locks { name, after, limit } => {
                 mutex::locks(&self.contenders, view, name, after, limit)
             }
-            Query::Check { name, token } => mutex::check(&self.contenders, name, token),
-            Query::GrantsOf(session) => mutex::grants_of(&self.contenders, view, session),
+            Query::Leader { name } => election::leader(&self.contenders, view, name),
+            Query::Elections { name, after, limit } => {
+                election::elections(&self.contenders, view, name, after, limit)
+            }
+            Query::Check { name, token } => contention::check(&self.contenders, name, token),
+            Query::GrantsOf(session) => contention::grants_of(&self.contenders, view, session),
         }
     }
 }

@@ -1,22 +1,30 @@
-//! Names of locks, owners, and the keys made of them.
+//! Names of locks and elections, owners, and the keys made of them.
 //!
-//! The contenders of lock `N` are the keys `N/S` with no `/` in `S`, whoever
+//! The contenders of lock or election `N` are the keys `N/S` with no `/` in `S`, whoever
 //! wrote them, as long as `N` passes [`validate_name`] and the key is not under
 //! `_conclave/`. Any other key contends for nothing: it could not be named in a
 //! request. A contender of this API has as `S` its session's id in lowercase hex,
 //! then, if it has an owner, `:` and the owner percent-encoded.
+//!
+//! What does not fit into the value of a contender's key lies beside it:
+//! `_conclave/elect/N/S` for a candidate, `_conclave/lock/N/S` for a plain contender
+//! for a lock that has to wait.
 
 use std::fmt::Write as _;
 
 use bytes::Bytes;
 use conclave_core::{
     ids::SessionId,
-    limits::{NAME_BYTES_MAX, OWNER_BYTES_MAX, REASON_BYTES_MAX},
+    limits::{ELECTION_VALUE_BYTES_MAX, NAME_BYTES_MAX, OWNER_BYTES_MAX, REASON_BYTES_MAX},
 };
 
 /// Where all state lies that is not a contender; keys under it, with a `/`
 /// between, are not for clients to write.
 const RESERVED: &str = "_conclave";
+/// Where the request of a candidate lies, beside its key.
+const CAMPAIGNS: &[u8] = b"_conclave/elect/";
+/// The same of a plain contender for a lock, while it waits and after.
+const PLAIN_WAITS: &[u8] = b"_conclave/lock/";
 
 /// What is wrong with a name, an owner or a reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,9 +50,15 @@ pub enum Invalid {
     /// The reason is too long.
     #[error("reason is longer than {REASON_BYTES_MAX} bytes")]
     ReasonTooLong,
+    /// What a candidate proclaims is too long.
+    #[error("value is longer than {ELECTION_VALUE_BYTES_MAX} bytes")]
+    ValueTooLong,
+    /// What a candidate proclaims would make its key that of a lock.
+    #[error("value is that of a lock")]
+    ValueOfLock,
 }
 
-/// Whether a lock can have this name: 1 to 1,024 bytes without a zero byte,
+/// Whether a lock or election can have this name: 1 to 1,024 bytes without a zero byte,
 /// neither `_conclave` nor under it.
 pub fn validate_name(name: &str) -> Result<(), Invalid> {
     if name.is_empty() {
@@ -81,7 +95,7 @@ pub fn validate_reason(reason: &str) -> Result<(), Invalid> {
     }
 }
 
-/// The key with which a session, or an owner in it, contends for a lock.
+/// The key with which a session, or an owner in it, contends.
 pub fn contender_key(name: &str, session: SessionId, owner: &str) -> Result<Bytes, Invalid> {
     validate_name(name)?;
     validate_owner(owner)?;
@@ -93,12 +107,33 @@ pub fn contender_key(name: &str, session: SessionId, owner: &str) -> Result<Byte
     Ok(key.into())
 }
 
-/// The name of the lock that a key contends for, if it does for any. Shares the
+/// The name of the lock or election that a key contends for, if it does for any. Shares the
 /// memory of the key, and is UTF-8.
 pub fn lock_of(key: &Bytes) -> Option<Bytes> {
     let slash = key.iter().rposition(|byte| *byte == b'/')?;
     validate_name(str::from_utf8(&key[..slash]).ok()?).ok()?;
     Some(key.slice(..slash))
+}
+
+/// The key beside that of a candidate, under which its request lies.
+pub(crate) fn campaign_key(contender: &[u8]) -> Bytes {
+    [CAMPAIGNS, contender].concat().into()
+}
+
+/// The key beside that of a plain contender for a lock, under which its request lies.
+pub(crate) fn plain_wait_key(contender: &[u8]) -> Bytes {
+    [PLAIN_WAITS, contender].concat().into()
+}
+
+/// All that may lie beside a contender's key; at most one does.
+pub(crate) fn beside(contender: &[u8]) -> [Bytes; 2] {
+    [campaign_key(contender), plain_wait_key(contender)]
+}
+
+/// The candidate beside whose key this one is, if it is. Shares its memory.
+pub(crate) fn candidate_of(key: &Bytes) -> Option<Bytes> {
+    key.starts_with(CAMPAIGNS)
+        .then(|| key.slice(CAMPAIGNS.len()..))
 }
 
 /// The owner that a contender's key names: empty if it names none, or none that
@@ -177,6 +212,14 @@ mod tests {
         assert_eq!(key(""), "jobs/a/1f");
         assert_eq!(key("worker-1"), "jobs/a/1f:worker-1");
         assert_eq!(key("a/b: ü"), "jobs/a/1f:a%2Fb%3A%20%C3%BC");
+    }
+
+    #[test]
+    fn an_id_that_a_client_chose_may_be_negative() {
+        let session = SessionId(-0x1f);
+        let key = contender_key("a", session, "").unwrap();
+        assert_eq!(key, "a/-1f");
+        assert_eq!(session_of(&key), Some(session));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The value of a contender's key: what its request asked for, which acquires
 //! share the grant, and the delay that a lost holder leaves behind.
 //!
-//! A value counts only if its key can be what it says. With a session that its
+//! A value counts only if it bears the mark, since a candidate may proclaim anything,
+//! and an etcd client write anything, and if its key can be what it says. With a session that its
 //! key is named after, it is a contender of this API. Bound to none, with the end
 //! of a delay, it is what a lost holder left: nobody's, and still in the way. All
 //! else is a plain contender that waits without limit.
@@ -11,10 +12,13 @@ use conclave_core::{
     ids::{LogTime, SessionId},
     keyspace::Record,
 };
-use conclave_proto::internal::LockContender;
+use conclave_proto::internal::{Campaign, LockContender};
 use prost::Message as _;
 
 use crate::name;
+
+/// In the value of every native contender for a lock.
+pub(crate) const MARK: u32 = 0xC0_9C_1A_7E;
 
 /// What a contender's key stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,11 +118,27 @@ pub(crate) fn end_of(now: LogTime, ms: u64) -> LogTime {
     now.saturating_add(ms).saturating_add(1)
 }
 
+/// Whether this is what a native contender for a lock writes.
+pub(crate) fn is_of_lock(value: &Bytes) -> bool {
+    lock_value(value).is_some()
+}
+
 fn decode(record: &Record) -> Option<LockContender> {
-    if record.value.is_empty() {
+    lock_value(&record.value)
+}
+
+fn lock_value(bytes: &Bytes) -> Option<LockContender> {
+    if bytes.is_empty() {
         return None;
     }
-    let value = LockContender::decode(record.value.clone()).ok()?;
+    let value = LockContender::decode(bytes.clone()).ok()?;
+    let is_ours = value.mark == MARK && value.encoded_len() == bytes.len();
+    is_ours.then_some(value)
+}
+
+/// What lies beside a contender's key.
+pub(crate) fn campaign(record: &Record) -> Option<Campaign> {
+    let value = Campaign::decode(record.value.clone()).ok()?;
     (value.encoded_len() == record.value.len()).then_some(value)
 }
 

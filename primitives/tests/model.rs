@@ -39,6 +39,8 @@ const LOCKS: [&str; 3] = ["a", "a/b", "c"];
 const OWNERS: [(&str, &str); 2] = [("", ""), ("o/1", ":o%2F1")];
 /// Contenders without a session in their name, and keys that contend for nothing.
 const OTHER_KEYS: [&str; 4] = ["a/etcd", "a/b/x", "c/", "plain"];
+/// In the values of native contenders.
+const MARK: u32 = 0xC09C_1A7E;
 const REASON: &str = "because";
 
 /// Who contends for what, by number.
@@ -248,7 +250,7 @@ impl Model {
             token: self.revision + 1,
             requests: [&[value.request][..], &value.inner].concat(),
             // An empty value says nothing.
-            is_native: value.encoded_len() > 0,
+            is_native: value.mark == MARK,
             wait_until: value.wait_until_ms,
             delay_ms: value.delay_ms,
             reentrant: value.reentrant,
@@ -393,6 +395,7 @@ impl Model {
             asked_ms: self.now,
             delay_ms: how.delay_ms,
             reentrant: how.reentrant,
+            mark: MARK,
             ..LockContender::default()
         };
         self.places.push(self.place(who, &value));
@@ -477,6 +480,7 @@ impl Model {
                 let native = write
                     .value
                     .as_ref()
+                    .filter(|value| value.mark == MARK)
                     .filter(|_| session == Some(self.sessions[who.session]));
                 self.place(*who, &native.cloned().unwrap_or_default())
             }
@@ -507,7 +511,8 @@ impl Model {
             }
         };
         place.session = session;
-        let value = write.value.as_ref().filter(|_| session.is_none());
+        let value = write.value.as_ref().filter(|value| value.mark == MARK);
+        let value = value.filter(|_| session.is_none());
         if let Some(value) = value.filter(|value| value.delay_until_ms != 0) {
             place.delay_until = value.delay_until_ms;
             place.requests = [&[value.request][..], &value.inner].concat();
@@ -601,6 +606,7 @@ impl Model {
                     owner: gone.owner.to_owned(),
                     key: gone.key.clone().into(),
                     token: gone.token,
+                    is_candidate: false,
                 };
                 events.push((
                     session,
@@ -1121,17 +1127,18 @@ fn writes() -> impl Strategy<Value = Vec<(Key, Option<Write>)>> {
         1 => (0..OTHER_KEYS.len()).prop_map(Key::Other),
     ];
     let delay_until_ms = prop_oneof![Just(0u64), 1u64..60];
-    let value =
-        (0u64..4, 0u64..60, delay_until_ms).prop_map(|(request, wait_until_ms, delay_until_ms)| {
-            LockContender {
-                request,
-                wait_until_ms,
-                delay_until_ms,
-                delay_ms: wait_until_ms / 2,
-                reentrant: wait_until_ms % 2 == 0,
-                ..LockContender::default()
-            }
-        });
+    let mark = prop_oneof![3 => Just(MARK), 1 => Just(0)];
+    let value = (0u64..4, 0u64..60, delay_until_ms, mark).prop_map(
+        |(request, wait_until_ms, delay_until_ms, mark)| LockContender {
+            mark,
+            request,
+            wait_until_ms,
+            delay_until_ms,
+            delay_ms: wait_until_ms / 2,
+            reentrant: wait_until_ms % 2 == 0,
+            ..LockContender::default()
+        },
+    );
     let write = (prop::option::of(value), prop::option::of(0..SESSIONS))
         .prop_map(|(value, session)| Write { value, session });
     prop::collection::vec((key, prop::option::of(write)), 1..5).prop_map(|mut writes| {

@@ -19,7 +19,7 @@
 use std::{env, fs, path::PathBuf};
 
 use bytes::{Buf as _, Bytes};
-use conclave_core::{machine::Outcome, replica::AnswerBody, state::State};
+use conclave_core::{ids::SessionId, machine::Outcome, replica::AnswerBody, state::State};
 use conclave_primitives::Primitives;
 use conclave_proto::internal::{
     AttachSession, CloseSession, Command, Compact, Compare, DeleteRange, Entry, ExpireSessions,
@@ -194,10 +194,11 @@ fn history() -> Recorder {
     r.begin_term();
     // Of another term than that of its entry, then of the same.
     for term in [1, 2] {
-        let session_ids = vec![sessions[1]];
+        let live = r.state.sessions().get(SessionId(sessions[1]));
         r.run(command::Body::ExpireSessions(ExpireSessions {
             term,
-            session_ids,
+            session_ids: vec![sessions[1]],
+            opened_at_ms: live.iter().map(|live| live.opened_at).collect(),
         }));
     }
     for session_id in sessions {

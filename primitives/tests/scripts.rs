@@ -9,12 +9,18 @@
 //! open SESSION [secret=TEXT] | close SESSION [attachment=N] | expire SESSION | pass MS
 //! attach SESSION [secret=TEXT] replaces=N nonce=N [wanted=N,...]
 //! acquire SESSION LOCK [owner=O] [REQUEST] [tag=N] [wait=MS] [delay=MS] [reentrant=1]
+//!   [plain=1]
 //! release SESSION LOCK token=N [owner=O] [entry=N] [REQUEST]
 //! cancel SESSION LOCK [owner=O] entry=N [REQUEST]
+//! campaign SESSION ELECTION [owner=O] [REQUEST] [tag=N] [wait=MS] [value=TEXT] [plain=1]
+//! proclaim SESSION ELECTION token=N [owner=O] [value=TEXT] [REQUEST]
+//! resign SESSION ELECTION token=N [owner=O] [REQUEST]
 //!   REQUEST: [request=N] [acknowledged=N] [unfinished=N,...] [attachment=N]
 //! force LOCK [token=N] [skip_delay=1] reason=TEXT
 //! put KEY... [value=TEXT] [lease=SESSION] | delete KEY...
 //! locks [LOCK] [after=LOCK] [limit=N] | check LOCK token=N | grants SESSION
+//! elections [ELECTION] [after=ELECTION] [limit=N] | leader ELECTION
+//! keys
 //! ```
 
 #![expect(
@@ -29,6 +35,7 @@ use std::{collections::BTreeMap, env, fmt::Write as _, fs, path::Path};
 use bytes::Bytes;
 use conclave_core::{
     ids::SessionId,
+    keyspace::KeyRange,
     limits,
     machine::{Machine as _, Outcome},
     replica::{AnswerBody, EventBody},
@@ -37,13 +44,13 @@ use conclave_core::{
     state::Applied,
 };
 use conclave_primitives::{
-    Answer as Found, Contender, Event, Held, LossReason, Primitives, Query, Rejection, Reply,
-    Waiting, command,
+    Answer as Found, Contender, Event, Held, Leader, LossReason, Primitives, Query, Rejection,
+    Reply, Waiting, command,
 };
 use conclave_proto::internal::{
-    AttachSession, CloseSession, DeleteRange, LockAcquire, LockCancel, LockForceRelease,
-    LockRelease, NoSpace, Operation, Put, Request, Txn, command::Body, operation,
-    primitive_command::Command,
+    AttachSession, CloseSession, DeleteRange, ElectCampaign, ElectProclaim, ElectResign,
+    LockAcquire, LockCancel, LockForceRelease, LockRelease, NoSpace, Operation, Put, Request, Txn,
+    command::Body, operation, primitive_command::Command,
 };
 use harness::{Driver, Step};
 
@@ -328,7 +335,8 @@ impl Script {
                 let step = self.driver.run(body);
                 self.report(step)
             }
-            "locks" | "check" | "grants" => self.ask(verb, first, &words),
+            "locks" | "check" | "grants" | "leader" | "elections" => self.ask(verb, first, &words),
+            "keys" => self.keys(),
             _ => {
                 let body = command(self.lock_command(verb, &rest, &words));
                 let step = self.driver.run(body);
@@ -366,6 +374,48 @@ impl Script {
                 wait_ms: words.number("wait"),
                 delay_ms: number("delay"),
                 reentrant: words.named.contains_key("reentrant"),
+                plain: words.named.contains_key("plain"),
+            }),
+            _ => self.election_command(verb, rest, words, request),
+        }
+    }
+
+    fn election_command(
+        &self,
+        verb: &str,
+        rest: &[&str],
+        words: &Words<'_>,
+        request: Request,
+    ) -> Command {
+        let session_id = self.session(rest[0]).0;
+        let name = rest[1].to_owned();
+        let owner = words.text("owner");
+        let number = |name| words.number(name).unwrap_or_default();
+        match verb {
+            "campaign" => Command::ElectCampaign(ElectCampaign {
+                name,
+                session_id,
+                owner,
+                request: Some(request),
+                tag: number("tag"),
+                wait_ms: words.number("wait"),
+                value: words.text("value").into(),
+                plain: words.named.contains_key("plain"),
+            }),
+            "proclaim" => Command::ElectProclaim(ElectProclaim {
+                name,
+                session_id,
+                owner,
+                token: number("token"),
+                value: words.text("value").into(),
+                request: Some(request),
+            }),
+            "resign" => Command::ElectResign(ElectResign {
+                name,
+                session_id,
+                owner,
+                token: number("token"),
+                request: Some(request),
             }),
             "release" => Command::LockRelease(LockRelease {
                 name,
@@ -420,11 +470,14 @@ impl Script {
     }
 
     fn ask(&self, verb: &str, first: &str, words: &Words<'_>) -> String {
+        let name = (!first.is_empty()).then(|| first.to_owned());
+        let after = words.text("after");
+        let limit = usize::try_from(words.number("limit").unwrap_or_default()).unwrap();
         let query = match verb {
-            "locks" => Query::Locks {
-                name: (!first.is_empty()).then(|| first.to_owned()),
-                after: words.text("after"),
-                limit: usize::try_from(words.number("limit").unwrap_or_default()).unwrap(),
+            "locks" => Query::Locks { name, after, limit },
+            "elections" => Query::Elections { name, after, limit },
+            "leader" => Query::Leader {
+                name: first.to_owned(),
             },
             "check" => Query::Check {
                 name: first.to_owned(),
@@ -434,6 +487,33 @@ impl Script {
         };
         let state = &self.driver.state;
         self.found(state.machine().query(state.view(), query))
+    }
+
+    /// Every key with its value, but for those that locks wrote.
+    fn keys(&self) -> String {
+        let mut out = String::new();
+        let everything = KeyRange::prefix(b"");
+        for record in self.driver.state.keyspace().range(&everything, None) {
+            let key = self.with_names(&record.key);
+            let lease = record
+                .lease
+                .map_or_else(|| "no session".to_owned(), |id| self.name(id));
+            writeln!(out, "{key} of {lease}: {:?}", record.value).unwrap();
+        }
+        out
+    }
+
+    fn leader(&self, leader: Option<&Leader>) -> String {
+        let Some(leader) = leader else {
+            return "no leader".to_owned();
+        };
+        let key = self.with_names(&leader.key);
+        let session = leader
+            .session
+            .map_or_else(|| "no session".to_owned(), |id| self.name(id));
+        let owner = with_owner(&leader.owner);
+        let (term, value, proclaimed) = (leader.term, &leader.value, leader.proclaimed);
+        format!("{key} of {session}{owner}, term {term}, says {value:?} since {proclaimed}")
     }
 
     fn found(&self, found: Found) -> String {
@@ -451,6 +531,20 @@ impl Script {
                 }
             }
             Found::Checked(held) => writeln!(out, "{held}").unwrap(),
+            Found::Leader(leader) => writeln!(out, "{}", self.leader(leader.as_ref())).unwrap(),
+            Found::Elections { elections, more } => {
+                for election in elections {
+                    let leader = self.leader(election.leader.as_ref());
+                    let total = election.candidates_total;
+                    writeln!(out, "{}, {total} in it: {leader}", election.name).unwrap();
+                    for candidate in &election.candidates {
+                        writeln!(out, "  {}", self.contender(candidate)).unwrap();
+                    }
+                }
+                if more {
+                    out.push_str("and more\n");
+                }
+            }
             Found::Grants {
                 grants,
                 waiting,
@@ -458,7 +552,8 @@ impl Script {
             } => {
                 for Held { grant, entries } in grants {
                     let owner = with_owner(&grant.owner);
-                    write!(out, "holds {}{owner}, token {}", grant.lock, grant.token).unwrap();
+                    let verb = if grant.is_candidate { "leads" } else { "holds" };
+                    write!(out, "{verb} {}{owner}, token {}", grant.lock, grant.token).unwrap();
                     match &entries[..] {
                         [_] => writeln!(out).unwrap(),
                         shared => writeln!(out, ", shared by {shared:?}").unwrap(),
@@ -467,9 +562,13 @@ impl Script {
                 for Waiting { contends, request } in waiting {
                     let owner = with_owner(&contends.owner);
                     let (lock, token) = (contends.lock, contends.token);
+                    let verb = match contends.is_candidate {
+                        true => "campaigns for",
+                        false => "waits for",
+                    };
                     writeln!(
                         out,
-                        "waits for {lock}{owner}, token {token}, request {request}"
+                        "{verb} {lock}{owner}, token {token}, request {request}"
                     )
                     .unwrap();
                 }
@@ -523,7 +622,12 @@ impl Script {
                 EventBody::Machine(Event::GrantLost { grant, reason }) => {
                     let owner = with_owner(&grant.owner);
                     let (lock, token, why) = (grant.lock, grant.token, loss(reason));
-                    format!("lost {lock}{owner}, token {token}: {why}")
+                    let what = if grant.is_candidate {
+                        "leadership of "
+                    } else {
+                        ""
+                    };
+                    format!("lost {what}{lock}{owner}, token {token}: {why}")
                 }
             };
             writeln!(out, "to {name}: {what}").unwrap();
@@ -537,6 +641,8 @@ impl Script {
                 format!("granted {}, token {token}", self.with_names(&key))
             }
             Ok(Reply::Released) => "released".to_owned(),
+            Ok(Reply::Proclaimed) => "proclaimed".to_owned(),
+            Ok(Reply::Resigned) => "resigned".to_owned(),
             Ok(Reply::Cancelled) => "cancelled".to_owned(),
             Ok(Reply::ForceReleased(released)) => {
                 format!("taken from {}", self.contender(&released))
@@ -556,6 +662,7 @@ impl Script {
             place,
             delay_left_ms,
             entries,
+            is_candidate,
         } = contender;
         if delay_left_ms.is_none() {
             assert_eq!(
@@ -565,7 +672,7 @@ impl Script {
         }
         let key = self.with_names(key);
         let owner = with_owner(owner);
-        let session = session.map_or("no session".to_owned(), |id| self.name(id));
+        let session = session.map_or_else(|| "no session".to_owned(), |id| self.name(id));
         let mut out =
             format!("{place}. {key} of {session}{owner}, token {token}, since {since_ms} ms");
         if let Some(left_ms) = delay_left_ms {
@@ -573,6 +680,9 @@ impl Script {
         }
         if *entries != 1 {
             write!(out, ", {entries} times").unwrap();
+        }
+        if *is_candidate {
+            out.push_str(", candidate");
         }
         out
     }

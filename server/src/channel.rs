@@ -19,10 +19,12 @@ use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio_stream::Stream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use crate::{gateway::Gateway, lock, metrics::Method, session, status::Refusal, validate::Invalid};
+use crate::{
+    election, gateway::Gateway, lock, metrics::Method, session, status::Refusal, validate::Invalid,
+};
 
 /// With so many calls of one stream under way, as many as the replica takes, those
-/// that want a session or a lock are refused.
+/// that want a session, a lock or leadership are refused.
 const RUNNING_MAX: usize = limits::PENDING_COMMANDS_MAX;
 /// With so many, no more are read until answers have left. Not all of them wait for
 /// locks, so that does not take long, unless the client does not read.
@@ -117,7 +119,7 @@ impl Replies {
     fn begin(&mut self, call: v1::Call) {
         let wants = matches!(
             call.request,
-            Some(Body::OpenSession(_) | Body::AcquireLock(_))
+            Some(Body::OpenSession(_) | Body::AcquireLock(_) | Body::Campaign(_))
         );
         let running = if !wants || self.running.len() < RUNNING_MAX {
             run(&self.gateway, call)
@@ -165,6 +167,15 @@ fn run(gateway: &Arc<Gateway>, call: v1::Call) -> Running {
         }
         Some(Body::CancelLock(request)) => {
             call!(LockCancel, lock::cancel, request, CancelLock)
+        }
+        Some(Body::Campaign(request)) => {
+            call!(ElectionCampaign, election::campaign, request, Campaign)
+        }
+        Some(Body::Proclaim(request)) => {
+            call!(ElectionProclaim, election::proclaim, request, Proclaim)
+        }
+        Some(Body::Resign(request)) => {
+            call!(ElectionResign, election::resign, request, Resign)
         }
         None => Box::pin(async move {
             let unknown = Invalid::Argument("request: there is none that this server knows");

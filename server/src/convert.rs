@@ -31,6 +31,7 @@ pub(crate) fn grant(grant: primitives::Grant) -> v1::Grant {
         owner: grant.owner,
         key: grant.key,
         token: grant.token,
+        candidate: grant.is_candidate,
         entries: Vec::new(),
     }
 }
@@ -104,6 +105,7 @@ pub(crate) fn contender(contender: primitives::Contender) -> v1::Contender {
         place: contender.place as u64,
         delay_left_ms: contender.delay_left_ms,
         entries: contender.entries as u64,
+        candidate: contender.is_candidate,
     }
 }
 
@@ -113,5 +115,25 @@ pub(crate) fn lock(lock: primitives::LockInfo) -> v1::LockInfo {
         holder: Some(contender(lock.holder)),
         waiters: lock.waiters.into_iter().map(contender).collect(),
         waiters_total: lock.waiters_total as u64,
+    }
+}
+
+pub(crate) fn leader(leader: primitives::Leader) -> v1::Leader {
+    v1::Leader {
+        key: leader.key,
+        term: leader.term,
+        value: leader.value,
+        proclaimed_revision: leader.proclaimed,
+        session_id: leader.session.map_or(0, |session| session.0),
+        owner: leader.owner,
+    }
+}
+
+pub(crate) fn election(election: primitives::ElectionInfo) -> v1::ElectionInfo {
+    v1::ElectionInfo {
+        name: election.name,
+        leader: election.leader.map(leader),
+        candidates: election.candidates.into_iter().map(contender).collect(),
+        candidates_total: election.candidates_total as u64,
     }
 }

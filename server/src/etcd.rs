@@ -5,6 +5,8 @@
 //!
 //! - here: what all of its services share;
 //! - `kv`: keys, transactions, compaction;
+//! - `lock`, `election`: the services of these names, over `contention`, on native locks
+//!   and elections;
 //! - `watch`: events of keys;
 //! - `lease`: sessions as leases;
 //! - `cluster`, `maintenance` with `snapshot`, `auth`: what operators ask;
@@ -17,9 +19,12 @@
 
 mod auth;
 mod cluster;
+mod contention;
+mod election;
 pub(crate) mod json;
 mod kv;
 mod lease;
+mod lock;
 mod maintenance;
 mod replies;
 mod snapshot;
@@ -29,17 +34,23 @@ mod watch;
 use std::{future::Future, ops::Deref, sync::Arc, time::Duration};
 
 use conclave_core::ids::{Revision, Term};
-use conclave_proto::etcd::etcdserverpb::{
-    ResponseHeader, auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer,
-    lease_server::LeaseServer, maintenance_server::MaintenanceServer, watch_server::WatchServer,
+use conclave_proto::etcd::{
+    etcdserverpb::{
+        ResponseHeader, auth_server::AuthServer, cluster_server::ClusterServer,
+        kv_server::KvServer, lease_server::LeaseServer, maintenance_server::MaintenanceServer,
+        watch_server::WatchServer,
+    },
+    v3electionpb::election_server::ElectionServer,
+    v3lockpb::lock_server::LockServer,
 };
 use tokio::time;
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::Routes};
 
 pub(crate) use self::snapshot::Source as Snapshots;
 use self::{
-    auth::AuthService, cluster::ClusterService, kv::KvService, lease::LeaseService,
-    maintenance::MaintenanceService, replies::Replies, status::Error, watch::WatchService,
+    auth::AuthService, cluster::ClusterService, election::ElectionService, kv::KvService,
+    lease::LeaseService, lock::LockService, maintenance::MaintenanceService, replies::Replies,
+    status::Error, watch::WatchService,
 };
 use crate::{gateway::Gateway, metrics::Method, routes::REQUEST_OVERHEAD_BYTES};
 
@@ -71,6 +82,8 @@ pub(crate) fn add_services(routes: Routes, gateway: &Arc<Gateway>) -> Routes {
     let lease = LeaseServer::new(LeaseService(etcd.clone()));
     let cluster = ClusterServer::new(ClusterService(etcd.clone()));
     let maintenance = MaintenanceServer::new(MaintenanceService(etcd.clone()));
+    let lock = LockServer::new(LockService(etcd.clone()));
+    let election = ElectionServer::new(ElectionService(etcd.clone()));
     let auth = AuthServer::new(AuthService(etcd));
     routes
         .add_service(Replies(kv.max_decoding_message_size(bytes_max)))
@@ -78,6 +91,8 @@ pub(crate) fn add_services(routes: Routes, gateway: &Arc<Gateway>) -> Routes {
         .add_service(Replies(lease.max_decoding_message_size(bytes_max)))
         .add_service(Replies(cluster.max_decoding_message_size(bytes_max)))
         .add_service(Replies(maintenance.max_decoding_message_size(bytes_max)))
+        .add_service(Replies(lock.max_decoding_message_size(bytes_max)))
+        .add_service(Replies(election.max_decoding_message_size(bytes_max)))
         .add_service(Replies(auth.max_decoding_message_size(bytes_max)))
 }
 

@@ -518,6 +518,7 @@ mod tests {
     fn grant(token: Revision) -> primitives::Grant {
         let key = format!("l/{token}").into();
         primitives::Grant {
+            is_candidate: false,
             lock: "l".to_owned(),
             owner: String::new(),
             key,

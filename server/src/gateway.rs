@@ -28,6 +28,7 @@ use crate::{
     peers::Peers,
     readers::{Reader, Readers},
     status::Refusal,
+    storage,
 };
 
 /// What the replica answers.
@@ -52,8 +53,6 @@ pub(crate) struct Gateway {
 
 impl Gateway {
     /// The gateway of the control thread, which has the first of the mailboxes.
-    /// `random` keeps the tags that this process gives to requests apart from those
-    /// of others.
     pub(crate) fn new(
         handle: Handle<Primitives>,
         settings: Arc<Settings>,
@@ -62,7 +61,6 @@ impl Gateway {
         peers: Arc<Peers>,
         snapshots: Snapshots,
         mailboxes: Vec<Arc<Mailbox>>,
-        random: u64,
     ) -> Self {
         Self {
             handle,
@@ -74,7 +72,8 @@ impl Gateway {
             snapshots: Arc::new(snapshots),
             mailbox: Arc::clone(&mailboxes[0]),
             mailboxes: mailboxes.into(),
-            next_tag: Arc::new(AtomicU64::new(random)),
+            // Keeps the tags of this process apart from those of others.
+            next_tag: Arc::new(AtomicU64::new(storage::random())),
         }
     }
 

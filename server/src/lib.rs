@@ -8,13 +8,14 @@
 //! - [`storage`], [`inspect`], [`net`], [`shutdown`]: the data directory, a look at
 //!   it, sockets, signals;
 //! - `routes`: everything that is served on the client addresses, which is
-//!   `session`, `lock` and `cluster` (the native API), `channel` (the same, many
-//!   calls on one stream), `etcd` (the etcd v3 API) and `http` (health, metrics);
+//!   `session`, `lock`, `election` and `cluster` (the native API), `channel` (the same,
+//!   many calls on one stream), `etcd` (the etcd v3 API) and `http` (health, metrics);
 //! - `gateway`: the way from all of these to the replica, and `mailbox`: the way
 //!   back;
 //! - `validate`, `convert`, `status`: requests are checked, answers converted,
 //!   and errors mapped to the wire, each in one place;
 //! - `events`: streams that follow sessions; `readers`: streams that watch keys;
+//!   `observe`: streams that observe elections;
 //! - `turns`: the thread of the node, with `peers`, the links between members;
 //! - `metrics`: what is counted.
 //!
@@ -27,6 +28,7 @@
 mod channel;
 mod cluster;
 mod convert;
+mod election;
 mod etcd;
 mod events;
 mod gateway;
@@ -36,6 +38,7 @@ mod lock;
 mod mailbox;
 mod metrics;
 pub mod net;
+mod observe;
 pub mod options;
 mod peers;
 mod readers;

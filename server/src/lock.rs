@@ -33,9 +33,10 @@ const WITHDRAW_PAUSE: Duration = Duration::from_millis(500);
 
 const ANOTHER_KIND: Refusal = Refusal::Internal("lock");
 /// A number has been used before, for something else.
-const ANOTHER_REQUEST: Invalid = Invalid::Argument("number: it is that of another request");
+pub(crate) const ANOTHER_REQUEST: Invalid =
+    Invalid::Argument("number: it is that of another request");
 
-type Header = Option<v1::ResponseHeader>;
+pub(crate) type Header = Option<v1::ResponseHeader>;
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -109,7 +110,7 @@ pub(crate) async fn acquire(
     validate::lock_delay(request.lock_delay_ms)?;
     let number = validate::number(request.number)?;
     let is_numbered = number.number != 0;
-    let mut command = LockAcquire {
+    let command = LockAcquire {
         name: request.name,
         session_id: request.session_id,
         owner: request.owner,
@@ -118,13 +119,19 @@ pub(crate) async fn acquire(
         wait_ms: request.wait_ms,
         delay_ms: request.lock_delay_ms,
         reentrant: request.reentrant,
+        plain: false,
     };
-    let outcome = if is_numbered {
-        run(gateway, Command::LockAcquire(command)).await
+    let (header, reply) = if is_numbered {
+        run(gateway, Command::LockAcquire(command)).await?
     } else {
-        acquire_unnumbered(gateway, &mut command).await
+        let contender = (
+            command.name.clone(),
+            command.session_id,
+            command.owner.clone(),
+        );
+        let tagged = |tag| Command::LockAcquire(LockAcquire { tag, ..command });
+        run_unnumbered(gateway, contender, tagged).await?
     };
-    let (header, reply) = outcome?;
     let Reply::Granted { key, token } = reply else {
         return Err(ANOTHER_REQUEST.into());
     };
@@ -134,22 +141,23 @@ pub(crate) async fn acquire(
 /// A client that gave no number cannot cancel, so its call is withdrawn for it
 /// when it is dropped, or when its outcome is not known. The tag that makes this
 /// possible is given here.
-async fn acquire_unnumbered(
+pub(crate) async fn run_unnumbered(
     gateway: &Arc<Gateway>,
-    command: &mut LockAcquire,
+    (name, session_id, owner): (String, i64, String),
+    tagged: impl FnOnce(u64) -> Command,
 ) -> Result<(Header, Reply), Refusal> {
-    command.tag = gateway.tag();
+    let tag = gateway.tag();
     let mut abandoned = Abandoned {
         gateway: Arc::clone(gateway),
         cancel: Some(LockCancel {
-            name: command.name.clone(),
-            session_id: command.session_id,
-            owner: command.owner.clone(),
-            entry: command.tag,
+            name,
+            session_id,
+            owner,
+            entry: tag,
             request: None,
         }),
     };
-    let outcome = run(gateway, Command::LockAcquire(std::mem::take(command))).await;
+    let outcome = run(gateway, tagged(tag)).await;
     if outcome != Err(Failure::OutcomeUnknown.into()) {
         abandoned.cancel = None;
     }
@@ -184,7 +192,7 @@ async fn withdraw(gateway: Arc<Gateway>, cancel: LockCancel) {
         }
     }
     tracing::warn!(lock = cancel.name, session = %format_args!("{:x}", cancel.session_id),
-        "an abandoned call for a lock could not be withdrawn");
+        "an abandoned call could not be withdrawn");
 }
 
 pub(crate) async fn release(
@@ -318,8 +326,11 @@ async fn check(gateway: &Gateway, request: v1::CheckRequest) -> Result<v1::Check
 
 /// Has a command replicated; what gives a lock or place back goes ahead of what
 /// wants one.
-async fn run(gateway: &Gateway, command: Command) -> Result<(Header, Reply), Refusal> {
-    let wants = matches!(command, Command::LockAcquire(_));
+pub(crate) async fn run(gateway: &Gateway, command: Command) -> Result<(Header, Reply), Refusal> {
+    let wants = matches!(
+        command,
+        Command::LockAcquire(_) | Command::ElectCampaign(_) | Command::ElectProclaim(_)
+    );
     let body = primitives::command(command);
     let answer = match wants {
         true => gateway.command(body).await?,
@@ -332,7 +343,7 @@ async fn run(gateway: &Gateway, command: Command) -> Result<(Header, Reply), Ref
 }
 
 /// Asks a linearizable question.
-async fn query(
+pub(crate) async fn query(
     gateway: &Gateway,
     query: primitives::Query,
 ) -> Result<(Header, primitives::Answer), Refusal> {

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use conclave_proto::v1::{
-    channel_server::ChannelServer, cluster_server::ClusterServer, lock_server::LockServer,
-    session_server::SessionServer,
+    channel_server::ChannelServer, cluster_server::ClusterServer, election_server::ElectionServer,
+    lock_server::LockServer, session_server::SessionServer,
 };
 use prost::Message as _;
 use prost_types::FileDescriptorSet;
@@ -17,15 +17,16 @@ use tonic_health::{
 use tonic_reflection::server::Builder;
 
 use crate::{
-    channel::ChannelService, cluster::ClusterService, etcd, gateway::Gateway, http,
-    lock::LockService, session::SessionService,
+    channel::ChannelService, cluster::ClusterService, election::ElectionService, etcd,
+    gateway::Gateway, http, lock::LockService, session::SessionService,
 };
 
 /// What the health service knows; the empty name is the server as a whole.
-const SERVICES: [&str; 5] = [
+const SERVICES: [&str; 6] = [
     "",
     "conclave.v1.Session",
     "conclave.v1.Lock",
+    "conclave.v1.Election",
     "conclave.v1.Cluster",
     "conclave.v1.Channel",
 ];
@@ -39,10 +40,12 @@ pub(crate) fn routes(gateway: &Arc<Gateway>, health: HealthServer<impl Health>) 
     let bytes_max = gateway.settings.max_request_bytes + REQUEST_OVERHEAD_BYTES;
     let session = SessionServer::new(SessionService(Arc::clone(gateway)));
     let lock = LockServer::new(LockService(Arc::clone(gateway)));
+    let election = ElectionServer::new(ElectionService(Arc::clone(gateway)));
     let cluster = ClusterServer::new(ClusterService(Arc::clone(gateway)));
     let channel = ChannelServer::new(ChannelService(Arc::clone(gateway)));
     let grpc = Routes::new(session.max_decoding_message_size(bytes_max))
         .add_service(lock.max_decoding_message_size(bytes_max))
+        .add_service(election.max_decoding_message_size(bytes_max))
         .add_service(cluster.max_decoding_message_size(bytes_max))
         .add_service(channel.max_decoding_message_size(bytes_max))
         .add_service(health)

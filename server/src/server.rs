@@ -20,6 +20,7 @@ use conclave_core::{
     node::{self, Outlets, Stores},
     replica::{Config, Fatal, Role, Status},
 };
+use conclave_primitives::Primitives;
 use tokio::{
     runtime::{Builder, Runtime},
     sync::{Notify, mpsc, watch},
@@ -333,40 +334,7 @@ fn open_node(
         .map(|_| Arc::default())
         .collect();
     let arrived = Arc::new(Notify::new());
-    let outlets = Outlets {
-        wake: Box::new({
-            let arrived = Arc::clone(&arrived);
-            move || arrived.notify_one()
-        }),
-        answered: Box::new({
-            let mailboxes = mailboxes.clone();
-            move || mailboxes.iter().for_each(|mailbox| mailbox.post())
-        }),
-        send: Box::new({
-            let peers = Arc::clone(&peers);
-            move |messages| peers.send(messages)
-        }),
-        publish: Box::new({
-            let hub = Arc::clone(&hub);
-            move |events| hub.publish(events)
-        }),
-        missed: Box::new({
-            let hub = Arc::clone(&hub);
-            move || hub.missed()
-        }),
-        notify: Box::new({
-            let readers = Arc::clone(&readers);
-            let mailboxes = mailboxes.clone();
-            move |notices| {
-                readers.notify(notices);
-                mailboxes.iter().for_each(|mailbox| mailbox.post());
-            }
-        }),
-        fetch: Box::new({
-            let peers = Arc::clone(&peers);
-            move |fetch, sink| peers.fetch(fetch, sink)
-        }),
-    };
+    let outlets = outlets(&arrived, &peers, &hub, &readers, &mailboxes);
     let stores = Stores {
         log,
         recovered,
@@ -377,11 +345,52 @@ fn open_node(
     };
     let (handle, node) = node::open(config, stores, outlets);
     let settings = Arc::new(settings);
-    let random = storage::random();
-    let gateway = Gateway::new(
-        handle, settings, hub, readers, peers, snapshots, mailboxes, random,
-    );
+    let gateway = Gateway::new(handle, settings, hub, readers, peers, snapshots, mailboxes);
     Ok((gateway, turns::run(node, arrived)))
+}
+
+/// Where the node sends what leaves it.
+fn outlets(
+    arrived: &Arc<Notify>,
+    peers: &Arc<Peers>,
+    hub: &Arc<Hub>,
+    readers: &Arc<Readers>,
+    mailboxes: &[Arc<Mailbox>],
+) -> Outlets<Primitives> {
+    let post = {
+        let mailboxes = mailboxes.to_vec();
+        move || mailboxes.iter().for_each(|mailbox| mailbox.post())
+    };
+    Outlets {
+        wake: Box::new({
+            let arrived = Arc::clone(arrived);
+            move || arrived.notify_one()
+        }),
+        answered: Box::new(post.clone()),
+        send: Box::new({
+            let peers = Arc::clone(peers);
+            move |messages| peers.send(messages)
+        }),
+        publish: Box::new({
+            let hub = Arc::clone(hub);
+            move |events| hub.publish(events)
+        }),
+        missed: Box::new({
+            let hub = Arc::clone(hub);
+            move || hub.missed()
+        }),
+        notify: Box::new({
+            let readers = Arc::clone(readers);
+            move |notices| {
+                readers.notify(notices);
+                post();
+            }
+        }),
+        fetch: Box::new({
+            let peers = Arc::clone(peers);
+            move |fetch, sink| peers.fetch(fetch, sink)
+        }),
+    }
 }
 
 /// What the loop thread does: the turns of the node, the links to other members,

@@ -133,6 +133,7 @@ fn lock_invalid_reason(invalid: name::Invalid) -> &'static str {
         | name::Invalid::NameReserved => "INVALID_NAME",
         name::Invalid::OwnerTooLong => "INVALID_OWNER",
         name::Invalid::ReasonEmpty | name::Invalid::ReasonTooLong => "INVALID_REASON",
+        name::Invalid::ValueTooLong | name::Invalid::ValueOfLock => "INVALID_VALUE",
     }
 }
 
@@ -233,8 +234,8 @@ fn rejected(rejection: &Rejection) -> String {
     let text = match rejection {
         Rejection::Invalid(invalid) => return invalid.to_string(),
         Rejection::SessionEnded(end) => ended(*end),
-        Rejection::Held => "the lock is held, or others wait for it",
-        Rejection::WaitTimedOut => "the lock was not free in time",
+        Rejection::Held => "it is held, or others wait for it",
+        Rejection::WaitTimedOut => "it was not free in time",
         Rejection::Cancelled => "the request was withdrawn",
         Rejection::PlaceLost(LossReason::Forced(reason)) => {
             return format!("the place was taken away: {reason}");
@@ -243,7 +244,7 @@ fn rejected(rejection: &Rejection) -> String {
             "the place was lost: its key is gone"
         }
         Rejection::AlreadyContending { token } => {
-            return format!("the same owner has the lock or waits for it, with token {token}");
+            return format!("the same owner has it or waits for it, with token {token}");
         }
         Rejection::NotHolder {
             forced: Some(record),
@@ -251,7 +252,7 @@ fn rejected(rejection: &Rejection) -> String {
             return format!("the grant was taken by force: {}", record.reason);
         }
         Rejection::NotHolder { forced: None } => "no grant with this token is held",
-        Rejection::NotHeld => "nobody holds the lock",
+        Rejection::NotHeld => "nobody holds it",
         Rejection::TooManyRequests => not_run(NotRun::TooMany),
         Rejection::TooManyEntries => "too many acquires share the grant",
         Rejection::TooManyLocks => "the session holds and waits for too many locks",
@@ -297,7 +298,7 @@ mod tests {
 
     #[test]
     fn invalid_requests_say_which_field() {
-        let table: [(Invalid, &str); 12] = [
+        let table: [(Invalid, &str); 14] = [
             (Invalid::LockDelay, "INVALID_LOCK_DELAY"),
             (name::Invalid::NameEmpty.into(), "INVALID_NAME"),
             (name::Invalid::NameTooLong.into(), "INVALID_NAME"),
@@ -306,6 +307,8 @@ mod tests {
             (name::Invalid::OwnerTooLong.into(), "INVALID_OWNER"),
             (name::Invalid::ReasonEmpty.into(), "INVALID_REASON"),
             (name::Invalid::ReasonTooLong.into(), "INVALID_REASON"),
+            (name::Invalid::ValueTooLong.into(), "INVALID_VALUE"),
+            (name::Invalid::ValueOfLock.into(), "INVALID_VALUE"),
             (Invalid::Ttl, "INVALID_TTL"),
             (Invalid::SessionName, "INVALID_NAME"),
             (Invalid::SessionMetadata, "INVALID_SESSION_METADATA"),

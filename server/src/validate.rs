@@ -11,7 +11,7 @@ use crate::status::Refusal;
 /// What is wrong with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Invalid {
-    /// The name, owner or reason of a lock.
+    /// A name, owner, reason or value of a lock or election.
     #[error(transparent)]
     Lock(#[from] name::Invalid),
     /// The TTL of a session.
@@ -58,6 +58,14 @@ pub(crate) fn lock_delay(delay_ms: u64) -> Result<(), Invalid> {
         Err(Invalid::LockDelay)
     } else {
         Ok(())
+    }
+}
+
+/// What a candidate proclaims.
+pub(crate) fn election_value(value: &[u8]) -> Result<(), Invalid> {
+    match value.len() {
+        0..=limits::ELECTION_VALUE_BYTES_MAX => Ok(()),
+        _ => Err(name::Invalid::ValueTooLong.into()),
     }
 }
 
@@ -199,10 +207,10 @@ mod tests {
     }
 
     #[test]
-    fn ids_of_sessions_are_positive() {
-        assert_eq!(session(1), Ok(SessionId(1)));
-        for bad in [0, -1, i64::MIN] {
-            assert_eq!(session(bad), Err(Refusal::SessionEnded(EndReason::Unknown)));
+    fn no_session_has_the_id_zero() {
+        for good in [1, -1, i64::MIN] {
+            assert_eq!(session(good), Ok(SessionId(good)));
         }
+        assert_eq!(session(0), Err(Refusal::SessionEnded(EndReason::Unknown)));
     }
 }

@@ -185,6 +185,7 @@ async fn members_hash_the_same_at_the_same_revision() {
 }
 
 #[tokio::test]
+#[expect(clippy::too_many_lines, reason = "one table")]
 async fn status_tells_of_leader_sizes_and_alarms() {
     let directory = Directory::new();
     let node = Node::alone(&directory);
@@ -380,6 +381,7 @@ async fn there_is_nothing_to_downgrade_to() {
 }
 
 #[tokio::test]
+#[expect(clippy::too_many_lines, reason = "one table")]
 async fn authentication_is_disabled_and_nobody_is_known() {
     let directory = Directory::new();
     let node = Node::alone(&directory);

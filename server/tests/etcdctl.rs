@@ -24,10 +24,11 @@ struct Tool {
 
 impl Tool {
     /// `None`, and a word about it, where it is not installed.
+    #[expect(clippy::print_stderr, reason = "a test says that it is skipped")]
     fn for_nodes<'a>(nodes: impl IntoIterator<Item = &'a Node>) -> Option<Self> {
         match Command::new("etcdctl").arg("version").output() {
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                eprintln!("skipped: etcdctl is not installed");
+                eprintln!("SKIPPED: etcdctl is not installed");
                 return None;
             }
             found => assert!(found.unwrap().status.success()),

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use conclave_client::{Client, Contender, Error, LockInfo, ServerStatus, SessionInfo};
+use conclave_client::{
+    Client, Contender, ElectionInfo, Error, Leader, LockInfo, ServerStatus, SessionInfo,
+};
 use serde_json::{Value, json};
 
 use crate::{
-    cli::{CompactArgs, DEFAULT_ENDPOINT, Global, LocksArgs, UnlockArgs},
+    cli::{CompactArgs, DEFAULT_ENDPOINT, ElectionsArgs, Global, LocksArgs, UnlockArgs},
     duration,
     failure::{Failure, GENERAL, UNREACHED},
     output::{self, Format, hex, session_hex},
@@ -125,6 +127,29 @@ pub(crate) async fn locks(args: LocksArgs, global: Global) -> Result<u8, Failure
     Ok(0)
 }
 
+/// `conclave elections`.
+pub(crate) async fn elections(args: ElectionsArgs, global: Global) -> Result<u8, Failure> {
+    let client = connect(&global)?;
+    let elections = match &args.name {
+        Some(name) => client.election_info(name).await?.into_iter().collect(),
+        None => client.elections().await?,
+    };
+    match global.output {
+        Format::Json => {
+            let elections: Vec<Value> = elections.iter().map(election).collect();
+            output::json(&json!({ "elections": elections }))?;
+        }
+        Format::Table => {
+            let header = [
+                "ELECTION", "PLACE", "TERM", "SESSION", "NAME", "OWNER", "FOR", "VALUE",
+            ];
+            let rows: Vec<Vec<String>> = elections.iter().flat_map(election_rows).collect();
+            output::table(&header, &rows)?;
+        }
+    }
+    Ok(0)
+}
+
 /// `conclave sessions`.
 pub(crate) async fn sessions(global: Global) -> Result<u8, Failure> {
     let sessions = connect(&global)?.sessions().await?;
@@ -192,6 +217,7 @@ fn contender(contender: &Contender) -> Value {
         "since_ms": contender.since_ms,
         "place": contender.place,
         "entries": contender.entries,
+        "candidate": contender.candidate,
     });
     if let Some(left_ms) = contender.delay_left_ms {
         shown["delay_left_ms"] = left_ms.into();
@@ -203,6 +229,7 @@ fn lock_rows(lock: &LockInfo) -> Vec<Vec<String>> {
     let row = |contender: &Contender| {
         let place = match (contender.place, contender.delay_left_ms) {
             (_, Some(left_ms)) => format!("delay {}", duration::show(left_ms)),
+            (0, None) if contender.candidate => "leader".to_owned(),
             (0, None) => "holder".to_owned(),
             (place, None) => place.to_string(),
         };
@@ -217,6 +244,50 @@ fn lock_rows(lock: &LockInfo) -> Vec<Vec<String>> {
         ]
     };
     lock.holder.iter().chain(&lock.waiters).map(row).collect()
+}
+
+fn election(election: &ElectionInfo) -> Value {
+    json!({
+        "name": election.name,
+        "leader": election.leader.as_ref().map(leader),
+        "candidates": election.candidates.iter().map(contender).collect::<Vec<_>>(),
+        "candidates_total": election.candidates_total,
+    })
+}
+
+/// A leader as programs see it. What it proclaims is text where it can be.
+pub(crate) fn leader(leader: &Leader) -> Value {
+    json!({
+        "key": String::from_utf8_lossy(&leader.key),
+        "term": leader.term,
+        "value": String::from_utf8_lossy(&leader.value),
+        "proclaimed_revision": leader.proclaimed_revision,
+        "session_id": session_hex(leader.session_id),
+        "owner": leader.owner,
+    })
+}
+
+fn election_rows(election: &ElectionInfo) -> Vec<Vec<String>> {
+    let row = |candidate: &Contender| {
+        let leader = election.leader.as_ref().filter(|_| candidate.place == 0);
+        let place = match (candidate.place, leader) {
+            (0, Some(_)) => "leader".to_owned(),
+            (0, None) => "no leader".to_owned(),
+            (place, _) => place.to_string(),
+        };
+        let value = leader.map(|leader| String::from_utf8_lossy(&leader.value).into_owned());
+        vec![
+            election.name.clone(),
+            place,
+            candidate.token.to_string(),
+            session_hex(candidate.session_id),
+            candidate.session_name.clone(),
+            candidate.owner.clone(),
+            duration::show(candidate.since_ms),
+            value.unwrap_or_default(),
+        ]
+    };
+    election.candidates.iter().map(row).collect()
 }
 
 fn session(session: &SessionInfo) -> Value {

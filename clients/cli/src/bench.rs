@@ -4,7 +4,7 @@
 //! if a grant is seen before the holder has begun to give the lock up, two
 //! held it at once.
 
-mod lock;
+mod contention;
 mod sessions;
 mod tally;
 
@@ -23,7 +23,8 @@ const PREPARING: usize = 1_024;
 /// Runs the benchmark and prints its figures.
 pub(crate) async fn run(args: BenchArgs, global: Global) -> Result<u8, Failure> {
     match args.what {
-        BenchCommand::Lock(load) => lock::run(load, global).await,
+        BenchCommand::Lock(load) => contention::run(load.into(), global).await,
+        BenchCommand::Election(load) => contention::run(load.into(), global).await,
         BenchCommand::Sessions(load) => sessions::run(load, global).await,
     }
 }

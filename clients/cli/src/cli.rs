@@ -16,12 +16,12 @@ use crate::{
 /// Where a cluster is looked for if nothing says otherwise.
 pub(crate) const DEFAULT_ENDPOINT: &str = "127.0.0.1:2379";
 
-/// Locks and sessions for programs on many machines.
+/// Locks, elections and sessions for programs on many machines.
 #[derive(Debug, Parser)]
 #[command(
     name = "conclave",
     version,
-    after_help = "Try it:\n  conclave dev                          a cluster of three servers on this machine\n  conclave lock deploy -- ./deploy.sh   run a command under a lock\n  conclave locks                        who holds what, and who waits"
+    after_help = "Try it:\n  conclave dev                          a cluster of three servers on this machine\n  conclave lock deploy -- ./deploy.sh   run a command under a lock\n  conclave locks                        who holds what, and who waits\n  conclave elect primary $HOST -- ./serve   run a command while leading"
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -72,6 +72,12 @@ pub(crate) enum Command {
     /// List locks, who holds them and who waits.
     #[command(after_help = LOCKS_HELP)]
     Locks(LocksArgs),
+    /// Run a command while leading, or observe who leads.
+    #[command(after_help = ELECT_HELP)]
+    Elect(ElectArgs),
+    /// List elections, who leads and who stands by.
+    #[command(after_help = ELECTIONS_HELP)]
+    Elections(ElectionsArgs),
     /// List the live sessions.
     #[command(after_help = SESSIONS_HELP)]
     Sessions,
@@ -151,6 +157,44 @@ Examples:
   conclave locks
   conclave locks deploy
   conclave locks -o json | jq '.locks[] | select(.waiters_total > 0) | .name'";
+
+const ELECT_HELP: &str = "\
+Of all who run this with one NAME, one leads at a time. The others stand by, and lead
+after it in the order in which they came. VALUE is what everyone sees of the leader:
+mostly where it can be reached.
+
+The command finds in its environment:
+  CONCLAVE_ELECTION_NAME  the election
+  CONCLAVE_ELECTION_KEY   the key that stands for leadership
+  CONCLAVE_ELECTION_TERM  the term, which is a fencing token: give it to whatever the
+                          leader works on, and let that refuse lower ones
+  CONCLAVE_SESSION        the session, in hexadecimal
+
+If leadership is lost, the command gets SIGTERM, and SIGKILL in time before another
+can lead; see `conclave lock` for all else that holds here, too. To lead again after
+that, or after the command has ended, run this in a loop.
+Without a command, the key and the term are printed, and this leads until SIGINT or
+SIGTERM. `conclave unlock NAME --force --reason ...` deposes a leader.
+
+Examples:
+  conclave elect primary 10.0.0.7:5432 -- ./serve
+  conclave elect nightly $HOSTNAME --try -- ./report.sh     leave at once if another leads
+  conclave elect --observe primary
+  conclave elect --observe primary -o json | jq -r '.leader.value // \"nobody\"'
+
+Exit codes:
+  the command's own, or 128+n if signal n ended it
+  64 usage   69 no cluster reached   73 another leads (--try)   75 lost
+  124 not elected in time (--wait)   126, 127 the command cannot be run, or found";
+
+const ELECTIONS_HELP: &str = "\
+Place 0 leads, the others follow in this order. An election whose candidates are all
+etcd clients is shown when it is named. `no leader`: a lock of the same name is held.
+
+Examples:
+  conclave elections
+  conclave elections primary
+  conclave elections -o json | jq -r '.elections[] | [.name, .leader.value] | @tsv'";
 
 const SESSIONS_HELP: &str = "\
 A session ends when it was not renewed for its TTL, and its locks end with it.
@@ -276,6 +320,36 @@ pub(crate) struct LocksArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct ElectArgs {
+    /// The election; any name of 1 to 1,024 bytes.
+    pub(crate) name: String,
+    /// What the leader proclaims; at most 64 KiB.
+    #[arg(required_unless_present = "observe")]
+    pub(crate) value: Option<String>,
+    /// Take no part: print a line for who leads, and for each change.
+    #[arg(long, conflicts_with_all = ["value", "ttl", "wait", "try_now", "command"])]
+    pub(crate) observe: bool,
+    /// How long leadership outlives this program if it dies; from 500ms to 24h.
+    #[arg(long, default_value = "10s", value_parser = duration::parse)]
+    pub(crate) ttl: Duration,
+    /// Give up if not elected in this time.
+    #[arg(long, value_parser = duration::parse, conflicts_with = "try_now")]
+    pub(crate) wait: Option<Duration>,
+    /// Give up at once if another leads.
+    #[arg(long = "try")]
+    pub(crate) try_now: bool,
+    /// What to run.
+    #[arg(last = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ElectionsArgs {
+    /// Only this election.
+    pub(crate) name: Option<String>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct CompactArgs {
     /// Becomes the lowest revision that can be read; default: the present one.
     pub(crate) revision: Option<u64>,
@@ -301,6 +375,11 @@ pub(crate) enum BenchCommand {
         after_help = "One operation is an acquire and a release, both acknowledged. Checked meanwhile:\ntokens grow, and nobody else holds. Exit 0 only if ops > 0 and violations = 0.\n\nExamples:\n  conclave bench lock --clients 64 --seconds 10 --hot -o json\n  conclave bench lock --clients 100000 --owners 100 --hot     (a hundred thousand wait)\n  conclave bench lock --held 1000000                (while others hold a million)"
     )]
     Lock(BenchLock),
+    /// Campaign and resign.
+    #[command(
+        after_help = "One operation is a campaign that is won and a resignation, both acknowledged. Checked\nmeanwhile: terms grow, and nobody else leads. Exit 0 only if ops > 0 and\nviolations = 0.\n\nExample:\n  conclave bench election --clients 64 --seconds 10 --hot -o json"
+    )]
+    Election(BenchElection),
     /// Keep sessions alive, and perhaps vanish.
     #[command(
         after_help = "Counts the sessions that were lost. Exit 0 only if none was and, with --vanish, all\nhad ended in the cluster within their TTL and 5 s.\n\nExample:\n  conclave bench sessions --sessions 100000 --connections 16 --seconds 300 --vanish"
@@ -327,6 +406,24 @@ pub(crate) struct BenchLock {
     /// Locks that others hold meanwhile.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=10_000_000))]
     pub(crate) held: u32,
+    /// Connections that the clients share; by default 4, or fewer for fewer
+    /// clients.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) connections: Option<u32>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchElection {
+    /// Clients, each with its own session and one request in flight.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) clients: u32,
+    /// For how long.
+    #[arg(long, default_value = "10", value_parser = duration::parse)]
+    pub(crate) seconds: Duration,
+    /// All in one election, so that each operation is a hand-off. The time begins when
+    /// all are candidates.
+    #[arg(long)]
+    pub(crate) hot: bool,
     /// Connections that the clients share; by default 4, or fewer for fewer
     /// clients.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
@@ -380,6 +477,12 @@ mod tests {
             "unlock deploy --force --reason maintenance",
             "unlock deploy --force --reason maintenance --skip-delay",
             "lock deploy --lock-delay 5s -- true",
+            "elect primary 10.0.0.7:5432 --ttl 3s --try -- ./serve",
+            "elect primary here",
+            "elect --observe primary -o json",
+            "elections",
+            "elections primary -o json",
+            "bench election --clients 64 --seconds 10 --hot --connections 4 -o json",
             "dev",
             "dev --nodes 5 --port 4000 --data-dir /tmp/x -- make test",
             "bench lock --clients 64 --seconds 10 --hot --connections 4 -o json",
@@ -414,6 +517,11 @@ mod tests {
             "",
             "lock",
             "lock deploy true",
+            "elect",
+            "elect primary",
+            "elect primary a b",
+            "elect --observe primary here",
+            "bench election --held 5",
             "lock deploy --wait 5s --try",
             "lock deploy --ttl never",
             "unlock deploy",

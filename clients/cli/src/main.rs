@@ -1,7 +1,7 @@
 //! The `conclave` binary: servers, and everything a shell needs to use them.
 //!
-//! In reading order: `cli` (the command line), `lock`, `process` and `watchdog` (run a command
-//! under a lock), `kv`, `lease`, `watch` (keys and what becomes of them), `admin` (look and interfere), `check_data` (look at a directory), `bench` and `histogram`, `serve`
+//! In reading order: `cli` (the command line), `lock`, `elect`, `hold`, `process` and
+//! `watchdog` (run a command under a lock, or while leading), `kv`, `lease`, `watch` (keys and what becomes of them), `admin` (look and interfere), `check_data` (look at a directory), `bench` and `histogram`, `serve`
 //! and `dev` (servers), `output` and `failure` (what all of them say, and with
 //! which exit code).
 
@@ -11,8 +11,10 @@ mod check_data;
 mod cli;
 mod dev;
 mod duration;
+mod elect;
 mod failure;
 mod histogram;
+mod hold;
 mod kv;
 mod lease;
 mod lock;
@@ -59,6 +61,8 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Lock(args) => run(lock::run(args, global)),
         Command::Unlock(args) => run(admin::unlock(args, global)),
         Command::Locks(args) => run(admin::locks(args, global)),
+        Command::Elect(args) => run(elect::run(args, global)),
+        Command::Elections(args) => run(admin::elections(args, global)),
         Command::Sessions => run(admin::sessions(global)),
         Command::Status => run(admin::status(global)),
         Command::Compact(args) => run(admin::compact(args, global)),

@@ -62,6 +62,13 @@ pub(crate) fn session_hex(id: i64) -> String {
     }
 }
 
+/// A name or value may hold anything; a terminal must not obey it.
+pub(crate) fn plain(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}
+
 fn render(header: &[&str], rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = header.iter().map(|title| title.len()).collect();
     for row in rows {
@@ -74,11 +81,7 @@ fn render(header: &[&str], rows: &[Vec<String>]) -> String {
     for row in std::iter::once(&header).chain(rows) {
         let mut line = String::new();
         for (cell, width) in row.iter().zip(&widths) {
-            // A name may hold anything; a terminal must not obey it.
-            let cell: String = cell
-                .chars()
-                .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-                .collect();
+            let cell = plain(cell);
             line.push_str(&format!("{cell:<width$}  "));
         }
         out.push_str(line.trim_end());

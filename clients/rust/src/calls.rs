@@ -13,12 +13,15 @@ use std::{
 use conclave_proto::v1::{
     self, ClientFrame, ServerFrame, call::Request, channel_client::ChannelClient, reply::Outcome,
 };
+use prost::Message as _;
 use tokio::{runtime::Handle, sync::oneshot};
 use tokio_stream::Stream;
 use tonic::{Code, Status, transport::Channel};
 
-/// Calls of one message: a server takes 2 MiB, and a call has a few KiB at most.
+/// Calls of one message: a server takes 2 MiB, and most calls have a few KiB at most.
 const FRAME_CALLS_MAX: usize = 256;
+/// Bytes after which a message takes no more calls: what is proclaimed may have 64 KiB.
+const FRAME_BYTES_MAX: usize = 1 << 20;
 
 /// A request that can be sent on the stream.
 pub(crate) trait Call {
@@ -58,6 +61,9 @@ calls!(
     AcquireRequest => AcquireResponse as AcquireLock,
     ReleaseRequest => ReleaseResponse as ReleaseLock,
     CancelRequest => CancelResponse as CancelLock,
+    CampaignRequest => CampaignResponse as Campaign,
+    ProclaimRequest => ProclaimResponse as Proclaim,
+    ResignRequest => ResignResponse as Resign,
 );
 
 /// See the module.
@@ -213,9 +219,15 @@ impl State {
         if self.unsent.is_empty() {
             return None;
         }
-        let rest = self
-            .unsent
-            .split_off(self.unsent.len().min(FRAME_CALLS_MAX));
+        let (mut count, mut bytes) = (0, 0);
+        for call in self.unsent.iter().take(FRAME_CALLS_MAX) {
+            if bytes >= FRAME_BYTES_MAX {
+                break;
+            }
+            bytes += call.encoded_len();
+            count += 1;
+        }
+        let rest = self.unsent.split_off(count);
         let calls = std::mem::replace(&mut self.unsent, rest);
         Some(ClientFrame { calls })
     }

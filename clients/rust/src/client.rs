@@ -4,8 +4,9 @@
 use std::{sync::Arc, time::Duration};
 
 use conclave_proto::v1::{
-    self, Contender, LockInfo, SessionInfo, StatusResponse, cluster_client::ClusterClient,
-    lock_client::LockClient, session_client::SessionClient,
+    self, Contender, ElectionInfo, Leader, LockInfo, SessionInfo, StatusResponse,
+    cluster_client::ClusterClient, election_client::ElectionClient, lock_client::LockClient,
+    session_client::SessionClient,
 };
 use tokio::{task::JoinSet, time::timeout};
 
@@ -15,6 +16,7 @@ use crate::{
     events::Events,
     kv::Kv,
     lease::{Lease, Leases},
+    observe::Observer,
     resume::{Resumed, resume},
     session::{Session, SessionOptions},
     transport::{ANSWER_BYTES_MAX, ATTEMPT_TIMEOUT, Transport},
@@ -165,7 +167,53 @@ impl Client {
         Ok(page.locks.into_iter().find(|lock| lock.holder.is_some()))
     }
 
-    /// Takes a lock from its holder, who is told the reason. With a token,
+    /// Who leads an election, if anybody does. Linearizable.
+    pub async fn leader(&self, name: &str) -> Result<Option<Leader>, Error> {
+        let name = name.to_owned();
+        let call = |channel| {
+            let request = v1::LeaderRequest { name: name.clone() };
+            async move { ElectionClient::new(channel).leader(request).await }
+        };
+        let answer = self
+            .transport
+            .repeat(PATIENCE, ATTEMPT_TIMEOUT, call)
+            .await?;
+        Ok(answer.leader)
+    }
+
+    /// Follows the election with this name: who leads, and what it proclaims. Nothing is
+    /// sent before [`Observer::next`].
+    pub fn observe(&self, name: impl Into<String>) -> Observer {
+        Observer::new(&self.transport, name.into())
+    }
+
+    /// All elections that have candidates of this API, in order of name, with leaders
+    /// and candidates. Each answer of a server is linearizable; many elections come in
+    /// several.
+    pub async fn elections(&self) -> Result<Vec<ElectionInfo>, Error> {
+        let mut elections: Vec<ElectionInfo> = Vec::new();
+        loop {
+            let after = elections
+                .last()
+                .map(|election| election.name.clone())
+                .unwrap_or_default();
+            let page = self.list_elections(String::new(), after).await?;
+            let is_empty = page.elections.is_empty();
+            elections.extend(page.elections);
+            if !page.more || is_empty {
+                return Ok(elections);
+            }
+        }
+    }
+
+    /// One election with leader and candidates, whoever they are; `None` if there are
+    /// none. Linearizable.
+    pub async fn election_info(&self, name: &str) -> Result<Option<ElectionInfo>, Error> {
+        let page = self.list_elections(name.to_owned(), String::new()).await?;
+        Ok(page.elections.into_iter().next())
+    }
+
+    /// Takes a lock from its holder, or leadership from its leader, who is told the reason. With a token,
     /// only that grant; then the call may safely be repeated. If the holder asked
     /// for a lock-delay, it begins now.
     ///
@@ -322,6 +370,27 @@ impl Client {
             }
         }
         endpoints
+    }
+
+    async fn list_elections(
+        &self,
+        name: String,
+        after: String,
+    ) -> Result<v1::ListElectionsResponse, Error> {
+        let request = v1::ListElectionsRequest {
+            name,
+            limit: 0,
+            after,
+        };
+        let call = |channel| {
+            let request = request.clone();
+            async move {
+                let mut client =
+                    ElectionClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+                client.list(request).await
+            }
+        };
+        self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await
     }
 
     async fn list_locks(

@@ -34,11 +34,11 @@ pub enum Error {
         /// The same in words.
         message: String,
     },
-    /// Someone else holds the lock, and the call would not wait.
-    #[error("the lock is held")]
+    /// Someone else holds the lock or leads, and the call would not wait.
+    #[error("someone else holds it")]
     LockHeld,
-    /// The lock was not granted in the time given.
-    #[error("the lock was not granted in time")]
+    /// The lock was not granted, or the election not won, in the time given.
+    #[error("it was not granted in time")]
     WaitTimedOut,
     /// The request was withdrawn.
     #[error("the request was cancelled")]
@@ -49,17 +49,17 @@ pub enum Error {
         /// How.
         message: String,
     },
-    /// The same session and owner holds this lock already, or waits for it.
-    #[error("this session and owner already hold the lock or wait for it")]
+    /// The same session and owner has this lock or leads already, or waits for it.
+    #[error("this session and owner already have it or wait for it")]
     AlreadyContending,
     /// The grant with this token is not held (any more).
-    #[error("the lock is not held with this token: {message}")]
+    #[error("it is not held with this token: {message}")]
     NotHolder {
         /// What is known about it.
         message: String,
     },
     /// Nobody holds the lock.
-    #[error("nobody holds the lock")]
+    #[error("nobody holds it")]
     NotHeld,
     /// The session is over, and with it everything bound to it.
     #[error("the session is over: {0}")]

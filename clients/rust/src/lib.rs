@@ -1,5 +1,5 @@
-//! The Rust client of Conclave: sessions that renew themselves, locks with fencing
-//! tokens, keys and values with watches that resume by themselves, and leases.
+//! The Rust client of Conclave: sessions that renew themselves, locks and elections with
+//! fencing tokens, keys and values with watches that resume by themselves, and leases.
 //!
 //! ```no_run
 //! # #[tokio::main(flavor = "current_thread")]
@@ -43,7 +43,9 @@
 //!
 //! - `client`: [`Client`], the calls without a session;
 //! - `session`: [`Session`], kept alive in the background;
-//! - `lock`: [`LockRequest`] and [`LockGuard`];
+//! - `lock`: [`LockRequest`] and [`LockGuard`]; `election`: [`Campaign`],
+//!   [`Leadership`] and [`stand_by`]; `contention`: what they have in common;
+//! - `observe`: [`Observer`], who leads;
 //! - `credentials`, `resume`: [`Resumed`], a session after a restart of its program;
 //! - [`session_state`] and [`requests`]: the decisions behind those two, without
 //!   clock or I/O, so that a simulator runs the very same code;
@@ -67,7 +69,9 @@
 mod calls;
 mod client;
 mod clock;
+mod contention;
 mod credentials;
+mod election;
 mod error;
 mod events;
 mod grants;
@@ -75,6 +79,7 @@ mod keys;
 mod kv;
 mod lease;
 mod lock;
+mod observe;
 pub mod requests;
 mod resume;
 mod routes;
@@ -86,8 +91,11 @@ pub mod watch_state;
 
 pub use bytes::Bytes;
 pub use client::{Client, ServerStatus};
-pub use conclave_proto::v1::{Contender, LockInfo, Member, SessionInfo, StatusResponse};
+pub use conclave_proto::v1::{
+    Contender, ElectionInfo, Leader, LockInfo, Member, SessionInfo, StatusResponse,
+};
 pub use credentials::Credentials;
+pub use election::{Campaign, Leadership, stand_by};
 pub use error::Error;
 pub use keys::{Event, EventKind, KeyRange, KeyValue};
 pub use kv::{
@@ -96,7 +104,8 @@ pub use kv::{
 };
 pub use lease::{Lease, LeaseInfo, Leases};
 pub use lock::{LockGuard, LockRequest};
-pub use resume::{Resumed, Waiting};
+pub use observe::{Observed, Observer};
+pub use resume::{Candidacy, Resumed, Waiting};
 pub use session::{Session, SessionOptions};
 pub use session_state::{LossReason, Status};
 pub use watch::{Watch, Watching};

@@ -13,9 +13,11 @@ use tokio::time::Instant;
 use crate::{
     client::{Client, PATIENCE, incomplete},
     clock,
+    contention::{Contended, Held, Pending},
     credentials::{Credentials, nonce},
+    election::Leadership,
     error::Error,
-    lock::{Contended, LockGuard, Pending},
+    lock::LockGuard,
     requests::{Granted, Requests},
     session::Session,
     session_state::SessionState,
@@ -28,11 +30,15 @@ use crate::{
 pub struct Resumed {
     /// The session.
     pub session: Session,
-    /// What it held when this program attached: of a grant that several acquires share,
-    /// one for each of them.
+    /// The locks that it held when this program attached: of a grant that several acquires
+    /// share, one for each of them.
     pub guards: Vec<LockGuard>,
-    /// What it still waits for, of what was to be kept.
+    /// The elections in which it led then.
+    pub leaderships: Vec<Leadership>,
+    /// The locks that it still waits for, of what was to be kept.
     pub waiting: Vec<Waiting>,
+    /// The elections in which it is still a candidate, of what was to be kept.
+    pub campaigns: Vec<Candidacy>,
 }
 
 /// A place in the queue of a lock that an earlier start of this program took; await
@@ -47,12 +53,12 @@ pub struct Waiting {
 impl Waiting {
     /// The name of the lock.
     pub fn name(&self) -> &str {
-        self.pending.lock().name()
+        &self.pending.contended().name
     }
 
     /// The owner inside the session; mostly empty.
     pub fn owner(&self) -> &str {
-        self.pending.lock().owner()
+        &self.pending.contended().owner
     }
 }
 
@@ -61,10 +67,47 @@ impl IntoFuture for Waiting {
     type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
 
     fn into_future(self) -> Self::IntoFuture {
-        Box::pin(
-            self.pending
-                .granted_within(self.session, None, Instant::now()),
-        )
+        Box::pin(async {
+            let granted = self
+                .pending
+                .granted_within(self.session, None, Instant::now());
+            granted.await.map(LockGuard)
+        })
+    }
+}
+
+/// A candidate that an earlier start of this program made; await it to lead. Dropped
+/// before, it is withdrawn.
+#[derive(Debug)]
+#[must_use = "dropped, it is withdrawn"]
+pub struct Candidacy {
+    session: Session,
+    pending: Pending,
+}
+
+impl Candidacy {
+    /// The name of the election.
+    pub fn name(&self) -> &str {
+        &self.pending.contended().name
+    }
+
+    /// The owner inside the session; mostly empty.
+    pub fn owner(&self) -> &str {
+        &self.pending.contended().owner
+    }
+}
+
+impl IntoFuture for Candidacy {
+    type Output = Result<Leadership, Error>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async {
+            let granted = self
+                .pending
+                .granted_within(self.session, None, Instant::now());
+            granted.await.map(Leadership::new)
+        })
     }
 }
 
@@ -143,47 +186,57 @@ async fn confirm(
 
 /// Guards for what is held, and requests for what is waited for. One that was wanted
 /// and has no place any more is decided, so it is asked for its answer, too.
-fn take_up(session: Session, attached: AttachSessionResponse, wanted: Vec<u64>) -> Resumed {
+fn take_up(session: Session, attached: AttachSessionResponse, mut wanted: Vec<u64>) -> Resumed {
     let revision = attached.header.map_or(u64::MAX, |header| header.revision);
-    let mut guards = Vec::new();
-    for v1::Grant {
-        lock,
-        owner,
-        key,
-        token,
-        entries,
-    } in attached.grants
-    {
-        let lock = Contended::new(lock, owner);
+    let mut resumed = Resumed {
+        session,
+        guards: Vec::new(),
+        leaderships: Vec::new(),
+        waiting: Vec::new(),
+        campaigns: Vec::new(),
+    };
+    for grant in attached.grants {
+        let v1::Grant {
+            lock,
+            owner,
+            key,
+            token,
+            entries,
+            candidate,
+        } = grant;
         let granted = Granted {
             key,
             token,
             revision,
         };
-        let adopt =
-            |entry| LockGuard::adopted(session.clone(), lock.clone(), granted.clone(), entry);
-        guards.extend(entries.into_iter().map(adopt));
-    }
-    let mut waiting = Vec::new();
-    for Place { contends, request } in attached.places {
-        if let Some(grant) = contends.filter(|_| wanted.contains(&request)) {
-            let lock = Contended::new(grant.lock, grant.owner);
-            let pending = Pending::resumed(session.core(), lock, request);
-            waiting.push(Waiting {
-                session: session.clone(),
-                pending,
-            });
+        let contended = Contended::new(lock, owner);
+        for entry in entries {
+            let session = resumed.session.clone();
+            let granted = granted.clone();
+            if candidate {
+                let held = Held::adopted(session, contended.clone(), granted, None);
+                resumed.leaderships.push(Leadership::new(held));
+            } else {
+                let held = Held::adopted(session, contended.clone(), granted, Some(entry));
+                resumed.guards.push(LockGuard(held));
+            }
         }
     }
-    let decided = wanted.into_iter().filter(|request| {
-        !waiting
-            .iter()
-            .any(|waiting| waiting.pending.request_number() == *request)
-    });
-    decided.for_each(|request| session.core().end_request(request));
-    Resumed {
-        session,
-        guards,
-        waiting,
+    for Place { contends, request } in attached.places {
+        let Some(grant) = contends.filter(|_| wanted.contains(&request)) else {
+            continue;
+        };
+        wanted.retain(|other| *other != request);
+        let session = resumed.session.clone();
+        let contended = Contended::new(grant.lock, grant.owner);
+        let pending = Pending::resumed(session.core(), contended, grant.candidate, request);
+        match grant.candidate {
+            true => resumed.campaigns.push(Candidacy { session, pending }),
+            false => resumed.waiting.push(Waiting { session, pending }),
+        }
     }
+    for decided in wanted {
+        resumed.session.core().end_request(decided);
+    }
+    resumed
 }

@@ -22,11 +22,13 @@ use tokio::{
 use crate::{
     client::{Client, PATIENCE, incomplete},
     clock,
+    contention::Contended,
     credentials::{Credentials, Secret},
+    election::Campaign,
     error::{Error, Failure},
     events::Events,
     grants::Grants,
-    lock::{Contended, LockRequest},
+    lock::LockRequest,
     requests::Requests,
     session_state::{Attempt, LossReason, SessionState, Status},
     transport::{Failed, Transport},
@@ -258,6 +260,12 @@ impl Session {
     /// sent until it is awaited.
     pub fn lock(&self, name: impl Into<String>) -> LockRequest {
         LockRequest::new(self.clone(), name.into())
+    }
+
+    /// A campaign in the election with this name (1 to 1,024 bytes). Nothing is sent
+    /// until it is awaited.
+    pub fn campaign(&self, name: impl Into<String>) -> Campaign {
+        Campaign::new(self.clone(), name.into())
     }
 
     /// Ends the session; everything bound to it is given up at once, and its

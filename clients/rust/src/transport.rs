@@ -137,6 +137,11 @@ answers!(
     ForceReleaseResponse,
     ListLocksResponse,
     CheckResponse,
+    CampaignResponse,
+    ProclaimResponse,
+    ResignResponse,
+    LeaderResponse,
+    ListElectionsResponse,
     CompactResponse,
     DisarmResponse,
     StatusResponse

@@ -276,7 +276,7 @@ mod tests {
     use crate::{
         checkpoint::SimCheckpoints,
         ids::{LogTime, SessionId},
-        keyspace::{Change, Keyspace, Picture, Record},
+        keyspace::{Change, Keyspace, Overlay, Picture, Record},
         machine::{Cause, Context, Executed, Settled, View},
         session::{EndReason, Sessions},
         system::System,
@@ -368,6 +368,8 @@ mod tests {
         }
 
         fn withdraw(&self, _: &mut Context<'_>, _: SessionId, _: &[u64]) {}
+
+        fn follow(_: &mut Overlay<'_>) {}
 
         fn holdings(&self, _: View<'_>, _: SessionId) -> Infallible {
             unreachable!("nobody attaches")

@@ -44,7 +44,7 @@ impl Hashing {
         keyspace: &Keyspace,
         revision: Option<Revision>,
     ) -> Result<Self, RevisionError> {
-        let revision = revision.unwrap_or(keyspace.revision());
+        let revision = revision.unwrap_or_else(|| keyspace.revision());
         keyspace.check_readable(revision)?;
         Ok(Self {
             revision,

@@ -111,6 +111,11 @@ impl<'a> Overlay<'a> {
         deleted
     }
 
+    /// What was written so far, in order.
+    pub fn changes(&self) -> &[Change] {
+        &self.changes
+    }
+
     /// Ends the borrow, for [`Keyspace::keep`].
     pub fn into_writes(self) -> Writes {
         Writes {

@@ -151,10 +151,15 @@ impl<M: Machine> Replica<M> {
         if due.is_empty() {
             return;
         }
-        let session_ids = due.iter().map(|id| id.0).collect();
+        let sessions = self.state.sessions();
+        let named = due
+            .iter()
+            .filter_map(|id| sessions.get(*id).map(|live| (id.0, live.opened_at)));
+        let (session_ids, opened_at_ms) = named.unzip();
         let expire = ExpireSessions {
             term: leadership.term,
             session_ids,
+            opened_at_ms,
         };
         let body = Some(command::Body::ExpireSessions(expire));
         let is_proposed = self.propose(vec![Command { origin: None, body }]);

@@ -109,7 +109,7 @@ mod tests {
     const RETENTION: Retention = Retention {
         revisions: 3,
         ms: 10_000,
-        bytes: 4_096,
+        bytes: 5_120,
     };
 
     fn write(keyspace: &mut Keyspace, value: Vec<u8>) {

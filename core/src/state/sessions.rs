@@ -211,8 +211,8 @@ impl<M: Machine> State<M> {
 
     /// Only the leader decides on expiry, and only in its own term: the term of
     /// the entry, which is the same on every node, unlike a node's current one. A
-    /// session that is younger than its TTL is not the one that the leader meant, but
-    /// another that was given the same id since.
+    /// session that was opened at another time is not the one that the leader meant,
+    /// but another that was given the same id since.
     pub(super) fn expire_sessions(
         &mut self,
         expire: &ExpireSessions,
@@ -221,14 +221,11 @@ impl<M: Machine> State<M> {
     ) -> AnswerBody<M> {
         #[cfg(conclave_plant)]
         let term = crate::plant::expiry_term(term);
-        let now = self.system.log_time();
         if expire.term == term {
-            for id in expire.session_ids.iter().copied().map(SessionId) {
-                if self
-                    .sessions
-                    .get(id)
-                    .is_some_and(|live| live.opened_at + live.ttl_ms <= now)
-                {
+            for (id, opened_at) in expire.session_ids.iter().zip(&expire.opened_at_ms) {
+                let id = SessionId(*id);
+                let live = self.sessions.get(id);
+                if live.is_some_and(|live| live.opened_at == *opened_at) {
                     self.end_session(id, EndReason::Expired, applied);
                 }
             }

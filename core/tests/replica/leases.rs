@@ -228,10 +228,11 @@ fn an_expiry_that_comes_late_spares_the_lease_that_took_the_id() {
             .unwrap();
         state.sessions().get(CHOSEN).is_some()
     };
-    let expire = || {
+    let expire = |opened_at| {
         command::Body::ExpireSessions(conclave_proto::internal::ExpireSessions {
             term: 1,
             session_ids: vec![CHOSEN.0],
+            opened_at_ms: vec![opened_at],
         })
     };
     assert!(apply(1, 0, vec![grant(CHOSEN, 2_000)]));
@@ -239,9 +240,9 @@ fn an_expiry_that_comes_late_spares_the_lease_that_took_the_id() {
     assert!(apply(
         2,
         2_001,
-        vec![revoke(CHOSEN), grant(CHOSEN, 2_000), expire()]
+        vec![revoke(CHOSEN), grant(CHOSEN, 2_000), expire(0)]
     ));
-    assert!(!apply(3, 4_001, vec![expire()]));
+    assert!(!apply(3, 4_001, vec![expire(2_001)]));
 }
 
 #[test]

@@ -1,16 +1,20 @@
 //! All checkers of a run, and how what nodes and clients do is told to them.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use conclave_core::{
-    ids::{NodeId, SessionId},
-    keyspace::{KeyRange, Keyspace},
+    ids::{NodeId, Revision, SessionId},
+    keyspace::{Interest, KeyRange, Keyspace},
     machine::Machine as _,
     replica::{Answer, AnswerBody, Event, EventBody, Replica},
     session::EndReason,
     state::State,
 };
-use conclave_primitives::{Event as LockEvent, LossReason, Primitives, Reply as LockReply};
-use conclave_proto::internal::LockContender;
+use conclave_primitives::{
+    Event as LockEvent, Leader, LossReason, Primitives, Reply as LockReply, observer::Observer,
+};
+use conclave_proto::internal::{Campaign, LockContender};
 use prost::Message as _;
 
 use super::ground::{About, Call};
@@ -24,6 +28,7 @@ use crate::checkers::{
     linearizable::{ABSENT, Action, Linearizable, Operation},
     liveness::Liveness,
     lock_delay::LockDelay,
+    observed::{Observed, Said},
     once::Once,
     one_holder::OneHolder,
     shared,
@@ -44,6 +49,9 @@ pub(crate) struct Checks {
     pub(crate) liveness: Liveness,
     pub(crate) lock_delay: LockDelay,
     pub(crate) once: Once,
+    observed: Observed,
+    /// By node and lock.
+    observers: BTreeMap<(usize, usize), (Revision, Observer)>,
     /// The first.
     violation: Option<Violation>,
 }
@@ -161,7 +169,12 @@ impl Checks {
                 self.note(verdict);
                 self.granted(lock, session, *token, answer.revision, state.keyspace())
             }
-            (about, AnswerBody::Machine(Ok(LockReply::Released))) => {
+            (About::Proclaim { lock, token, said }, AnswerBody::Machine(Ok(_))) => {
+                self.observed
+                    .proclaimed(lock, answer.revision, (token, said));
+                Ok(())
+            }
+            (about, AnswerBody::Machine(Ok(LockReply::Released | LockReply::Resigned))) => {
                 self.released(about, answer.revision, state)
             }
             _ => Ok(()),
@@ -265,6 +278,9 @@ impl Checks {
             .equal_state
             .applied(node, state.applied(), state.digest());
         self.note(verdict);
+        for election in (0..locks).filter(|lock| is_election(*lock)) {
+            self.observe(node, election, state.keyspace());
+        }
         for lock in 0..locks {
             if self.wakeups.watches(node, lock)
                 && let Some((session, requests)) = first_in_line(state.keyspace(), lock)
@@ -275,6 +291,42 @@ impl Checks {
                 }
             }
         }
+    }
+
+    /// Observers at a node are told what it has applied.
+    fn observe(&mut self, node: usize, election: usize, keyspace: &Keyspace) {
+        let name = lock_name(election);
+        let of = Interest {
+            range: Observer::range(&name),
+            puts: true,
+            deletes: true,
+        };
+        let now = keyspace.revision();
+        let known = self.observers.get_mut(&(node, election));
+        // One that was restarted, or went on from a checkpoint, may know less or more.
+        let known = known.filter(|(told, _)| *told <= now && keyspace.knows_all(&of, told + 1));
+        let Some((behind, observer)) = known else {
+            let records = keyspace.range(&of.range, None).cloned();
+            let observer = Observer::new(&name, records);
+            let said = observer.leader().map(said);
+            self.observers.insert((node, election), (now, observer));
+            let verdict = self.observed.begins(node, election, now, said);
+            return self.note(verdict);
+        };
+        let behind = std::mem::replace(behind, now);
+        let excerpt = keyspace.events_since(&of, behind + 1, usize::MAX, u64::MAX);
+        let observations = observer.take(&excerpt.events);
+        let told: Vec<Revision> = observations.iter().map(|one| one.revision).collect();
+        for observation in observations {
+            let said: Said = observation.leader.map(said);
+            let verdict = self
+                .observed
+                .told(node, election, observation.revision, said);
+            self.note(verdict);
+        }
+        let verdict = self.observed.left_out(node, election, behind, now, &told);
+        self.note(verdict);
+        self.observed.passed(node, election, now);
     }
 
     /// The index of a node against the same made anew.
@@ -380,7 +432,14 @@ impl Checks {
         }
         let verdict = self.linearizable.verdict();
         self.note(verdict);
+        let verdict = self.observed.in_the_end();
+        self.note(verdict);
     }
+}
+
+/// Whether it is an election.
+pub(crate) fn is_election(lock: usize) -> bool {
+    lock % 2 == 1
 }
 
 /// The name of a lock.
@@ -401,6 +460,12 @@ pub(crate) fn register_value(bytes: &[u8]) -> u64 {
         .expect("only register clients write here")
 }
 
+/// The term of a leader, and what it says; clients say numbers.
+fn said(leader: Leader) -> (u64, u64) {
+    let said = <[u8; 8]>::try_from(&leader.value[..]);
+    (leader.term, said.map_or(u64::MAX, u64::from_be_bytes))
+}
+
 fn keys_of(lock: usize) -> KeyRange {
     KeyRange::prefix(format!("lock-{lock}/").as_bytes())
 }
@@ -410,9 +475,16 @@ fn first_in_line(keyspace: &Keyspace, lock: usize) -> Option<(i64, Vec<u64>)> {
     let first = keyspace
         .range(&keys_of(lock), None)
         .min_by_key(|record| record.create_revision)?;
-    let contender = LockContender::decode(first.value.clone()).ok()?;
-    let mut requests = contender.inner;
-    requests.push(contender.request);
+    let beside = [b"_conclave/elect/", &first.key[..]].concat();
+    let requests = match keyspace.get(&beside) {
+        Some(campaign) => vec![Campaign::decode(campaign.value.clone()).ok()?.request],
+        None => {
+            let contender = LockContender::decode(first.value.clone()).ok()?;
+            let mut requests = contender.inner;
+            requests.push(contender.request);
+            requests
+        }
+    };
     Some((first.lease?.0, requests))
 }
 

@@ -1,10 +1,11 @@
-//! A client that uses locks: it opens a session, then acquires, holds and
+//! A client that uses locks and elections: it opens a session, then acquires, holds and
 //! releases, with the session and request logic of the client library. It may
 //! give up, ask twice, send what is stale, close its session, or vanish, and come
 //! back to its session with the secret.
 
 mod acquire;
 mod comeback;
+mod election;
 mod hold;
 
 use bytes::Bytes;

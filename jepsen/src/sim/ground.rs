@@ -117,6 +117,12 @@ pub(crate) enum About {
         /// How many acquires share the grant afterwards.
         left: usize,
     },
+    /// A leader says something.
+    Proclaim {
+        lock: usize,
+        token: u64,
+        said: u64,
+    },
     /// Of an acquire that was undone before.
     UndoneRelease {
         token: u64,

@@ -87,6 +87,8 @@ counted! {
         UndoneReleaseRefused = "undone_release_refused",
         StaleReleaseRefused = "stale_release_refused",
         ForceReleased = "force_released",
+        Proclaimed = "proclaimed",
+        StaleProclaimRefused = "stale_proclaim_refused",
         Checked = "checked",
         Listed = "listed",
         Compacted = "compacted",

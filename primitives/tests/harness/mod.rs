@@ -83,6 +83,12 @@ impl Driver {
         self.run(command::Body::ExpireSessions(ExpireSessions {
             term: TERM,
             session_ids: vec![session.0],
+            opened_at_ms: vec![
+                self.state
+                    .sessions()
+                    .get(session)
+                    .map_or(0, |live| live.opened_at),
+            ],
         }))
     }
 

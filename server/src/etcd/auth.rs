@@ -19,7 +19,10 @@ use conclave_proto::etcd::etcdserverpb::{
 };
 use tonic::{Request, Response, Status};
 
-use super::{Etcd, status::Error};
+use super::{
+    Etcd,
+    status::{AuthError, Error},
+};
 use crate::metrics::Method;
 
 /// The revision of a store of users that nothing was ever written to.
@@ -36,7 +39,7 @@ impl Auth for AuthService {
         request: Request<AuthEnableRequest>,
     ) -> Result<Response<AuthEnableResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| Err(Error::RootUserMissing);
+        let work = async |_| Err(AuthError::RootUserMissing.into());
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -73,7 +76,7 @@ impl Auth for AuthService {
         request: Request<AuthenticateRequest>,
     ) -> Result<Response<AuthenticateResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| Err(Error::AuthDisabled);
+        let work = async |_| Err(AuthError::Disabled.into());
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -83,11 +86,12 @@ impl Auth for AuthService {
     ) -> Result<Response<AuthUserAddResponse>, Status> {
         let etcd = &self.0;
         let work = async |request: AuthUserAddRequest| {
-            Err(if request.name.is_empty() {
-                Error::UserNameEmpty
+            let error = if request.name.is_empty() {
+                AuthError::UserNameEmpty
             } else {
-                Error::AuthDisabled
-            })
+                AuthError::Disabled
+            };
+            Err(error.into())
         };
         etcd.serve(Method::Auth, request, work).await
     }
@@ -97,7 +101,7 @@ impl Auth for AuthService {
         request: Request<AuthUserGetRequest>,
     ) -> Result<Response<AuthUserGetResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| Err(Error::UserNotFound);
+        let work = async |_| Err(AuthError::UserNotFound.into());
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -120,7 +124,7 @@ impl Auth for AuthService {
         request: Request<AuthUserDeleteRequest>,
     ) -> Result<Response<AuthUserDeleteResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| Err(Error::UserNotFound);
+        let work = async |_| Err(AuthError::UserNotFound.into());
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -129,7 +133,7 @@ impl Auth for AuthService {
         request: Request<AuthUserChangePasswordRequest>,
     ) -> Result<Response<AuthUserChangePasswordResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| Err(Error::UserNotFound);
+        let work = async |_| Err(AuthError::UserNotFound.into());
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -138,7 +142,7 @@ impl Auth for AuthService {
         request: Request<AuthUserGrantRoleRequest>,
     ) -> Result<Response<AuthUserGrantRoleResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| Err(Error::UserNotFound);
+        let work = async |_| Err(AuthError::UserNotFound.into());
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -147,7 +151,7 @@ impl Auth for AuthService {
         request: Request<AuthUserRevokeRoleRequest>,
     ) -> Result<Response<AuthUserRevokeRoleResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| Err(Error::UserNotFound);
+        let work = async |_| Err(AuthError::UserNotFound.into());
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -157,11 +161,12 @@ impl Auth for AuthService {
     ) -> Result<Response<AuthRoleAddResponse>, Status> {
         let etcd = &self.0;
         let work = async |request: AuthRoleAddRequest| {
-            Err(if request.name.is_empty() {
-                Error::RoleNameEmpty
+            let error = if request.name.is_empty() {
+                AuthError::RoleNameEmpty
             } else {
-                Error::AuthDisabled
-            })
+                AuthError::Disabled
+            };
+            Err(error.into())
         };
         etcd.serve(Method::Auth, request, work).await
     }
@@ -171,7 +176,7 @@ impl Auth for AuthService {
         request: Request<AuthRoleGetRequest>,
     ) -> Result<Response<AuthRoleGetResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| Err(Error::RoleNotFound);
+        let work = async |_| Err(AuthError::RoleNotFound.into());
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -194,7 +199,7 @@ impl Auth for AuthService {
         request: Request<AuthRoleDeleteRequest>,
     ) -> Result<Response<AuthRoleDeleteResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| Err(Error::RoleNotFound);
+        let work = async |_| Err(AuthError::RoleNotFound.into());
         etcd.serve(Method::Auth, request, work).await
     }
 
@@ -204,11 +209,12 @@ impl Auth for AuthService {
     ) -> Result<Response<AuthRoleGrantPermissionResponse>, Status> {
         let etcd = &self.0;
         let work = async |request: AuthRoleGrantPermissionRequest| {
-            Err(if request.perm.is_none() {
-                Error::PermissionNotGiven
+            let error = if request.perm.is_none() {
+                AuthError::PermissionNotGiven
             } else {
-                Error::RoleNotFound
-            })
+                AuthError::RoleNotFound
+            };
+            Err(error.into())
         };
         etcd.serve(Method::Auth, request, work).await
     }
@@ -218,7 +224,7 @@ impl Auth for AuthService {
         request: Request<AuthRoleRevokePermissionRequest>,
     ) -> Result<Response<AuthRoleRevokePermissionResponse>, Status> {
         let etcd = &self.0;
-        let work = async |_| Err(Error::RoleNotFound);
+        let work = async |_| Err(AuthError::RoleNotFound.into());
         etcd.serve(Method::Auth, request, work).await
     }
 }

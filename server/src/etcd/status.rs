@@ -68,22 +68,24 @@ pub(crate) enum Error {
     DowngradeVersionFormat,
     /// What is no action of a downgrade.
     UnknownAction,
-    /// Authentication needs one to be enabled.
-    RootUserMissing,
-    /// There are no users.
-    AuthDisabled,
-    /// A user without a name.
-    UserNameEmpty,
-    /// A role without a name.
-    RoleNameEmpty,
-    /// A user that there is not.
-    UserNotFound,
-    /// A role that there is not.
-    RoleNotFound,
-    /// A grant of nothing.
-    PermissionNotGiven,
+    /// Of users and roles.
+    Auth(AuthError),
     /// A revision that cannot be read or compacted.
     Revision(RevisionError),
+    /// The name of a lock or election cannot be one.
+    BadName,
+    /// The place of a contender went before it was first, with its lease or its key.
+    SessionExpired,
+    /// The lease has a candidate of the name and asks for the lock, or the other way round.
+    OtherContender,
+    /// Nobody leads.
+    NobodyElected,
+    /// The candidate is none (any more).
+    NotElected,
+    /// A request of a leader that does not say which.
+    LeaderMissing,
+    /// What a service for locks or elections fails with, to which etcd gives no code.
+    InRecipe(Box<Self>),
     /// Everything that native calls fail with, too.
     Refused(Refusal),
 }
@@ -97,6 +99,31 @@ impl From<TxnError> for Error {
 impl From<RevisionError> for Error {
     fn from(error: RevisionError) -> Self {
         Self::Revision(error)
+    }
+}
+
+/// What is wrong with what is asked of users and roles, while there are none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AuthError {
+    /// Authentication needs one to be enabled.
+    RootUserMissing,
+    /// There are no users.
+    Disabled,
+    /// A user without a name.
+    UserNameEmpty,
+    /// A role without a name.
+    RoleNameEmpty,
+    /// A user that there is not.
+    UserNotFound,
+    /// A role that there is not.
+    RoleNotFound,
+    /// A grant of nothing.
+    PermissionNotGiven,
+}
+
+impl From<AuthError> for Error {
+    fn from(error: AuthError) -> Self {
+        Self::Auth(error)
     }
 }
 
@@ -117,6 +144,18 @@ impl From<Refusal> for Error {
 }
 
 impl Error {
+    /// As the services for locks and elections tell it: all codes are UNKNOWN, but for
+    /// those of what may be tried again.
+    pub(super) fn in_recipe(self) -> Self {
+        if matches!(
+            self,
+            Self::Refused(Refusal::Failed(_) | Refusal::Internal(_))
+        ) {
+            return self;
+        }
+        Self::InRecipe(Box::new(self))
+    }
+
     /// What the client is told.
     pub(crate) fn into_status(self) -> Status {
         let (code, text) = self.code_and_text();
@@ -124,6 +163,7 @@ impl Error {
     }
 
     /// The contract of the wire.
+    #[expect(clippy::too_many_lines, reason = "one table")]
     fn code_and_text(&self) -> (Code, &'static str) {
         match self {
             Self::Txn(error) => txn(*error),
@@ -189,20 +229,21 @@ impl Error {
                 "etcdserver: wrong downgrade target version format",
             ),
             Self::UnknownAction => (Code::Unknown, "etcdserver: unknown method"),
-            Self::RootUserMissing => (
-                Code::FailedPrecondition,
-                "etcdserver: root user does not exist",
-            ),
-            Self::AuthDisabled => (
-                Code::FailedPrecondition,
-                "etcdserver: authentication is not enabled",
-            ),
-            Self::UserNameEmpty => (Code::InvalidArgument, "etcdserver: user name is empty"),
-            Self::RoleNameEmpty => (Code::InvalidArgument, "etcdserver: role name is empty"),
-            Self::UserNotFound => (Code::FailedPrecondition, "etcdserver: user name not found"),
-            Self::RoleNotFound => (Code::FailedPrecondition, "etcdserver: role name not found"),
-            Self::PermissionNotGiven => (Code::InvalidArgument, "etcdserver: permission not given"),
+            Self::Auth(error) => auth(*error),
             Self::Revision(error) => revision(*error),
+            Self::BadName => (
+                Code::InvalidArgument,
+                "etcdserver: a name has 1 to 1024 bytes of UTF-8 and is not of the service",
+            ),
+            Self::SessionExpired => (Code::Unknown, "mutex: session is expired"),
+            Self::OtherContender => (
+                Code::FailedPrecondition,
+                "etcdserver: the lease contends for a lock and an election of one name",
+            ),
+            Self::NobodyElected => (Code::Unknown, "election: no leader"),
+            Self::NotElected => (Code::Unknown, "election: not leader"),
+            Self::LeaderMissing => (Code::Unknown, "\"leader\" field must be provided"),
+            Self::InRecipe(error) => (Code::Unknown, error.code_and_text().1),
             Self::Refused(refusal) => refused(refusal),
         }
     }
@@ -230,6 +271,26 @@ fn revision(error: RevisionError) -> (Code, &'static str) {
         RevisionError::Future { .. } => "etcdserver: mvcc: required revision is a future revision",
     };
     (Code::OutOfRange, text)
+}
+
+fn auth(error: AuthError) -> (Code, &'static str) {
+    match error {
+        AuthError::RootUserMissing => (
+            Code::FailedPrecondition,
+            "etcdserver: root user does not exist",
+        ),
+        AuthError::Disabled => (
+            Code::FailedPrecondition,
+            "etcdserver: authentication is not enabled",
+        ),
+        AuthError::UserNameEmpty => (Code::InvalidArgument, "etcdserver: user name is empty"),
+        AuthError::RoleNameEmpty => (Code::InvalidArgument, "etcdserver: role name is empty"),
+        AuthError::UserNotFound => (Code::FailedPrecondition, "etcdserver: user name not found"),
+        AuthError::RoleNotFound => (Code::FailedPrecondition, "etcdserver: role name not found"),
+        AuthError::PermissionNotGiven => {
+            (Code::InvalidArgument, "etcdserver: permission not given")
+        }
+    }
 }
 
 fn refused(refusal: &Refusal) -> (Code, &'static str) {
@@ -330,6 +391,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "one table")]
     fn what_leases_and_operators_are_told_has_the_words_of_etcd() {
         for (error, code, text) in [
             (
@@ -399,37 +461,37 @@ mod tests {
             ),
             (Error::UnknownAction, Code::Unknown, "unknown method"),
             (
-                Error::RootUserMissing,
+                AuthError::RootUserMissing.into(),
                 Code::FailedPrecondition,
                 "root user does not exist",
             ),
             (
-                Error::AuthDisabled,
+                AuthError::Disabled.into(),
                 Code::FailedPrecondition,
                 "authentication is not enabled",
             ),
             (
-                Error::UserNameEmpty,
+                AuthError::UserNameEmpty.into(),
                 Code::InvalidArgument,
                 "user name is empty",
             ),
             (
-                Error::RoleNameEmpty,
+                AuthError::RoleNameEmpty.into(),
                 Code::InvalidArgument,
                 "role name is empty",
             ),
             (
-                Error::UserNotFound,
+                AuthError::UserNotFound.into(),
                 Code::FailedPrecondition,
                 "user name not found",
             ),
             (
-                Error::RoleNotFound,
+                AuthError::RoleNotFound.into(),
                 Code::FailedPrecondition,
                 "role name not found",
             ),
             (
-                Error::PermissionNotGiven,
+                AuthError::PermissionNotGiven.into(),
                 Code::InvalidArgument,
                 "permission not given",
             ),

@@ -14,8 +14,8 @@ use std::{
 };
 
 use conclave_proto::v1::{
-    AcquireRequest, OpenSessionRequest, cluster_client::ClusterClient, lock_client::LockClient,
-    session_client::SessionClient,
+    AcquireRequest, OpenSessionRequest, cluster_client::ClusterClient,
+    election_client::ElectionClient, lock_client::LockClient, session_client::SessionClient,
 };
 use conclave_server::{Options, Server, ServerError, Shutdown, Stopper, server::Addresses};
 use tonic::{Status, transport::Channel};
@@ -185,6 +185,10 @@ impl Client {
 
     pub(crate) fn locks(&self) -> LockClient<Channel> {
         LockClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn elections(&self) -> ElectionClient<Channel> {
+        ElectionClient::new(self.channel.clone())
     }
 
     pub(crate) fn cluster(&self) -> ClusterClient<Channel> {

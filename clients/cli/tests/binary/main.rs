@@ -12,6 +12,7 @@ mod commands;
 mod damage;
 mod dev_command;
 mod disk;
+mod elect_command;
 mod garbage;
 mod install;
 mod kv_command;

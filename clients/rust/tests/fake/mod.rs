@@ -491,6 +491,9 @@ impl Server {
             Body::AcquireLock(request) => answer!(acquire, request, AcquireLock),
             Body::ReleaseLock(request) => answer!(release, request, ReleaseLock),
             Body::CancelLock(request) => answer!(cancel, request, CancelLock),
+            Body::Campaign(_) | Body::Proclaim(_) | Body::Resign(_) => {
+                return Err(Status::unimplemented("not needed"));
+            }
         };
         let outcome = match result {
             Err(status) if status.get_details_error_info().is_none() => return Err(status),

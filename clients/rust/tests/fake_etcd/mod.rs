@@ -237,6 +237,58 @@ impl kv_server::Kv for Server {
     }
 }
 
+/// Tells all events from `start` on, until nobody listens.
+async fn tell(
+    server: Server,
+    requests: Streaming<pb::WatchRequest>,
+    sender: tokio::sync::mpsc::Sender<pb::WatchResponse>,
+    (created, start, compacted): (pb::WatchResponse, i64, i64),
+) {
+    let _requests = requests;
+    if sender.send(created).await.is_err() {
+        return;
+    }
+    if start < compacted {
+        let canceled = pb::WatchResponse {
+            canceled: true,
+            compact_revision: compacted,
+            ..pb::WatchResponse::default()
+        };
+        drop(sender.send(canceled).await);
+        return;
+    }
+    let mut next = start;
+    loop {
+        let changed = server.shared.changed.notified();
+        let header = server.header();
+        let batch: Vec<(i64, Vec<mvccpb::Event>)> = {
+            let state = server.shared.state.lock().unwrap();
+            let behind = state.history.iter().filter(|(at, _)| *at >= next);
+            behind.take(2).cloned().collect()
+        };
+        let Some((last, _)) = batch.last() else {
+            tokio::select! {
+                () = changed => continue,
+                () = sender.closed() => return,
+            }
+        };
+        next = last + 1;
+        let events: Vec<_> = batch.into_iter().flat_map(|(_, events)| events).collect();
+        let count = events.len();
+        for (n, event) in events.into_iter().enumerate() {
+            let part = pb::WatchResponse {
+                header: Some(header),
+                events: vec![event],
+                fragment: n + 1 < count,
+                ..pb::WatchResponse::default()
+            };
+            if sender.send(part).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
 #[tonic::async_trait]
 impl watch_server::Watch for Server {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<pb::WatchResponse, Status>> + Send>>;
@@ -270,51 +322,7 @@ impl watch_server::Watch for Server {
         };
         let (sender, receiver) = tokio::sync::mpsc::channel(4);
         let server = self.clone();
-        tokio::spawn(async move {
-            let _requests = requests;
-            if sender.send(created).await.is_err() {
-                return;
-            }
-            if start < compacted {
-                let canceled = pb::WatchResponse {
-                    canceled: true,
-                    compact_revision: compacted,
-                    ..pb::WatchResponse::default()
-                };
-                drop(sender.send(canceled).await);
-                return;
-            }
-            let mut next = start;
-            loop {
-                let changed = server.shared.changed.notified();
-                let header = server.header();
-                let batch: Vec<(i64, Vec<mvccpb::Event>)> = {
-                    let state = server.shared.state.lock().unwrap();
-                    let behind = state.history.iter().filter(|(at, _)| *at >= next);
-                    behind.take(2).cloned().collect()
-                };
-                let Some((last, _)) = batch.last() else {
-                    tokio::select! {
-                        () = changed => continue,
-                        () = sender.closed() => return,
-                    }
-                };
-                next = last + 1;
-                let events: Vec<_> = batch.into_iter().flat_map(|(_, events)| events).collect();
-                let count = events.len();
-                for (n, event) in events.into_iter().enumerate() {
-                    let part = pb::WatchResponse {
-                        header: Some(header),
-                        events: vec![event],
-                        fragment: n + 1 < count,
-                        ..pb::WatchResponse::default()
-                    };
-                    if sender.send(part).await.is_err() {
-                        return;
-                    }
-                }
-            }
-        });
+        tokio::spawn(tell(server, requests, sender, (created, start, compacted)));
         let answers = tokio_stream::wrappers::ReceiverStream::new(receiver).map(Ok);
         let broken = tokio_stream::once(Err(Status::unavailable("broken")));
         Ok(Response::new(Box::pin(

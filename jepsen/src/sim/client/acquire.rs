@@ -9,7 +9,7 @@ use super::{Holding, LockClient, Step, internal, is_copied, without_answer};
 use crate::{
     checkers::shared,
     sim::{
-        checks::lock_name,
+        checks::{is_election, lock_name},
         ground::{About, CallBody, Ground},
         link::{CallOutcome, Refusal},
         tally::Operation,
@@ -57,10 +57,7 @@ impl LockClient {
             25..60 => Some(ground.rng.between(20, 1_500)),
             _ => None,
         };
-        let delay_ms = match ground.rng.chance(200_000) {
-            true => ground.rng.between(50, 1_000),
-            false => 0,
-        };
+        let wants_delay = ground.rng.chance(200_000);
         let withdraw_us = match ground.rng.chance(80_000) {
             true => ground.now_us + ground.rng.between(1_000, 300_000),
             false => u64::MAX,
@@ -69,12 +66,16 @@ impl LockClient {
             Some(holding) => holding.lock,
             None => ground.rng.index(ground.settings.locks),
         };
+        let delay_ms = match wants_delay && !is_election(lock) {
+            true => ground.rng.between(50, 1_000),
+            false => 0,
+        };
         self.step = Step::Acquire(Acquiring {
             lock,
             acquire: Acquire::new(session.requests.begin()),
             wait_ms,
             delay_ms,
-            is_reentrant: Some(ground.rng.chance(REENTRANT)),
+            is_reentrant: Some(ground.rng.chance(REENTRANT) && !is_election(lock)),
             attempts: 0,
             withdraw_us,
             holding,
@@ -95,20 +96,27 @@ impl LockClient {
         let is_first = acquiring.attempts == 1 && !is_copied && attachment == 1;
         let (name, owner) = (lock_name(acquiring.lock), self.owner.clone());
         let (session_id, request) = (session.id, acquiring.acquire.request());
-        let (command, about, patience_us) = match acquiring.acquire.message() {
+        let (lock, wait_ms, delay_ms) = (acquiring.lock, acquiring.wait_ms, acquiring.delay_ms);
+        let reentrant = acquiring.is_reentrant.unwrap_or_default();
+        let message = acquiring.acquire.message();
+        let number = session.requests.number(request);
+        let campaign = self.campaign_of(lock, wait_ms, request);
+        let (command, about, patience_us) = match message {
             Message::Acquire => (
-                primitive_command::Command::LockAcquire(LockAcquire {
-                    name,
-                    session_id,
-                    owner,
-                    request: Some(internal(session.requests.number(request))),
-                    tag: 0,
-                    wait_ms: acquiring.wait_ms,
-                    delay_ms: acquiring.delay_ms,
-                    reentrant: acquiring.is_reentrant.unwrap_or_default(),
+                campaign.unwrap_or_else(|| {
+                    primitive_command::Command::LockAcquire(LockAcquire {
+                        name,
+                        session_id,
+                        owner,
+                        request: Some(internal(number)),
+                        wait_ms,
+                        delay_ms,
+                        reentrant,
+                        ..LockAcquire::default()
+                    })
                 }),
                 About::Acquire {
-                    lock: acquiring.lock,
+                    lock,
                     session: session_id,
                     request,
                     first: is_first,

@@ -8,7 +8,7 @@ use conclave_proto::internal::{LockRelease, command, primitive_command};
 
 use super::{LockClient, Step, internal, without_answer};
 use crate::sim::{
-    checks::lock_name,
+    checks::{is_election, lock_name},
     ground::{About, CallBody, Ground, Reply},
     link::{CallOutcome, Refusal, outcome},
     tally::Operation,
@@ -47,6 +47,9 @@ pub(super) struct Releasing {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Aside {
     Check {
+        token: u64,
+    },
+    Proclaim {
         token: u64,
     },
     StaleRelease,
@@ -132,7 +135,9 @@ impl LockClient {
             return;
         }
         let (lock, token) = (holding.lock, holding.token);
-        if ground.rng.chance(50_000) {
+        if is_election(lock) && ground.rng.chance(400_000) {
+            self.proclaim(lock, token, ground);
+        } else if ground.rng.chance(50_000) {
             let query = LockQuery::Check {
                 name: lock_name(lock),
                 token,
@@ -186,8 +191,13 @@ impl LockClient {
             (Aside::OldRenewal { .. }, Outcome::Refused(Refusal::NotRun(_))) => {
                 ground.did(Operation::OldAttachmentRefused);
             }
+            (Aside::Proclaim { .. }, Outcome::Answered(_)) => ground.did(Operation::Proclaimed),
             (aside, Outcome::Refused(Refusal::Rejected(Rejection::NotHolder { .. }))) => {
                 match aside {
+                    Aside::Proclaim { token } if self.held() == Some(token) => {
+                        self.denied(token, "it may not proclaim", ground);
+                    }
+                    Aside::Proclaim { .. } => ground.did(Operation::StaleProclaimRefused),
                     Aside::StaleRelease => ground.did(Operation::StaleReleaseRefused),
                     Aside::UndoneRelease => ground.did(Operation::UndoneReleaseRefused),
                     Aside::Check { .. } | Aside::OldRenewal { .. } => {}
@@ -247,6 +257,9 @@ impl LockClient {
 
     /// With this number; 0 for none.
     fn release_of(&self, lock: usize, token: u64, entry: u64, request: u64) -> command::Body {
+        if let Some(resignation) = self.resignation_of(lock, token, request) {
+            return resignation;
+        }
         let session = self.session.as_ref();
         let command = LockRelease {
             name: lock_name(lock),

@@ -240,6 +240,11 @@ const REQUESTS: [(&str, &str, usize); 33] = [
     ("maintenance/status", "{}", 1),
 ];
 
+#[expect(clippy::print_stderr, reason = "a test says that it is skipped")]
+fn skipped() {
+    eprintln!("SKIPPED: there is no `etcd`");
+}
+
 /// What newer versions of grpc-gateway do otherwise: 400 for FAILED_PRECONDITION.
 fn newer(code: u16) -> u16 {
     if code == 412 { 400 } else { code }
@@ -248,7 +253,7 @@ fn newer(code: u16) -> u16 {
 #[tokio::test]
 async fn answers_are_those_of_etcds_own_gateway() {
     let (Some(theirs), Some(behind_ours)) = (Etcd::start().await, Etcd::start().await) else {
-        eprintln!("skipped: there is no `etcd`");
+        skipped();
         return;
     };
     let ours = gateway(&behind_ours.address).await;
@@ -277,7 +282,7 @@ async fn answers_are_those_of_etcds_own_gateway() {
 #[tokio::test]
 async fn a_stream_goes_on_and_takes_requests_as_they_come() {
     let Some(etcd) = Etcd::start().await else {
-        eprintln!("skipped: there is no `etcd`");
+        skipped();
         return;
     };
     let ours = gateway(&etcd.address).await;

@@ -1,4 +1,4 @@
-//! `conclave bench lock`.
+//! `conclave bench lock` and `conclave bench election`.
 
 use std::{cell::OnceCell, rc::Rc, time::Duration};
 
@@ -14,7 +14,7 @@ use super::{
     tally::{Figures, Observed, Tally},
 };
 use crate::{
-    cli::{BenchLock, Global},
+    cli::{BenchElection, BenchLock, Global},
     failure::{Failure, GENERAL},
     output::{self, Format},
 };
@@ -30,8 +30,70 @@ const LOOK_AROUND: Duration = Duration::from_millis(50);
 /// What is under way at the end has this long to come to its own.
 const FINISH_WITHIN: Duration = Duration::from_secs(1);
 
+/// What is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Lock,
+    Election,
+}
+
+/// A load of either kind; see [`BenchLock`].
+#[derive(Debug)]
+pub(super) struct Load {
+    kind: Kind,
+    clients: u32,
+    owners: u32,
+    seconds: Duration,
+    hot: bool,
+    held: u32,
+    connections: Option<u32>,
+}
+
+impl From<BenchLock> for Load {
+    fn from(load: BenchLock) -> Load {
+        let BenchLock {
+            clients,
+            owners,
+            seconds,
+            hot,
+            held,
+            connections,
+        } = load;
+        Load {
+            kind: Kind::Lock,
+            clients,
+            owners,
+            seconds,
+            hot,
+            held,
+            connections,
+        }
+    }
+}
+
+impl From<BenchElection> for Load {
+    fn from(load: BenchElection) -> Load {
+        let BenchElection {
+            clients,
+            seconds,
+            hot,
+            connections,
+        } = load;
+        Load {
+            kind: Kind::Election,
+            clients,
+            owners: 1,
+            seconds,
+            hot,
+            held: 0,
+            connections,
+        }
+    }
+}
+
 /// What a client of a run knows.
 struct Worker {
+    kind: Kind,
     session: Session,
     owner: String,
     name: String,
@@ -41,7 +103,7 @@ struct Worker {
 }
 
 /// Runs the benchmark and prints its figures.
-pub(super) async fn run(load: BenchLock, global: Global) -> Result<u8, Failure> {
+pub(super) async fn run(load: Load, global: Global) -> Result<u8, Failure> {
     let connections = load
         .connections
         .unwrap_or_else(|| load.clients.min(CONNECTIONS));
@@ -56,7 +118,7 @@ pub(super) async fn run(load: BenchLock, global: Global) -> Result<u8, Failure> 
 /// time is over.
 async fn measure(
     clients: &[Client],
-    load: &BenchLock,
+    load: &Load,
 ) -> Result<(Rc<OnceCell<Tally>>, Rc<Observed>), Failure> {
     let workers = load.clients as usize;
     let owners = load.owners as usize;
@@ -82,6 +144,7 @@ async fn measure(
         };
         let session = sessions[number % sessions.len()].clone();
         let worker = Worker {
+            kind: load.kind,
             session,
             owner,
             name,
@@ -166,7 +229,10 @@ impl Worker {
     async fn work(self) {
         while !self.is_over() {
             let began = Instant::now();
-            let result = self.lock_once().await;
+            let result = match self.kind {
+                Kind::Lock => self.lock_once().await,
+                Kind::Election => self.lead_once().await,
+            };
             let Some(tally) = self.tally.get() else {
                 // Nothing is granted before the time has begun.
                 return;
@@ -188,18 +254,29 @@ impl Worker {
     async fn lock_once(&self) -> Result<(), Error> {
         let request = self.session.lock(self.name.clone());
         let guard = request.owner(self.owner.clone()).await?;
-        if !self.observed.granted(guard.token())
+        self.granted(guard.token());
+        guard.release().await
+    }
+
+    async fn lead_once(&self) -> Result<(), Error> {
+        let leadership = self.session.campaign(self.name.clone()).await?;
+        self.granted(leadership.term());
+        leadership.resign().await
+    }
+
+    /// Checks a grant, which is given up next.
+    fn granted(&self, token: u64) {
+        if !self.observed.granted(token)
             && let Some(tally) = self.tally.get()
         {
             Tally::count(&tally.violations);
         }
         self.observed.given_up();
-        guard.release().await
     }
 }
 
 fn report(
-    load: &BenchLock,
+    load: &Load,
     connections: u32,
     tally: &Tally,
     hot: &Observed,
@@ -216,9 +293,13 @@ fn report(
     let seconds = load.seconds.as_secs_f64();
     let (errors, violations) = (tally.errors.get(), tally.violations.get());
     let (handoff_p50_us, handoff_p99_us) = hot.hand_offs();
+    let (bench, done) = match load.kind {
+        Kind::Lock => ("lock", "locks acquired and released"),
+        Kind::Election => ("election", "elections won and resigned"),
+    };
     match format {
         Format::Json => output::json(&json!({
-            "bench": "lock",
+            "bench": bench,
             "hot": load.hot,
             "clients": load.clients,
             "owners": load.owners,
@@ -239,7 +320,7 @@ fn report(
         }))?,
         Format::Table => {
             output::text(&format!(
-                "{ops} locks acquired and released in {seconds} s, {ops_s} a second, \
+                "{ops} {done} in {seconds} s, {ops_s} a second, \
                  {ops_s_min} in the worst second\n\
                  latency of a pair: p50 {p50_us} us, p99 {p99_us} us, max {max_us} us\n\
                  errors {errors}, violations {violations}\n"

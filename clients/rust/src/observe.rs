@@ -1,0 +1,135 @@
+//! Observing an election: who leads, and what it proclaims, across failures of servers.
+
+use std::{sync::Arc, time::Duration};
+
+use conclave_proto::v1::{Leader, ObserveRequest, election_client::ElectionClient};
+use tokio::time::{Instant, timeout};
+use tonic::{Status, Streaming};
+
+use crate::{
+    client::PATIENCE,
+    error::{Error, Failure},
+    transport::{ANSWER_BYTES_MAX, ATTEMPT_TIMEOUT, Backoff, Transport},
+};
+
+/// How often it is looked whether the rest of the client uses another server.
+const LOOK_AROUND: Duration = Duration::from_secs(1);
+
+/// Follows an election; made by [`crate::Client::observe`].
+///
+/// ```no_run
+/// # async fn example(client: conclave_client::Client) -> Result<(), conclave_client::Error> {
+/// let mut observer = client.observe("primary");
+/// loop {
+///     match observer.next().await?.leader {
+///         Some(leader) => println!("{:?} leads in term {}", leader.value, leader.term),
+///         None => println!("nobody leads"),
+///     }
+/// }
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Observer {
+    transport: Arc<Transport>,
+    name: String,
+    /// The last revision that was told; 0 before the first.
+    told: u64,
+    missed: bool,
+    stream: Option<(usize, Streaming<conclave_proto::v1::ObserveResponse>)>,
+}
+
+/// How an election stands from a revision on.
+#[derive(Clone, Debug)]
+pub struct Observed {
+    /// Which revision.
+    pub revision: u64,
+    /// Who leads then, if anybody does.
+    pub leader: Option<Leader>,
+    /// Something may have happened between this and what was told before it: the
+    /// observer was away for so long that it is not known any more.
+    pub missed: bool,
+}
+
+impl Observer {
+    pub(crate) fn new(transport: &Arc<Transport>, name: String) -> Observer {
+        Observer {
+            transport: Arc::clone(transport),
+            name,
+            told: 0,
+            missed: false,
+            stream: None,
+        }
+    }
+
+    /// First how the election stands, then every change: another leader, none, another
+    /// value; in order, and none is left out, whichever servers fail. Safe to drop and
+    /// call again.
+    ///
+    /// # Errors
+    /// If no server can be asked for some seconds, or the name is none. It may be called
+    /// again, and goes on where it was.
+    pub async fn next(&mut self) -> Result<Observed, Error> {
+        let give_up = Instant::now() + PATIENCE;
+        let mut backoff = Backoff::default();
+        loop {
+            let (index, status) = match self.step().await {
+                Ok(observed) => return Ok(observed),
+                Err(broken) => broken,
+            };
+            self.stream = None;
+            let Some(status) = status else {
+                continue;
+            };
+            let failure = Failure::from(status);
+            let moved = self.transport.note_failure(index, &failure);
+            match failure.into_error(false) {
+                Error::Server { reason, .. } if reason == "REVISION_COMPACTED" => {
+                    (self.told, self.missed) = (0, true);
+                }
+                error if !error.is_retryable() || Instant::now() >= give_up => return Err(error),
+                _ => backoff.pause(moved).await,
+            }
+        }
+    }
+
+    /// What the stream says next. The server and the reason, if it broke; without one,
+    /// there is a better server.
+    async fn step(&mut self) -> Result<Observed, (usize, Option<Status>)> {
+        let (index, stream) = match &mut self.stream {
+            Some((index, stream)) => (*index, stream),
+            None => {
+                let (index, channel) = self.transport.server();
+                let mut client =
+                    ElectionClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+                let opening = client.observe(ObserveRequest {
+                    name: self.name.clone(),
+                    after_revision: self.told,
+                });
+                let opened = timeout(ATTEMPT_TIMEOUT, opening).await;
+                let opened = opened.unwrap_or_else(|_| Err(Status::unavailable("no answer")));
+                let opened = opened.map_err(|status| (index, Some(status)))?;
+                let (index, stream) = self.stream.insert((index, opened.into_inner()));
+                (*index, stream)
+            }
+        };
+        loop {
+            match timeout(LOOK_AROUND, stream.message()).await {
+                Ok(Ok(Some(told))) => {
+                    self.told = told.revision;
+                    return Ok(Observed {
+                        revision: told.revision,
+                        leader: told.leader,
+                        missed: std::mem::take(&mut self.missed),
+                    });
+                }
+                Ok(Ok(None)) => {
+                    let ended = Status::unavailable("the server ended the stream");
+                    return Err((index, Some(ended)));
+                }
+                Ok(Err(status)) => return Err((index, Some(status))),
+                Err(_) if self.transport.is_current(index) => {}
+                Err(_) => return Err((index, None)),
+            }
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! What observers of an election are told.
+//!
+//! There is one history of who led and what it said, by revision. Whoever observes, on
+//! whichever node and from whenever on, is told the part of it from there on, with
+//! nothing left out; terms grow along it; and what a leader was told it has proclaimed
+//! is in it.
+
+use std::collections::BTreeMap;
+
+use super::{Verdict, broken};
+
+const NAME: &str = "observed";
+
+/// Who leads, by term, and what it says; nobody.
+pub(crate) type Said = Option<(u64, u64)>;
+
+/// What one observer was told: everything behind the first, up to the second revision.
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    after: u64,
+    upto: u64,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Observed {
+    /// By election and revision.
+    history: BTreeMap<(usize, u64), Said>,
+    /// By node and election.
+    told: BTreeMap<(usize, usize), Told>,
+    /// Acknowledged, with the revision: by election, term, and what was said.
+    proclaimed: Vec<(usize, u64, Said)>,
+}
+
+impl Observed {
+    /// An observer at this node begins anew, and finds this.
+    pub(crate) fn begins(
+        &mut self,
+        node: usize,
+        election: usize,
+        revision: u64,
+        said: Said,
+    ) -> Verdict {
+        let told = Told {
+            after: revision,
+            upto: revision,
+        };
+        self.told.insert((node, election), told);
+        let before = self.history.range((election, 0)..=(election, revision));
+        match before.last() {
+            Some((_, known)) if *known != said => broken(
+                NAME,
+                format!("election {election}: {said:?} at {revision}, where it was {known:?}"),
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// An observer is told that this is so from `revision` on.
+    pub(crate) fn told(
+        &mut self,
+        node: usize,
+        election: usize,
+        revision: u64,
+        said: Said,
+    ) -> Verdict {
+        if let Some(known) = self.history.get(&(election, revision)) {
+            if *known != said {
+                let what = format!("election {election}: {said:?} and {known:?} at {revision}");
+                return broken(NAME, what);
+            }
+            return Ok(());
+        }
+        for ((other, of), told) in &self.told {
+            let is_passed = (told.after + 1..=told.upto).contains(&revision);
+            if *of == election && *other != node && is_passed {
+                let what = format!(
+                    "election {election}: an observer at node {other} was not told of {said:?} \
+                     at {revision}"
+                );
+                return broken(NAME, what);
+            }
+        }
+        self.history.insert((election, revision), said);
+        self.terms_grow(election, revision, said)
+    }
+
+    fn terms_grow(&self, election: usize, revision: u64, said: Said) -> Verdict {
+        let Some((term, _)) = said else { return Ok(()) };
+        let term_of = |said: &Said| said.map(|(term, _)| term);
+        let before = self.history.range((election, 0)..(election, revision));
+        let before = before.rev().find_map(|(_, said)| term_of(said));
+        let after = self
+            .history
+            .range((election, revision + 1)..(election + 1, 0));
+        let after = after.filter_map(|(_, said)| term_of(said)).next();
+        if before.is_some_and(|before| before > term) || after.is_some_and(|after| after < term) {
+            let what = format!(
+                "election {election}: term {term} at {revision}, between {before:?} and {after:?}"
+            );
+            return broken(NAME, what);
+        }
+        Ok(())
+    }
+
+    /// An observer has been told everything up to here.
+    pub(crate) fn passed(&mut self, node: usize, election: usize, revision: u64) {
+        if let Some(told) = self.told.get_mut(&(node, election)) {
+            told.upto = revision;
+        }
+    }
+
+    /// An observer was told of these revisions, of all behind one and up to another.
+    pub(crate) fn left_out(
+        &self,
+        node: usize,
+        election: usize,
+        behind: u64,
+        upto: u64,
+        told: &[u64],
+    ) -> Verdict {
+        let known = self
+            .history
+            .range((election, behind + 1)..=(election, upto));
+        let mut missing = known.map(|((_, revision), _)| *revision);
+        match missing.find(|revision| !told.contains(revision)) {
+            Some(revision) => broken(
+                NAME,
+                format!("election {election}: an observer at node {node} misses {revision}"),
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// A leader hears that it has proclaimed this.
+    pub(crate) fn proclaimed(&mut self, election: usize, revision: u64, said: (u64, u64)) {
+        self.proclaimed.push((election, revision, Some(said)));
+    }
+
+    /// Everything is told: nothing that was proclaimed is left out.
+    pub(crate) fn in_the_end(&self) -> Verdict {
+        for (election, revision, said) in &self.proclaimed {
+            let is_observed = self.told.iter().any(|((_, of), told)| {
+                of == election && (told.after + 1..=told.upto).contains(revision)
+            });
+            let known = self.history.get(&(*election, *revision));
+            if is_observed && known != Some(said) {
+                let what = format!("election {election}: {said:?} at {revision} is {known:?}");
+                return broken(NAME, what);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn observed() -> Observed {
+        let mut observed = Observed::default();
+        for node in 0..2 {
+            observed.begins(node, 1, 5, None).unwrap();
+        }
+        for (revision, said) in [(6, Some((6, 0))), (8, Some((6, 1))), (9, None)] {
+            observed.told(0, 1, revision, said).unwrap();
+        }
+        observed.passed(0, 1, 9);
+        observed
+    }
+
+    #[test]
+    fn one_history_is_told_to_all() {
+        let mut observed = observed();
+        observed.told(1, 1, 6, Some((6, 0))).unwrap();
+        observed.proclaimed(1, 8, (6, 1));
+        observed.in_the_end().unwrap();
+        observed.begins(1, 1, 8, Some((6, 1))).unwrap();
+        observed.left_out(0, 1, 5, 9, &[6, 8, 9]).unwrap();
+        // Of another election.
+        observed.told(0, 2, 7, Some((2, 0))).unwrap();
+    }
+
+    #[test]
+    fn another_word_or_one_that_was_left_out_is_refused() {
+        let mut observed = observed();
+        assert!(observed.told(1, 1, 8, Some((6, 2))).is_err());
+        assert!(observed.told(1, 1, 7, Some((6, 1))).is_err());
+        assert!(observed.begins(1, 1, 8, None).is_err());
+        assert!(observed.left_out(1, 1, 5, 9, &[6, 9]).is_err());
+        observed.proclaimed(1, 7, (6, 3));
+        assert!(observed.in_the_end().is_err());
+    }
+
+    #[test]
+    fn a_term_that_comes_back_is_refused() {
+        let mut observed = observed();
+        assert!(observed.told(0, 1, 10, Some((5, 0))).is_err());
+        observed.told(0, 1, 11, Some((11, 0))).unwrap();
+    }
+}
