@@ -187,7 +187,11 @@ const SCRIPTS: &[(&str, &[Line])] = &[
 ];
 
 /// What differs on purpose, by the beginning of a command: with the reason.
-const KNOWN: &[(&str, &str)] = &[];
+const KNOWN: &[(&str, &str)] = &[(
+    "endpoint hashkv --cluster",
+    "a fault: a Go client that dials a URL sends it whole as the authority, which the \
+     HTTP/2 library refuses",
+)];
 
 /// One of the two, and what a script has seen of it.
 struct Shell {
@@ -274,7 +278,17 @@ impl Shell {
         // Sizes, indexes, hashes, the version: only that they are there.
         let figures = ["endpoint status", "endpoint hashkv"];
         let figures = figures.iter().any(|start| command.starts_with(start));
-        comparable(&told, figures)
+        let shown = comparable(&told, figures);
+        // Members are told in order of their ids, which nobody chose.
+        if ["member list", "endpoint "]
+            .iter()
+            .any(|start| command.starts_with(start))
+        {
+            let mut parts: Vec<_> = shown.split([',', '\n']).map(str::trim).collect();
+            parts.sort_unstable();
+            return parts.join("\n");
+        }
+        shown
     }
 
     fn note_leases(&mut self, stdout: &str) {
@@ -328,6 +342,7 @@ fn comparable(text: &str, figures: bool) -> String {
         rest = &rest[word.len()..];
         shown += match word.find(|c: char| c.is_ascii_digit()) {
             Some(_) if figures => "#",
+            None if figures && ["B", "kB", "MB"].contains(&word.as_str()) => "B",
             _ => comparable_word(&word, &shown),
         };
     }

@@ -40,7 +40,7 @@ pub fn installed() -> bool {
     true
 }
 
-/// Members named r0, r1, ... Killed when this value goes.
+/// Members named n0, n1, ..., as ours are. Killed when this value goes.
 pub struct Reference {
     endpoints: Vec<String>,
     _members: Vec<Process>,
@@ -55,15 +55,15 @@ impl Reference {
         let ports = free_ports(2 * size);
         let url = |port: u16| format!("http://127.0.0.1:{port}");
         let cluster: Vec<_> = (0..size)
-            .map(|n| format!("r{n}={}", url(ports[2 * n + 1])))
+            .map(|n| format!("n{n}={}", url(ports[2 * n + 1])))
             .collect();
         let members = (0..size)
             .map(|n| {
                 let (client, peer) = (url(ports[2 * n]), url(ports[2 * n + 1]));
-                let data = directory.path().join(format!("r{n}.etcd"));
+                let data = directory.path().join(format!("n{n}.etcd"));
                 let mut command = etcd(&data);
                 command
-                    .args(["--name", &format!("r{n}")])
+                    .args(["--name", &format!("n{n}")])
                     .args(["--listen-client-urls", &client])
                     .args(["--advertise-client-urls", &client])
                     .args(["--listen-peer-urls", &peer])
