@@ -251,8 +251,11 @@ pub fn execute(
     answers: bool,
 ) -> Result<TxnReply, TxnError> {
     check(&txn, usize::MAX)?;
-    let mut chosen = Vec::new();
-    choose(overlay.base(), sessions, &txn, &mut chosen)?;
+    let (mut chosen, mut ranges) = (Vec::new(), Vec::new());
+    choose(overlay.base(), sessions, &txn, &mut chosen, &mut ranges)?;
+    for range in ranges {
+        check_state_for_range(overlay.base(), range)?;
+    }
     let mut run = Run {
         overlay,
         answers,
@@ -293,12 +296,14 @@ pub fn compare(keyspace: &Keyspace, compares: &[Compare]) -> Result<bool, TxnErr
 }
 
 /// Notes which branch runs, of each transaction that does, in the order in which they
-/// do; and refuses what cannot run on this state.
-fn choose(
+/// do; and refuses puts that cannot run on this state. What is wrong with a range comes
+/// after that, as in etcd.
+fn choose<'a>(
     keyspace: &Keyspace,
     sessions: &Sessions,
-    txn: &Txn,
+    txn: &'a Txn,
     chosen: &mut Vec<bool>,
+    ranges: &mut Vec<&'a Range>,
 ) -> Result<(), TxnError> {
     let succeeded = compare(keyspace, &txn.compares)?;
     chosen.push(succeeded);
@@ -310,8 +315,8 @@ fn choose(
     for operation in branch {
         match operation.operation.as_ref() {
             Some(Kind::Put(put)) => check_state_for_put(keyspace, sessions, put)?,
-            Some(Kind::Range(range)) => check_state_for_range(keyspace, range)?,
-            Some(Kind::Txn(txn)) => choose(keyspace, sessions, txn, chosen)?,
+            Some(Kind::Range(range)) => ranges.push(range),
+            Some(Kind::Txn(txn)) => choose(keyspace, sessions, txn, chosen, ranges)?,
             Some(Kind::DeleteRange(_)) | None => {}
         }
     }
@@ -687,6 +692,10 @@ mod tests {
                     asked: 2,
                     newest: 1,
                 }),
+            ),
+            (
+                vec![range("a", "", 2, 0), bound("a", "1", 9)],
+                TxnError::SessionNotAlive(SessionId(9)),
             ),
             (
                 vec![Operation { operation: None }],
