@@ -69,24 +69,27 @@ impl Model {
         Ok(reply)
     }
 
-    /// Whether what runs can do so, judged by the state before.
+    /// Whether what runs can do so, judged by the state before: all puts, then all
+    /// ranges.
     fn possible(&self, txn: &Txn) -> Result<(), TxnError> {
         let (newest, keys) = self.now();
-        for operation in chosen(keys, txn) {
-            match operation.operation.as_ref().unwrap() {
-                Kind::Put(put) => {
-                    if put.lease != 0 {
-                        return Err(TxnError::SessionNotAlive(conclave_core::ids::SessionId(
-                            put.lease,
-                        )));
-                    }
-                    if (put.ignore_value || put.ignore_lease) && !keys.contains_key(&put.key) {
-                        return Err(TxnError::KeyNotFound);
-                    }
+        let mut running = Vec::new();
+        leaves(keys, txn, &mut running);
+        for kind in &running {
+            if let Kind::Put(put) = kind {
+                if put.lease != 0 {
+                    return Err(TxnError::SessionNotAlive(conclave_core::ids::SessionId(
+                        put.lease,
+                    )));
                 }
-                Kind::Range(range) => self.readable(range.revision, newest)?,
-                Kind::Txn(txn) => self.possible(txn)?,
-                Kind::DeleteRange(_) => {}
+                if (put.ignore_value || put.ignore_lease) && !keys.contains_key(&put.key) {
+                    return Err(TxnError::KeyNotFound);
+                }
+            }
+        }
+        for kind in &running {
+            if let Kind::Range(range) = kind {
+                self.readable(range.revision, newest)?;
             }
         }
         Ok(())
@@ -115,6 +118,16 @@ fn chosen<'a>(keys: &Keys, txn: &'a Txn) -> &'a [Operation] {
         &txn.success
     } else {
         &txn.failure
+    }
+}
+
+/// The operations that run, those of transactions inside in their places.
+fn leaves<'a>(keys: &Keys, txn: &'a Txn, running: &mut Vec<&'a Kind>) {
+    for operation in chosen(keys, txn) {
+        match operation.operation.as_ref().unwrap() {
+            Kind::Txn(txn) => leaves(keys, txn, running),
+            kind => running.push(kind),
+        }
     }
 }
 
