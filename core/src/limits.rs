@@ -151,7 +151,7 @@ pub const APPENDS_INFLIGHT_MAX: usize = 32;
 /// Entries between two checkpoints, unless told otherwise.
 pub const CHECKPOINT_ENTRIES: u64 = 100_000;
 /// A checkpoint is also due when this many bytes were written to the log since
-/// the last one was begun, since a start reads them all.
+/// the last one was begun, since a start reads them all; of a large state, more.
 pub const CHECKPOINT_LOG_BYTES: u64 = 64 << 20;
 /// Versions and sessions that one turn copies for a checkpoint: a fraction of a
 /// millisecond.

@@ -732,8 +732,9 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         self.schedule
             .want(self.shared.wanted.load(Ordering::Relaxed));
         let written_bytes = self.log.written_bytes();
-        let applied = self.replica.state().applied();
-        if self.schedule.is_due(applied, written_bytes) {
+        let state = self.replica.state();
+        let (applied, state_bytes) = (state.applied(), state.bytes());
+        if self.schedule.is_due(applied, written_bytes, state_bytes) {
             self.schedule.begin(applied, written_bytes);
             self.replica.begin_image();
         }

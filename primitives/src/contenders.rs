@@ -195,10 +195,11 @@ impl Contenders {
             }
         }
         for (lock, before) in holders {
-            let Some(holder) = self.holder(&lock).cloned() else {
+            let Some((holder, wait)) = self.holder_and_wait(&lock) else {
                 continue;
             };
-            self.stop_wait(&holder);
+            let holder = holder.clone();
+            self.stop_wait(&holder, wait);
             #[cfg(conclave_plant)]
             let holder = match self.queue(&lock).nth(1) {
                 Some(second) if conclave_core::plant::is("grant-second") => second.clone(),
@@ -213,8 +214,15 @@ impl Contenders {
 
     /// Who holds this: nobody, while a delay runs.
     pub(crate) fn holder(&self, lock: &Bytes) -> Option<&Ticket> {
-        self.first(lock)
-            .filter(|first| matches!(self.tickets.get(first), Some(Standing::Contends(_))))
+        self.holder_and_wait(lock).map(|(holder, _)| holder)
+    }
+
+    /// The same, and when its wait would have ended.
+    fn holder_and_wait(&self, lock: &Bytes) -> Option<(&Ticket, Option<LogTime>)> {
+        match self.entries(lock).next()? {
+            (holder, Standing::Contends(end)) => Some((holder, *end)),
+            (_, Standing::Delays(_)) => None,
+        }
     }
 
     /// Who is in the way of everyone else: the holder, or one that was lost.
@@ -224,8 +232,13 @@ impl Contenders {
 
     /// Everyone who contends for this, the first first.
     pub(crate) fn queue(&self, lock: &Bytes) -> impl Iterator<Item = &Ticket> {
-        let range = Ticket::before(lock)..Ticket::behind(lock);
-        self.tickets.range(range).map(|(ticket, _)| ticket)
+        self.entries(lock).map(|(ticket, _)| ticket)
+    }
+
+    /// One descent: where the name ends is seen when it is reached.
+    fn entries(&self, lock: &Bytes) -> impl Iterator<Item = (&Ticket, &Standing)> {
+        let behind = self.tickets.range(Ticket::before(lock)..);
+        behind.take_while(move |(ticket, _)| ticket.name() == lock)
     }
 
     /// The first of everything behind this name, in order of name. A step costs
@@ -302,12 +315,9 @@ impl Contenders {
         matches!(standing, Standing::Contends(_)).then_some(ticket)
     }
 
-    fn stop_wait(&mut self, ticket: &Ticket) {
-        if let Some(Standing::Contends(Some(end))) = self.tickets.get(ticket) {
-            self.timers.remove(&(*end, ticket.clone()));
-        }
-        if let Some(end) = self.deadlines.get(ticket) {
-            self.timers.remove(&(*end, ticket.clone()));
+    fn stop_wait(&mut self, ticket: &Ticket, wait: Option<LogTime>) {
+        for end in wait.into_iter().chain(self.deadlines.get(ticket).copied()) {
+            self.timers.remove(&(end, ticket.clone()));
         }
     }
 }

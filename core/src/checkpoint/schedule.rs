@@ -40,14 +40,22 @@ impl Schedule {
         self.wanted = at_least;
     }
 
-    /// Whether to write one now: enough entries are applied since the newest, or
-    /// so much was written to the log, or another member needs one.
-    pub fn is_due(&self, applied: Index, written_bytes: u64) -> bool {
+    /// Whether to write one now, of a state of so many bytes: enough entries are applied
+    /// since the newest, or so much was written to the log, or another member needs one.
+    pub fn is_due(&self, applied: Index, written_bytes: u64, state_bytes: u64) -> bool {
         let entries = applied.saturating_sub(self.newest);
         let bytes = written_bytes.saturating_sub(self.begun_bytes);
         let is_wanted = self.newest < self.wanted && self.wanted <= applied;
-        let is_enough = entries >= self.every || bytes >= limits::CHECKPOINT_LOG_BYTES || is_wanted;
+        let is_enough = entries >= self.every || bytes >= self.enough(state_bytes) || is_wanted;
         is_enough && entries > 0 && !self.is_writing
+    }
+
+    /// Bytes of log after which a checkpoint is worth it: about what it takes itself, as
+    /// the size of a state counts what memory holds around its keys, too. So writing
+    /// checkpoints costs about as much as writing the log, however large the state is.
+    fn enough(&self, state_bytes: u64) -> u64 {
+        let as_many = (state_bytes / 4).min(self.log_bytes_max / 4);
+        as_many.max(limits::CHECKPOINT_LOG_BYTES)
     }
 
     /// The one that ends with this entry is being written.
@@ -119,15 +127,25 @@ mod tests {
     #[test]
     fn a_checkpoint_is_due_after_so_many_entries_or_bytes() {
         let mut schedule = Schedule::new(100, limits::LOG_BYTES_MAX, 50);
-        assert!(!schedule.is_due(149, 0));
-        assert!(schedule.is_due(150, 0));
-        assert!(schedule.is_due(51, limits::CHECKPOINT_LOG_BYTES));
-        assert!(!schedule.is_due(50, limits::CHECKPOINT_LOG_BYTES));
+        assert!(!schedule.is_due(149, 0, 0));
+        assert!(schedule.is_due(150, 0, 0));
+        assert!(schedule.is_due(51, limits::CHECKPOINT_LOG_BYTES, 0));
+        assert!(!schedule.is_due(50, limits::CHECKPOINT_LOG_BYTES, 0));
         schedule.begin(150, 1_000);
-        assert!(!schedule.is_due(500, 2 * limits::CHECKPOINT_LOG_BYTES));
+        assert!(!schedule.is_due(500, 2 * limits::CHECKPOINT_LOG_BYTES, 0));
         schedule.complete(150);
-        assert!(!schedule.is_due(249, limits::CHECKPOINT_LOG_BYTES));
-        assert!(schedule.is_due(250, 0));
+        assert!(!schedule.is_due(249, limits::CHECKPOINT_LOG_BYTES, 0));
+        assert!(schedule.is_due(250, 0, 0));
+    }
+
+    #[test]
+    fn of_a_large_state_a_checkpoint_is_due_after_as_much_log() {
+        let schedule = Schedule::new(100, limits::LOG_BYTES_MAX, 50);
+        let large = 8 * limits::CHECKPOINT_LOG_BYTES;
+        assert!(!schedule.is_due(51, large / 4 - 1, large));
+        assert!(schedule.is_due(51, large / 4, large));
+        // The log has room for what two of them leave in it, whatever the state takes.
+        assert!(schedule.is_due(51, limits::LOG_BYTES_MAX / 4, u64::MAX));
     }
 
     #[test]
@@ -150,25 +168,25 @@ mod tests {
     fn one_of_another_member_takes_the_place_of_all() {
         let mut schedule = Schedule::new(100, limits::LOG_BYTES_MAX, 50);
         schedule.receive();
-        assert!(schedule.is_busy() && !schedule.is_due(500, 0));
+        assert!(schedule.is_busy() && !schedule.is_due(500, 0, 0));
         schedule.discard();
-        assert!(schedule.is_due(500, 0));
+        assert!(schedule.is_due(500, 0, 0));
         schedule.receive();
         schedule.install(700);
         assert_eq!((schedule.newest(), schedule.is_busy()), (700, false));
         assert_eq!(schedule.cut(700, None, limits::LOG_BYTES_MAX + 1), 0);
-        assert!(!schedule.is_due(700, 0));
-        assert!(schedule.is_due(800, 0));
+        assert!(!schedule.is_due(700, 0, 0));
+        assert!(schedule.is_due(800, 0, 0));
     }
 
     #[test]
     fn a_checkpoint_that_a_member_needs_is_due_once_it_can_be_made() {
         let mut schedule = Schedule::new(100, limits::LOG_BYTES_MAX, 50);
         schedule.want(60);
-        assert!(!schedule.is_due(59, 0));
-        assert!(schedule.is_due(60, 0));
+        assert!(!schedule.is_due(59, 0, 0));
+        assert!(schedule.is_due(60, 0, 0));
         schedule.begin(60, 0);
         schedule.complete(60);
-        assert!(!schedule.is_due(61, 0));
+        assert!(!schedule.is_due(61, 0, 0));
     }
 }

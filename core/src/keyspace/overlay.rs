@@ -77,36 +77,40 @@ impl<'a> Overlay<'a> {
     pub fn put(&mut self, key: Bytes, value: Bytes, lease: Option<SessionId>) {
         assert!(!key.is_empty(), "a key is never empty");
         let revision = self.revision();
-        let before = self.get(&key);
+        let before = self.get(&key).cloned();
         let own = |bytes: &Bytes| Bytes::copy_from_slice(bytes);
-        let key = before.map_or_else(|| own(&key), |record| record.key.clone());
+        let key = before
+            .as_ref()
+            .map_or_else(|| own(&key), |record| record.key.clone());
+        let (create_revision, version) = before
+            .as_ref()
+            .map_or((revision, 0), |record| (record.create_revision, record.version));
         let after = Record {
             key: key.clone(),
             value: own(&value),
-            create_revision: before.map_or(revision, |record| record.create_revision),
+            create_revision,
             mod_revision: revision,
-            version: before.map_or(1, |record| record.version + 1),
+            version: version + 1,
             lease,
         };
-        self.write(key, Some(after));
+        self.write(key, before, Some(after));
     }
 
     /// Deletes a key; whether it was there.
     pub fn delete(&mut self, key: &[u8]) -> bool {
-        let Some(record) = self.get(key) else {
+        let Some(record) = self.get(key).cloned() else {
             return false;
         };
-        let key = record.key.clone();
-        self.write(key, None);
+        self.write(record.key.clone(), Some(record), None);
         true
     }
 
     /// Deletes a range; how many were there.
     pub fn delete_range(&mut self, range: &KeyRange) -> usize {
-        let keys: Vec<Bytes> = self.range(range).map(|record| record.key.clone()).collect();
-        let deleted = keys.len();
-        for key in keys {
-            self.write(key, None);
+        let records: Vec<Record> = self.range(range).cloned().collect();
+        let deleted = records.len();
+        for record in records {
+            self.write(record.key.clone(), Some(record), None);
         }
         deleted
     }
@@ -124,12 +128,12 @@ impl<'a> Overlay<'a> {
         }
     }
 
-    fn write(&mut self, key: Bytes, after: Option<Record>) {
+    fn write(&mut self, key: Bytes, before: Option<Record>, after: Option<Record>) {
         let change = Change {
             revision: self.revision(),
             sub: u32::try_from(self.changes.len())
                 .expect("a command has fewer writes than it has bytes or there are keys"),
-            before: self.get(&key).cloned(),
+            before,
             after,
             key: key.clone(),
         };
