@@ -89,7 +89,7 @@ pub trait Machine: fmt::Debug + PartialEq + Sized {
     fn holdings(&self, state: View<'_>, session: SessionId) -> Self::Answer;
 
     /// Adds to the writes of a transaction on plain keys what has to change with them.
-    fn follow(overlay: &mut Overlay<'_>);
+    fn follow(&self, overlay: &mut Overlay<'_>);
 
     /// Takes note of changed keys, and says what follows from them.
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Self::Note>) -> Settled<Self>;

@@ -412,7 +412,7 @@ impl<M: Machine> State<M> {
             Ok(reply) => reply,
             Err(error) => return Some(Err(error)),
         };
-        M::follow(&mut overlay);
+        self.machine.follow(&mut overlay);
         let writes = overlay.into_writes();
         if self.lacks_space_for(&writes) {
             return None;

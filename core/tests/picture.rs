@@ -61,7 +61,7 @@ impl Machine for Notes {
 
     fn withdraw(&self, _: &mut Context<'_>, _: SessionId, _: &[u64]) {}
 
-    fn follow(_: &mut Overlay<'_>) {}
+    fn follow(&self, _: &mut Overlay<'_>) {}
 
     fn holdings(&self, _: View<'_>, _: SessionId) {}
 

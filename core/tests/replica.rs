@@ -141,7 +141,7 @@ impl Machine for Register {
 
     fn withdraw(&self, _: &mut Context<'_>, _: SessionId, _: &[u64]) {}
 
-    fn follow(_: &mut Overlay<'_>) {}
+    fn follow(&self, _: &mut Overlay<'_>) {}
 
     fn holdings(&self, state: View<'_>, _: SessionId) -> Bytes {
         self.query(state, ())

@@ -45,6 +45,8 @@ pub(crate) struct Contenders {
     tickets: BTreeMap<Ticket, Standing>,
     /// How many candidates an election has; by what lies beside their keys.
     elections: BTreeMap<Bytes, usize>,
+    /// How many plain contenders of a lock have waited; by what lies beside their keys.
+    plain_waits: BTreeMap<Bytes, usize>,
     /// When candidates wait no longer.
     deadlines: BTreeMap<Ticket, LogTime>,
     /// The waits and delays that end. A holder waits no more and is not here.
@@ -135,6 +137,7 @@ impl Contenders {
         let mut contenders = Self::default();
         for record in keyspace.range(&keys, None) {
             contenders.insert_beside(record);
+            contenders.insert_plain_wait(&record.key);
             if let Some(ticket) = Ticket::of(record) {
                 tickets.push((ticket, Standing::of(record)));
             }
@@ -163,6 +166,7 @@ impl Contenders {
         let mut shift = Shift::default();
         let mut holders = BTreeMap::<Bytes, Option<Ticket>>::new();
         for change in changes {
+            self.update_plain_waits(change);
             let candidate = name::candidate_of(&change.key);
             let Some(lock) = name::lock_of(candidate.as_ref().unwrap_or(&change.key)) else {
                 continue;
@@ -259,6 +263,12 @@ impl Contenders {
         self.elections.range(behind).map(|(name, _)| name)
     }
 
+    /// Whether something lies beside the key of any contender for this: most often
+    /// nothing, and this is known without a look at the keys.
+    pub(crate) fn has_beside(&self, lock: &[u8]) -> bool {
+        self.elections.contains_key(lock) || self.plain_waits.contains_key(lock)
+    }
+
     /// The wait or delay that ends first, and when.
     pub(crate) fn first_timer(&self) -> Option<&(LogTime, Ticket)> {
         self.timers.first()
@@ -271,12 +281,7 @@ impl Contenders {
                 self.deadlines.remove(&ticket);
                 self.timers.remove(&(end, ticket.clone()));
             }
-            let candidates = self.elections.get_mut(ticket.name());
-            let candidates = candidates.expect("it was counted when it came");
-            *candidates -= 1;
-            if *candidates == 0 {
-                self.elections.remove(ticket.name());
-            }
+            uncount(&mut self.elections, ticket.name());
         }
         if let Some(record) = &change.after {
             self.insert_beside(record);
@@ -291,6 +296,24 @@ impl Contenders {
         if let Some(end) = end {
             self.timers.insert((end, ticket.clone()));
             self.deadlines.insert(ticket, end);
+        }
+    }
+
+    fn update_plain_waits(&mut self, change: &Change) {
+        match (&change.before, &change.after) {
+            (None, Some(_)) => self.insert_plain_wait(&change.key),
+            (Some(_), None) => {
+                if let Some(lock) = name::plain_wait_of(&change.key) {
+                    uncount(&mut self.plain_waits, &lock);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn insert_plain_wait(&mut self, key: &Bytes) {
+        if let Some(lock) = name::plain_wait_of(key) {
+            *self.plain_waits.entry(lock).or_default() += 1;
         }
     }
 
@@ -319,6 +342,15 @@ impl Contenders {
         for end in wait.into_iter().chain(self.deadlines.get(ticket).copied()) {
             self.timers.remove(&(end, ticket.clone()));
         }
+    }
+}
+
+/// Takes back what was counted.
+fn uncount(counts: &mut BTreeMap<Bytes, usize>, name: &[u8]) {
+    let count = counts.get_mut(name).expect("it was counted when it came");
+    *count -= 1;
+    if *count == 0 {
+        counts.remove(name);
     }
 }
 

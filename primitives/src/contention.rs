@@ -26,7 +26,7 @@ use crate::{
     Answer, Event, Primitives, Rejection, Reply,
     contenders::{Contenders, Shift, Ticket},
     kept,
-    name::{beside, campaign_key, contender_key, lock_of, owner_of},
+    name::{self, campaign_key, contender_key, lock_of, owner_of},
     value::{self, native},
 };
 
@@ -120,6 +120,7 @@ pub struct Contender {
 
 /// Withdraws an acquire or a campaign, whatever became of it.
 pub(crate) fn cancel(
+    contenders: &Contenders,
     context: &mut Context<'_>,
     command: LockCancel,
 ) -> Result<Executed, Rejection> {
@@ -137,8 +138,8 @@ pub(crate) fn cancel(
         context.session(id).map_err(Rejection::SessionEnded)?;
     }
     let found = context.overlay.get(&key).cloned();
-    match found.filter(|record| asked_by(context, record, entry)) {
-        Some(record) => leave(context, &record, entry),
+    match found.filter(|record| asked_by(contenders, context, record, entry)) {
+        Some(record) => leave(contenders, context, &record, entry),
         None if is_numbered => forestall(context, id, entry)?,
         None => {}
     }
@@ -168,8 +169,9 @@ pub(crate) fn withdraw(
     for key in keyspace.keys_of(session) {
         let record = live(keyspace.get(key));
         let waits = lock_of(key).is_some_and(|lock| !holds(contenders, &lock, record));
-        if waits && request_of(keyspace, record).is_some_and(|request| !wanted.contains(&request)) {
-            remove(context, record);
+        let request = request_of(contenders, keyspace, record);
+        if waits && request.is_some_and(|request| !wanted.contains(&request)) {
+            remove(contenders, context, record);
         }
     }
 }
@@ -185,7 +187,7 @@ pub(crate) fn fire(contenders: &Contenders, context: &mut Context<'_>) -> Note {
         .first_timer()
         .expect("fired only when a timer is due");
     context.overlay.delete(&waiter.key);
-    remove_beside(&mut context.overlay, &waiter.key);
+    remove_beside(contenders, &mut context.overlay, &waiter.key);
     Note::WaitTimedOut
 }
 
@@ -242,7 +244,7 @@ fn loss(cause: &Cause<'_, Note>) -> Option<LossReason> {
 
 /// What is beside a contender's key goes with the key, and with its session's hold on
 /// it: so it is that of the contender who is there.
-pub(crate) fn follow(overlay: &mut Overlay<'_>) {
+pub(crate) fn follow(contenders: &Contenders, overlay: &mut Overlay<'_>) {
     let left = |change: &conclave_core::keyspace::Change| {
         let before = change.before.as_ref()?;
         let stays = change
@@ -253,7 +255,7 @@ pub(crate) fn follow(overlay: &mut Overlay<'_>) {
     };
     let left: Vec<Bytes> = overlay.changes().iter().filter_map(left).collect();
     for key in left {
-        remove_beside(overlay, &key);
+        remove_beside(contenders, overlay, &key);
     }
 }
 
@@ -277,7 +279,7 @@ pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: Sessio
             is_candidate: is_candidate(view.keyspace, key),
         };
         if holds(contenders, &lock, record) {
-            let campaign = request_of(view.keyspace, record);
+            let campaign = request_of(contenders, view.keyspace, record);
             let entries = match native(record) {
                 Some(value) => value::entries(&value).collect(),
                 None => vec![campaign.unwrap_or(0)],
@@ -287,7 +289,7 @@ pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: Sessio
                 entries,
             });
         } else {
-            let number = request_of(view.keyspace, record);
+            let number = request_of(contenders, view.keyspace, record);
             let is_number = |number: &u64| *number <= limits::REQUEST_NUMBER_MAX;
             let request = number.filter(is_number).unwrap_or(0);
             waiting.push(Waiting { contends, request });
@@ -302,14 +304,21 @@ pub(crate) fn grants_of(contenders: &Contenders, view: View<'_>, session: Sessio
 }
 
 /// How a contender stands in a list, as of its record in these keys.
-pub(crate) fn listed(view: View<'_>, ticket: &Ticket, place: usize) -> Contender {
+pub(crate) fn listed(
+    contenders: &Contenders,
+    view: View<'_>,
+    ticket: &Ticket,
+    place: usize,
+) -> Contender {
     let record = live(view.keyspace.get(&ticket.key));
     let name = session_name(view.sessions, record);
-    contender(view.keyspace, record, name, view.system.log_time(), place)
+    let now = view.system.log_time();
+    contender(contenders, view.keyspace, record, name, now, place)
 }
 
 /// A contender as it is listed, at this time.
 pub(crate) fn contender(
+    contenders: &Contenders,
     keyspace: &Keyspace,
     record: &Record,
     session_name: String,
@@ -320,7 +329,7 @@ pub(crate) fn contender(
     let delay_left_ms = delay
         .as_ref()
         .map(|delay| delay.delay_until_ms.saturating_sub(now));
-    let beside = beside_of(keyspace, &record.key);
+    let beside = beside_of(contenders, keyspace, &record.key);
     let is_candidate = is_candidate(keyspace, &record.key);
     let value = value::native_or_lost(record);
     let asked = value.as_ref().map(|value| value.asked_ms);
@@ -402,7 +411,12 @@ pub(crate) fn is_candidate(keyspace: &Keyspace, key: &Bytes) -> bool {
 
 /// Undoes one acquire, by its number or tag, or the newest for 0: with the last one
 /// goes the key.
-pub(crate) fn leave(context: &mut Context<'_>, record: &Record, entry: u64) {
+pub(crate) fn leave(
+    contenders: &Contenders,
+    context: &mut Context<'_>,
+    record: &Record,
+    entry: u64,
+) {
     let shared = value::native_or_lost(record).and_then(|value| value::without(value, entry));
     #[cfg(conclave_plant)]
     let shared = shared.filter(|_| !conclave_core::plant::is("one-release-frees-all"));
@@ -411,7 +425,7 @@ pub(crate) fn leave(context: &mut Context<'_>, record: &Record, entry: u64) {
             context.gives_back();
             rewrite(context, record, &value);
         }
-        None => remove(context, record),
+        None => remove(contenders, context, record),
     }
 }
 
@@ -422,15 +436,21 @@ pub(crate) fn rewrite(context: &mut Context<'_>, record: &Record, value: &LockCo
 }
 
 /// Deletes a contender's key, with what is beside it.
-pub(crate) fn remove(context: &mut Context<'_>, record: &Record) {
+pub(crate) fn remove(contenders: &Contenders, context: &mut Context<'_>, record: &Record) {
     context.overlay.delete(&record.key);
-    remove_beside(&mut context.overlay, &record.key);
+    remove_beside(contenders, &mut context.overlay, &record.key);
 }
 
-fn remove_beside(overlay: &mut Overlay<'_>, key: &Bytes) {
-    for beside in beside(key) {
+fn remove_beside(contenders: &Contenders, overlay: &mut Overlay<'_>, key: &Bytes) {
+    for beside in beside(contenders, key) {
         overlay.delete(&beside);
     }
+}
+
+/// All that may lie beside a contender's key.
+fn beside(contenders: &Contenders, key: &Bytes) -> impl Iterator<Item = Bytes> {
+    let may = lock_of(key).is_some_and(|lock| contenders.has_beside(&lock));
+    may.then(|| name::beside(key)).into_iter().flatten()
 }
 
 /// Puts a request beside the key of its contender, which has no room for it.
@@ -453,27 +473,32 @@ pub(crate) fn entry_of(request: Option<&conclave_proto::internal::Request>, tag:
 }
 
 /// Whether the request with this number or tag made the key or shares it.
-pub(crate) fn asked_by(context: &Context<'_>, record: &Record, entry: u64) -> bool {
+pub(crate) fn asked_by(
+    contenders: &Contenders,
+    context: &Context<'_>,
+    record: &Record,
+    entry: u64,
+) -> bool {
     if entry == 0 {
         return false;
     }
-    if let Some(campaign) = beside_of(context.overlay.base(), &record.key) {
+    if let Some(campaign) = beside_of(contenders, context.overlay.base(), &record.key) {
         return campaign.request == entry;
     }
     native(record).is_some_and(|value| value::entries(&value).any(|other| other == entry))
 }
 
 /// The first request of a contender of this API.
-fn request_of(keyspace: &Keyspace, record: &Record) -> Option<u64> {
-    match beside_of(keyspace, &record.key) {
+fn request_of(contenders: &Contenders, keyspace: &Keyspace, record: &Record) -> Option<u64> {
+    match beside_of(contenders, keyspace, &record.key) {
         Some(campaign) => Some(campaign.request),
         None => native(record).map(|value| value.request),
     }
 }
 
 /// What is beside a contender's key.
-fn beside_of(keyspace: &Keyspace, key: &Bytes) -> Option<Campaign> {
-    let beside = beside(key).into_iter().find_map(|key| keyspace.get(&key));
+fn beside_of(contenders: &Contenders, keyspace: &Keyspace, key: &Bytes) -> Option<Campaign> {
+    let beside = beside(contenders, key).find_map(|key| keyspace.get(&key));
     beside.and_then(value::campaign)
 }
 

@@ -193,7 +193,7 @@ pub(crate) fn resign(
     let key = contender_key(&name, SessionId(session_id), &owner)?;
     let lock = Bytes::from(name);
     let leader = leading(contenders, context, &lock, &key, token)?;
-    remove(context, &leader);
+    remove(contenders, context, &leader);
     Ok(done(Reply::Resigned, Note::Released))
 }
 
@@ -296,7 +296,7 @@ fn election_info(
     let candidates: Vec<Contender> = queue
         .by_ref()
         .take(*shown_left)
-        .map(|(place, ticket)| listed(view, ticket, place))
+        .map(|(place, ticket)| listed(contenders, view, ticket, place))
         .collect();
     *shown_left -= candidates.len();
     ElectionInfo {

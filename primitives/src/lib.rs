@@ -259,7 +259,7 @@ impl Machine for Primitives {
         match command {
             Command::LockAcquire(command) => mutex::acquire(&self.contenders, context, command),
             Command::LockRelease(command) => mutex::release(&self.contenders, context, command),
-            Command::LockCancel(command) => contention::cancel(context, command),
+            Command::LockCancel(command) => contention::cancel(&self.contenders, context, command),
             Command::LockForceRelease(command) => {
                 mutex::force_release(&self.contenders, context, command)
             }
@@ -293,8 +293,8 @@ impl Machine for Primitives {
         contention::grants_of(&self.contenders, view, session)
     }
 
-    fn follow(overlay: &mut Overlay<'_>) {
-        contention::follow(overlay);
+    fn follow(&self, overlay: &mut Overlay<'_>) {
+        contention::follow(&self.contenders, overlay);
     }
 
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Note>) -> Settled<Self> {

@@ -170,7 +170,9 @@ fn join(
     let key = record.key.clone();
     let holds = holds(contenders, lock, record);
     let shared = native(record).filter(|value| holds && value.reentrant && reentrant);
-    let Some(mut value) = shared.filter(|_| entry != 0 && !asked_by(context, record, entry)) else {
+    let Some(mut value) =
+        shared.filter(|_| entry != 0 && !asked_by(contenders, context, record, entry))
+    else {
         return Err(Rejection::AlreadyContending { token });
     };
     if value::entries(&value).count() >= limits::LOCK_ENTRIES_MAX {
@@ -205,7 +207,7 @@ pub(crate) fn release(
     let grant = context.overlay.get(&key).filter(|record| {
         record.create_revision == token
             && is_first(contenders, &lock, record)
-            && is_undone_by(context, record, entry)
+            && is_undone_by(contenders, context, record, entry)
     });
     #[cfg(conclave_plant)]
     let grant = match context.overlay.get(&key) {
@@ -215,7 +217,7 @@ pub(crate) fn release(
     let Some(grant) = grant.cloned() else {
         return Err(not_holder(context, &lock, token));
     };
-    leave(context, &grant, entry);
+    leave(contenders, context, &grant, entry);
     Ok(done(Reply::Released, Note::Released))
 }
 
@@ -248,6 +250,7 @@ pub(crate) fn force_release(
         .map(|session| session.name.clone())
         .unwrap_or_default();
     let released = contender(
+        contenders,
         context.overlay.base(),
         &record,
         session_name,
@@ -268,7 +271,7 @@ pub(crate) fn force_release(
             context.gives_back();
             context.overlay.put(record.key, left, None);
         }
-        _ => remove(context, &record),
+        _ => remove(contenders, context, &record),
     }
     Ok(done(Reply::ForceReleased(released), Note::Forced(reason)))
 }
@@ -332,12 +335,12 @@ fn lock_info(
     let waiters: Vec<Contender> = queue
         .by_ref()
         .take(*waiters_left)
-        .map(|(place, ticket)| listed(view, ticket, place))
+        .map(|(place, ticket)| listed(contenders, view, ticket, place))
         .collect();
     *waiters_left -= waiters.len();
     LockInfo {
         name: first.lock_name(),
-        holder: listed(view, first, 0),
+        holder: listed(contenders, view, first, 0),
         waiters_total: waiters.len() + queue.count(),
         waiters,
     }
@@ -346,10 +349,15 @@ fn lock_info(
 /// Whether a release that names this acquire, or the newest by 0, undoes one. What a
 /// lost holder left and others may share is undone by names alone: its session is
 /// over, and so nothing tells a release that comes twice from two of them.
-fn is_undone_by(context: &Context<'_>, record: &Record, entry: u64) -> bool {
+fn is_undone_by(
+    contenders: &Contenders,
+    context: &Context<'_>,
+    record: &Record,
+    entry: u64,
+) -> bool {
     match value::delay(record) {
         Some(left) if entry == 0 => !left.reentrant,
         Some(left) => value::entries(&left).any(|other| other == entry),
-        None => entry == 0 || asked_by(context, record, entry),
+        None => entry == 0 || asked_by(contenders, context, record, entry),
     }
 }

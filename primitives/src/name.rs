@@ -136,6 +136,12 @@ pub(crate) fn candidate_of(key: &Bytes) -> Option<Bytes> {
         .then(|| key.slice(CAMPAIGNS.len()..))
 }
 
+/// The lock for which a plain contender waits beside whose key this one is, if it is.
+pub(crate) fn plain_wait_of(key: &Bytes) -> Option<Bytes> {
+    let is_beside = key.starts_with(PLAIN_WAITS);
+    is_beside.then(|| lock_of(&key.slice(PLAIN_WAITS.len()..)))?
+}
+
 /// The owner that a contender's key names: empty if it names none, or none that
 /// this API would have written.
 pub fn owner_of(key: &[u8]) -> String {

@@ -82,9 +82,9 @@ impl<'a> Overlay<'a> {
         let key = before
             .as_ref()
             .map_or_else(|| own(&key), |record| record.key.clone());
-        let (create_revision, version) = before
-            .as_ref()
-            .map_or((revision, 0), |record| (record.create_revision, record.version));
+        let (create_revision, version) = before.as_ref().map_or((revision, 0), |record| {
+            (record.create_revision, record.version)
+        });
         let after = Record {
             key: key.clone(),
             value: own(&value),

@@ -82,10 +82,11 @@ pub(super) async fn contend(
     let id = lease.id;
     let contender = (name, id, String::new());
     let waits = run_unnumbered(&etcd.0, contender, |tag| command(id, tag));
-    let (header, reply) = match lease.is_ours {
-        true => waits.await,
+    let (outcome, was_alive) = match lease.is_ours {
+        true => (waits.await, true),
         false => renewed_once(etcd, id, waits).await,
-    }?;
+    };
+    let (header, reply) = outcome.map_err(|refusal| place_lost(refusal, was_alive))?;
     let Reply::Granted { key, token } = reply else {
         return Err(ANOTHER_KIND);
     };
@@ -98,16 +99,19 @@ pub(super) async fn contend(
     })
 }
 
-/// As in etcd, a call that is given a lease renews it, whatever comes of the call.
-async fn renewed_once<T>(etcd: &Etcd, id: i64, call: impl Future<Output = T>) -> T {
+/// As in etcd, a call that is given a lease renews it, whatever comes of the call. With
+/// whether the lease was alive then, as far as is known.
+async fn renewed_once<T>(etcd: &Etcd, id: i64, call: impl Future<Output = T>) -> (T, bool) {
     let of = Attachment::present(SessionId(id));
-    let renewed = async {
-        if let Err(refusal) = etcd.renew(of).await {
+    let (outcome, renewed) = tokio::join!(call, etcd.renew(of));
+    let is_gone = match renewed {
+        Ok(_) => false,
+        Err(refusal) => {
             tracing::debug!(%refusal, "a lease was not renewed by a call that came with it");
+            matches!(refusal, Refusal::SessionEnded(_))
         }
     };
-    let (called, ()) = tokio::join!(call, renewed);
-    called
+    (outcome, !is_gone)
 }
 
 async fn lease_of(etcd: &Etcd, id: i64) -> Result<Lease, Error> {
@@ -177,19 +181,20 @@ pub(super) async fn run(
     Ok((etcd.header(answer.revision, answer.term), reply.succeeded))
 }
 
-/// What a call is told whose place is gone. etcd knows only one reason.
-pub(super) fn place_lost(error: Error) -> Error {
-    match error {
-        Error::Refused(Refusal::Rejected(rejection)) => match rejection {
-            Rejection::SessionEnded(EndReason::Unknown) => {
-                Error::Refused(Refusal::SessionEnded(EndReason::Unknown))
-            }
-            Rejection::SessionEnded(_) | Rejection::PlaceLost(_) | Rejection::Cancelled => {
-                Error::SessionExpired
-            }
-            Rejection::AlreadyContending { .. } => Error::OtherContender,
-            rejection => Error::Refused(Refusal::Rejected(rejection)),
-        },
-        error => error,
+/// What a call is told that was refused, or whose place is gone. For that, etcd knows
+/// only one reason, but it tells a lease that was not there at all.
+fn place_lost(refusal: Refusal, was_alive: bool) -> Error {
+    let Refusal::Rejected(rejection) = refusal else {
+        return refusal.into();
+    };
+    match rejection {
+        Rejection::SessionEnded(end) if end == EndReason::Unknown || !was_alive => {
+            Error::Refused(Refusal::SessionEnded(end))
+        }
+        Rejection::SessionEnded(_) | Rejection::PlaceLost(_) | Rejection::Cancelled => {
+            Error::SessionExpired
+        }
+        Rejection::AlreadyContending { .. } => Error::OtherContender,
+        rejection => Error::Refused(Refusal::Rejected(rejection)),
     }
 }

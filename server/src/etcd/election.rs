@@ -26,7 +26,7 @@ use tonic::{Request, Response, Status};
 
 use super::{
     Etcd,
-    contention::{contend, if_made_at, name_of, place_lost},
+    contention::{contend, if_made_at, name_of},
     signed,
     status::Error,
 };
@@ -106,9 +106,7 @@ async fn campaign(etcd: &Etcd, request: CampaignRequest) -> Result<CampaignRespo
             ..ElectCampaign::default()
         })
     };
-    let granted = contend(etcd, text.clone(), lease, command)
-        .await
-        .map_err(place_lost)?;
+    let granted = contend(etcd, text.clone(), lease, command).await?;
     let leader = LeaderKey {
         name,
         key: granted.key,

@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 
 use super::{
     Etcd,
-    contention::{contend, name_of, place_lost, run},
+    contention::{contend, name_of, run},
     status::Error,
 };
 use crate::metrics::Method;
@@ -53,9 +53,7 @@ async fn lock(etcd: &Etcd, request: LockRequest) -> Result<LockResponse, Error> 
             ..LockAcquire::default()
         })
     };
-    let granted = contend(etcd, name.clone(), lease, command)
-        .await
-        .map_err(place_lost)?;
+    let granted = contend(etcd, name.clone(), lease, command).await?;
     Ok(LockResponse {
         header: granted.header,
         key: granted.key,
