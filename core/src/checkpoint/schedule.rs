@@ -50,11 +50,11 @@ impl Schedule {
         is_enough && entries > 0 && !self.is_writing
     }
 
-    /// Bytes of log after which a checkpoint is worth it: about what it takes itself, as
-    /// the size of a state counts what memory holds around its keys, too. So writing
-    /// checkpoints costs about as much as writing the log, however large the state is.
+    /// Bytes of log after which a checkpoint is worth it: about what is written and read
+    /// back for it, as the size of a state counts what memory holds around its keys, too.
+    /// So checkpoints cost about as much as the log, however large the state is.
     fn enough(&self, state_bytes: u64) -> u64 {
-        let as_many = (state_bytes / 4).min(self.log_bytes_max / 4);
+        let as_many = (state_bytes / 3).min(self.log_bytes_max / 4);
         as_many.max(limits::CHECKPOINT_LOG_BYTES)
     }
 
@@ -141,9 +141,9 @@ mod tests {
     #[test]
     fn of_a_large_state_a_checkpoint_is_due_after_as_much_log() {
         let schedule = Schedule::new(100, limits::LOG_BYTES_MAX, 50);
-        let large = 8 * limits::CHECKPOINT_LOG_BYTES;
-        assert!(!schedule.is_due(51, large / 4 - 1, large));
-        assert!(schedule.is_due(51, large / 4, large));
+        let large = 6 * limits::CHECKPOINT_LOG_BYTES;
+        assert!(!schedule.is_due(51, large / 3 - 1, large));
+        assert!(schedule.is_due(51, large / 3, large));
         // The log has room for what two of them leave in it, whatever the state takes.
         assert!(schedule.is_due(51, limits::LOG_BYTES_MAX / 4, u64::MAX));
     }

@@ -630,8 +630,9 @@ impl Node {
             return;
         };
         let written_bytes = running.log.written_bytes();
-        let applied = running.replica.state().applied();
-        let is_due = running.schedule.is_due(applied, written_bytes);
+        let state = running.replica.state();
+        let (applied, state_bytes) = (state.applied(), state.bytes());
+        let is_due = running.schedule.is_due(applied, written_bytes, state_bytes);
         if is_due {
             // The thread that writes does one thing after the other.
             self.adopt(ground);
