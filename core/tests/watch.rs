@@ -113,7 +113,7 @@ impl World {
     fn new() -> Self {
         let keyspace = Keyspace::new();
         Self {
-            hub: Hub::new(keyspace.revision()),
+            hub: Hub::new(keyspace.revision(), limits::WATCH_QUEUE_BYTES_MAX),
             keyspace,
             history: Vec::new(),
             readers: BTreeMap::new(),

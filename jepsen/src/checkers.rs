@@ -21,6 +21,7 @@ pub(crate) mod serializable;
 pub(crate) mod shared;
 pub(crate) mod tokens_grow;
 pub(crate) mod wakeups;
+pub(crate) mod watched;
 
 /// The checker that no file holds: a node stops only when its disk failed.
 pub(crate) const STAYS_UP: &str = "stays_up";

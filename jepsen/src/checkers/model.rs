@@ -103,6 +103,19 @@ impl Model {
         }
     }
 
+    /// The events of a range from one revision to another, both included, in order.
+    pub(crate) fn events(
+        &self,
+        (from, upto): (Revision, Revision),
+        mut wanted: impl FnMut(&Event) -> bool,
+    ) -> Vec<&Event> {
+        if from > upto {
+            return Vec::new();
+        }
+        let all = self.events.range(from..=upto).flat_map(|(_, all)| all);
+        all.filter(|event| wanted(event)).collect()
+    }
+
     /// The events of a revision, in order.
     pub(crate) fn events_of(&self, revision: Revision) -> &[Event] {
         self.events.get(&revision).map_or(&[], Vec::as_slice)

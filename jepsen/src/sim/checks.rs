@@ -40,6 +40,7 @@ use crate::checkers::{
     shared,
     tokens_grow::TokensGrow,
     wakeups::Wakeups,
+    watched::Watched,
 };
 
 /// The place of [`Replay`] among nodes.
@@ -59,6 +60,7 @@ pub(crate) struct Checks {
     pub(crate) lock_delay: LockDelay,
     pub(crate) once: Once,
     pub(crate) serializable: Serializable,
+    pub(crate) watched: Watched,
     replay: Replay,
     observed: Observed,
     /// By node and lock.

@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, fmt};
 use conclave_core::{
     ids::Attachment,
     replica::{Answer, EventBody, Failure, Query},
+    watch::{Notice, Request, StreamId},
 };
 use conclave_primitives::{Event as LockEvent, Primitives};
 use conclave_proto::internal::{PeerMessage, command};
@@ -18,6 +19,7 @@ use super::{
     node::Step,
     queue::Queue,
     settings::{ELECTION_MS, Settings},
+    stream::Streams,
     tally::{Fault, Operation, Tally},
 };
 use crate::{
@@ -54,6 +56,20 @@ pub(crate) enum Event {
     Call { node: usize, call: Box<Call> },
     /// A node learns that a client waits no longer.
     Abandoned { node: usize, actor: usize, id: u64 },
+    /// The client of a stream asks for something.
+    Asked {
+        node: usize,
+        stream: StreamId,
+        request: Request,
+    },
+    /// The client of a stream is told something, or notices that it is broken.
+    Told {
+        actor: usize,
+        stream: StreamId,
+        notice: Option<Notice>,
+    },
+    /// A node notices that a stream is broken.
+    StreamClosed { node: usize, stream: StreamId },
     /// An answer arrives at a client.
     Reply { actor: usize, id: u64, reply: Reply },
     /// The next fault.
@@ -248,6 +264,7 @@ pub(crate) struct Ground {
     pub(crate) without_state: Option<usize>,
     /// Fetches of checkpoints so far.
     pub(crate) fetches: u64,
+    pub(super) streams: Streams,
     /// Which client listens for a session's events, and at which node.
     attached: BTreeMap<i64, (usize, usize)>,
     queue: Queue<Event>,
@@ -266,6 +283,7 @@ impl Ground {
             draining: false,
             without_state: None,
             fetches: 0,
+            streams: Streams::default(),
             attached: BTreeMap::new(),
             queue: Queue::default(),
             rng,

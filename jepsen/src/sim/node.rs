@@ -3,6 +3,7 @@
 //! restarts.
 
 mod install;
+mod streams;
 
 use std::collections::BTreeMap;
 
@@ -256,6 +257,7 @@ impl Node {
             client_urls: vec![format!("http://n{}:2379", self.index)],
             retention: Some(RETENTION),
             quota_bytes: ground.settings.quota_bytes,
+            watch_queue_bytes: ground.settings.watch_queue_bytes,
         }
     }
 
@@ -364,6 +366,7 @@ impl Node {
         self.disk.crash(&mut || rng.chance(kept_of_million));
         self.checkpoints.crash(&mut || rng.chance(kept_of_million));
         ground.checks.wakeups.stopped(self.index);
+        ground.break_streams(self.index, None);
         for caller in running.callers.values() {
             // Some clients are told at once; others find out by waiting.
             if ground.rng.chance(800_000) {
@@ -720,6 +723,7 @@ impl Running {
         if applied != self.applied {
             ground.checks.committed(node, applied);
         }
+        self.notify(node, finished.notices, ground);
         if !finished.events.is_empty() {
             let at = ground.moment();
             let led = ground.led_us;
