@@ -10,6 +10,7 @@ pub(crate) mod early_expiry;
 pub(crate) mod equal_state;
 pub(crate) mod fenced;
 pub(crate) mod fifo;
+pub(crate) mod leases;
 pub(crate) mod linearizable;
 pub(crate) mod liveness;
 pub(crate) mod lock_delay;

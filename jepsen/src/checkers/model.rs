@@ -168,6 +168,14 @@ impl Model {
         self.sessions.get(&session).cloned().unwrap_or_default()
     }
 
+    /// Those that were at a revision.
+    pub(super) fn bound(&self, session: SessionId, at: Revision) -> Vec<Bytes> {
+        let is_bound = |record: &&Record| record.lease == Some(session);
+        let all = self.range(b"\0", b"\0", at);
+        let bound = all.into_iter().filter(is_bound);
+        bound.map(|record| record.key.clone()).collect()
+    }
+
     /// A session ends, and takes its keys along; whether it had any.
     pub(crate) fn ended(&mut self, session: SessionId) -> bool {
         let mut run = Run::new(self);

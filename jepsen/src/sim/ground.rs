@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, fmt};
 
 use conclave_core::{
-    ids::Attachment,
+    ids::{Attachment, SessionId, Term},
     replica::{Answer, EventBody, Failure, Query},
     watch::{Notice, Request, StreamId},
 };
@@ -23,7 +23,10 @@ use super::{
     tally::{Fault, Operation, Tally},
 };
 use crate::{
-    checkers::early_expiry::{Moment, NODES_MAX},
+    checkers::{
+        early_expiry::{Moment, NODES_MAX},
+        leases,
+    },
     rng::Rng,
 };
 
@@ -102,6 +105,7 @@ pub(crate) enum CallBody {
     Renew(Attachment),
     Read(Query<Primitives>),
     LocalRead(Query<Primitives>),
+    TimeLeft(SessionId),
 }
 
 /// What a call means to the checkers.
@@ -145,6 +149,9 @@ pub(crate) enum About {
         token: u64,
         session: i64,
     },
+    /// Of a lease.
+    Grant,
+    Lease(leases::Call),
     Other,
 }
 
@@ -257,6 +264,9 @@ pub(crate) struct Ground {
     pub(crate) stall_free: Vec<StallFree>,
     /// For each node: when a turn last ended with it leading.
     pub(crate) led_us: [Option<u64>; NODES_MAX],
+    /// The newest term in which a node was seen to lead.
+    pub(crate) term: Term,
+    pub(crate) leader: leases::Leader,
     /// Clients begin nothing new.
     pub(crate) draining: bool,
     /// The node whose checkpoints were all damaged, until it has another one. One at a
@@ -280,6 +290,8 @@ impl Ground {
             trace: Trace::new(trace),
             stall_free: Vec::new(),
             led_us: [None; NODES_MAX],
+            term: 0,
+            leader: leases::Leader::default(),
             draining: false,
             without_state: None,
             fetches: 0,

@@ -56,6 +56,7 @@ pub(crate) struct Settings {
     pub(crate) register_clients: usize,
     pub(crate) kv_clients: usize,
     pub(crate) watch_clients: usize,
+    pub(crate) lease_clients: usize,
     pub(crate) locks: usize,
     pub(crate) registers: u64,
     pub(crate) weather: Weather,
@@ -99,6 +100,7 @@ impl Settings {
             register_clients: rng.between(2, 4) as usize,
             kv_clients: rng.between(2, 4) as usize,
             watch_clients: rng.between(1, 3) as usize,
+            lease_clients: rng.between(1, 3) as usize,
             locks: rng.between(1, 4) as usize,
             registers: rng.between(1, 3),
             weather: Weather {

@@ -7,6 +7,7 @@ use super::{
     faults,
     ground::{Event, Ground, Reply},
     kv::KvClient,
+    lease::LeaseClient,
     node::{self, Node, id},
     operator::Operator,
     register::RegisterClient,
@@ -44,6 +45,7 @@ enum Actor {
     Registers(RegisterClient),
     Keys(KvClient),
     Watches(WatchClient),
+    Leases(LeaseClient),
     Operator(Operator),
 }
 
@@ -221,6 +223,9 @@ impl Actor {
         for _ in 0..settings.watch_clients {
             actors.push(Self::Watches(WatchClient::new(actors.len(), ground)));
         }
+        for _ in 0..settings.lease_clients {
+            actors.push(Self::Leases(LeaseClient::new(actors.len(), ground)));
+        }
         actors.push(Self::Operator(Operator::new(actors.len(), ground)));
         actors
     }
@@ -230,6 +235,7 @@ impl Actor {
             Self::Locks(client) => client.wake(ground),
             Self::Registers(client) => client.wake(ground),
             Self::Keys(client) => client.wake(ground),
+            Self::Leases(client) => client.wake(ground),
             Self::Watches(client) => client.wake(ground),
             Self::Operator(operator) => operator.wake(ground),
         }
@@ -240,6 +246,7 @@ impl Actor {
             Self::Locks(client) => client.hear(id, reply, ground),
             Self::Registers(client) => client.hear(id, reply, ground),
             Self::Keys(client) => client.hear(id, reply, ground),
+            Self::Leases(client) => client.hear(id, reply, ground),
             // It is told things on its stream.
             Self::Watches(_) => {}
             Self::Operator(operator) => operator.hear(id, reply, ground),
@@ -249,7 +256,7 @@ impl Actor {
     fn must_be_served(&self) -> bool {
         match self {
             Self::Locks(client) => !client.is_gone(),
-            Self::Registers(_) | Self::Keys(_) | Self::Watches(_) | Self::Operator(_) => true,
+            _ => true,
         }
     }
 }
