@@ -125,7 +125,8 @@ impl LeaseClient {
     fn ask(&mut self, call: Call, ground: &mut Ground) {
         let body = match call {
             Call::Renew(id) => {
-                ground.checks.leases.renewing(id);
+                let to_another = self.pace.link.node != ground.leader.node;
+                ground.checks.leases.renewing(id, to_another);
                 CallBody::Renew(Attachment::present(SessionId(id)))
             }
             Call::TimeLeft(id) => CallBody::TimeLeft(SessionId(id)),
