@@ -31,7 +31,7 @@ mod snapshot;
 pub(crate) mod status;
 mod watch;
 
-use std::{future::Future, ops::Deref, sync::Arc, time::Duration};
+use std::{future::Future, ops::Deref, sync::Arc};
 
 use conclave_core::ids::{Revision, Term};
 use conclave_proto::etcd::{
@@ -43,7 +43,6 @@ use conclave_proto::etcd::{
     v3electionpb::election_server::ElectionServer,
     v3lockpb::lock_server::LockServer,
 };
-use tokio::time;
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::Routes};
 
 pub(crate) use self::snapshot::Source as Snapshots;
@@ -58,8 +57,6 @@ use crate::{gateway::Gateway, metrics::Method, routes::REQUEST_OVERHEAD_BYTES};
 pub(crate) const VERSION: &str = "3.6.0";
 /// What etcd's log puts around a request, and counts against the limit of its size.
 const ENTRY_OVERHEAD_BYTES: usize = 18;
-/// A stream that asked for it ends after so many election timeouts without a leader.
-const TIMEOUTS_WITHOUT_LEADER: u32 = 3;
 
 /// The way to the replica, with what only this API needs.
 #[derive(Clone, Debug)]
@@ -140,7 +137,7 @@ impl Etcd {
 
     /// Refuses a call that this member must not serve by what came with it; else says
     /// whether the client wants a leader to be known as long as the call lasts. A stream
-    /// then ends with [`Error::NoLeader`] when [`Etcd::leader_is_lost`] does.
+    /// then ends with [`Error::NoLeader`] when [`Gateway::leader_is_lost`] does.
     pub(crate) fn admit(&self, metadata: &MetadataMap) -> Result<bool, Error> {
         if let Some(version) = metadata.get("client-api-version")
             && str::from_utf8(version.as_encoded_bytes()).is_err()
@@ -154,20 +151,6 @@ impl Etcd {
             return Err(Error::NoLeader);
         }
         Ok(wants_leader)
-    }
-
-    /// Ends when no leader was known at each of three looks in a row, an election
-    /// timeout apart.
-    pub(crate) async fn leader_is_lost(&self) {
-        let timeout = Duration::from_millis(self.settings.election_ms);
-        let mut without = 0;
-        while without < TIMEOUTS_WITHOUT_LEADER {
-            time::sleep(timeout).await;
-            without = match self.handle.status().leader {
-                Some(_) => 0,
-                None => without + 1,
-            };
-        }
     }
 
     /// Refuses what is too large for the log; `bytes` is the size of the request.

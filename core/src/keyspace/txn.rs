@@ -271,7 +271,8 @@ pub fn execute_put(
     put: Put,
 ) -> Result<OperationReply, TxnError> {
     check_put(&put)?;
-    check_state_for_put(overlay.base(), sessions, &put)?;
+    check_session(sessions, &put)?;
+    check_kept(overlay.base(), &put)?;
     Ok(OperationReply::Put(run_put(overlay, put)))
 }
 
@@ -314,7 +315,11 @@ fn choose<'a>(
     };
     for operation in branch {
         match operation.operation.as_ref() {
-            Some(Kind::Put(put)) => check_state_for_put(keyspace, sessions, put)?,
+            Some(Kind::Put(put)) => {
+                // As in etcd the other way round than for a put alone.
+                check_kept(keyspace, put)?;
+                check_session(sessions, put)?;
+            }
             Some(Kind::Range(range)) => ranges.push(range),
             Some(Kind::Txn(txn)) => choose(keyspace, sessions, txn, chosen, ranges)?,
             Some(Kind::DeleteRange(_)) | None => {}
@@ -323,15 +328,16 @@ fn choose<'a>(
     Ok(())
 }
 
-fn check_state_for_put(
-    keyspace: &Keyspace,
-    sessions: &Sessions,
-    put: &Put,
-) -> Result<(), TxnError> {
+fn check_session(sessions: &Sessions, put: &Put) -> Result<(), TxnError> {
     let session = SessionId(put.lease);
     if put.lease != 0 && sessions.get(session).is_none() {
         return Err(TxnError::SessionNotAlive(session));
     }
+    Ok(())
+}
+
+/// Whether there is what a put is to keep.
+fn check_kept(keyspace: &Keyspace, put: &Put) -> Result<(), TxnError> {
     if (put.ignore_value || put.ignore_lease) && keyspace.get(&put.key).is_none() {
         return Err(TxnError::KeyNotFound);
     }

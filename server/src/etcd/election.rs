@@ -20,7 +20,7 @@ use conclave_proto::{
         DeleteRange, ElectCampaign, Put, operation::Operation as Kind, primitive_command::Command,
     },
 };
-use futures_util::stream::{self, BoxStream, StreamExt as _};
+use futures_util::stream::{BoxStream, StreamExt as _};
 use prost::Message as _;
 use tonic::{Request, Response, Status};
 
@@ -168,7 +168,7 @@ async fn observe(
     wants_leader: bool,
 ) -> Result<BoxStream<'static, Result<LeaderResponse, Status>>, Error> {
     let name = name_of(&request.name)?;
-    let observations = observe::observe(&etcd.0, &name, 0).await?;
+    let observations = observe::observe(&etcd.0, &name, 0, wants_leader).await?;
     let told = etcd.clone();
     let told = observations.filter_map(move |observation| {
         let response = match observation {
@@ -182,16 +182,7 @@ async fn observe(
         };
         async { response }
     });
-    if !wants_leader {
-        return Ok(told.boxed());
-    }
-    let etcd = etcd.clone();
-    let lost = async move {
-        etcd.leader_is_lost().await;
-        Err(Error::NoLeader.into_status())
-    };
-    // An error ends it.
-    Ok(stream::select(told, stream::once(lost)).boxed())
+    Ok(told.boxed())
 }
 
 /// The key of a leader as the wire has it.
