@@ -89,6 +89,8 @@ pub struct Replica<M: Machine> {
 
     now: Now,
     clock: Clock,
+    /// Whether the turn before this one came later than it should have.
+    was_long: bool,
     next_tick_us: u64,
     /// In this turn; deadlines are looked at as often.
     has_ticked: bool,
@@ -206,11 +208,13 @@ impl<M: Machine> Replica<M> {
             install.want(consensus.before_first());
             State::new(identity.cluster)
         });
-        let clock = Clock::new(now, config.election_ms * 1_000, state.system().log_time());
+        let step_us_max = 2 * config.heartbeat_ms * 1_000;
+        let clock = Clock::new(now, step_us_max, state.system().log_time());
         let admission = (!facts.admitted).then(|| Admission::new(config.node, &facts.voters));
         Self {
             consensus,
             clock,
+            was_long: false,
             watchers: Hub::new(state.keyspace().revision()),
             state,
             held: 0,
@@ -334,7 +338,7 @@ impl<M: Machine> Replica<M> {
         inputs: impl IntoIterator<Item = Input<M>>,
     ) -> Result<Begun, Fatal> {
         self.now = now;
-        self.clock.advance(now);
+        self.note_step();
         for input in inputs {
             self.take(input)?;
         }
@@ -389,6 +393,23 @@ impl<M: Machine> Replica<M> {
         self.output.messages.extend(messages);
         self.update_status();
         Ok(mem::take(&mut self.output))
+    }
+
+    /// Time has passed. After a stall of this node nothing expires for one heartbeat:
+    /// renewals that came meanwhile are yet to be read. When one turn after the other
+    /// takes long, that is no stall, and renewals are read all the time.
+    fn note_step(&mut self) {
+        let heartbeat_us = self.config.heartbeat_ms * 1_000;
+        let is_long = self.clock.advance(self.now) > heartbeat_us;
+        let was_long = mem::replace(&mut self.was_long, is_long);
+        #[cfg(conclave_plant)]
+        let is_long = is_long && !crate::plant::is("clock-over-stall");
+        if is_long
+            && !was_long
+            && let Some(leadership) = &mut self.leadership
+        {
+            leadership.hold_expiry(self.now.boot_us + heartbeat_us);
+        }
     }
 
     fn take(&mut self, input: Input<M>) -> Result<(), Fatal> {
