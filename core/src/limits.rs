@@ -185,8 +185,9 @@ pub const WATCH_CHANGES_PER_TURN_MAX: usize = 8_192;
 /// Those for one watcher in a row, and so the most revisions that it is told of in one
 /// message.
 pub const WATCH_CHANGES_PER_STEP_MAX: usize = 1_000;
-/// How often in a turn live watchers are told something; the others are told in turns
-/// that follow, from the history. Some milliseconds of work.
+/// Events that live watchers are told in one turn, each counted for everyone who is
+/// told; the others are told in turns that follow, from the history. Some milliseconds of
+/// work.
 pub const WATCH_TELLINGS_PER_TURN_MAX: usize = 16_384;
 /// Requests of watchers waiting for the node that may be refused.
 pub const QUEUED_WATCHES_MAX: usize = 65_536;
