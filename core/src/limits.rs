@@ -163,6 +163,9 @@ pub const CHECKPOINT_PARTS_WAITING_MAX: usize = 16;
 pub const HASHED_BYTES_PER_TURN_MAX: usize = 4 << 20;
 /// Hashes over all keys that wait at a time.
 pub const HASHINGS_MAX: usize = 64;
+/// For how long one waits, the ones before it included: a few seconds are enough for a
+/// state at its quota, and callers do not say when they are gone.
+pub const HASHING_US_MAX: u64 = 60_000_000;
 /// The log is kept for members that are away up to this many bytes, unless told
 /// otherwise; memory holds about as much.
 pub const LOG_BYTES_MAX: u64 = 1 << 30;

@@ -418,9 +418,7 @@ impl<M: Machine> Replica<M> {
             Input::PeerLost { peer } => self.lose_peer(peer),
             Input::Fetched(state) => self.fetched(state.map(|state| *state)),
             Input::Command { number, body } => self.arrived.commands.push((number, body)),
-            Input::Read { number, .. } | Input::LocalRead { number, .. }
-                if self.is_behind() || self.admission.is_some() =>
-            {
+            Input::Read { number, .. } | Input::LocalRead { number, .. } if !self.may_read() => {
                 let leader = self.consensus.leader();
                 self.fail(number, Failure::NotLeader { leader });
             }
@@ -760,13 +758,20 @@ impl<M: Machine> Replica<M> {
         }
     }
 
+    /// Whether clients are told what is in this node's state: not before it is one of
+    /// the members, nor while it waits for a checkpoint.
+    fn may_read(&self) -> bool {
+        !self.is_behind() && self.admission.is_none()
+    }
+
     fn watch(&mut self, request: watch::Request) {
+        let may_read = self.may_read();
         let notices = &mut self.output.notices;
         match request {
             // What it has may be older than what its reader has seen elsewhere.
             watch::Request::Create {
                 stream, watcher, ..
-            } if self.install.is_wanted() => notices.push((stream, Notice::Refused { watcher })),
+            } if !may_read => notices.push((stream, Notice::Refused { watcher })),
             request => self.watchers.take(request, self.state.keyspace(), notices),
         }
     }
@@ -880,6 +885,7 @@ impl<M: Machine> Replica<M> {
     }
 
     fn give_up_late(&mut self) {
+        self.give_up_late_hashings();
         let now_us = self.now.boot_us;
         let leader = self.consensus.leader();
         for ask in self.reads.take_late(now_us) {
