@@ -14,6 +14,11 @@ pub struct Known {
     pub ends_case: bool,
 }
 
+/// A lock that a call of the same lease waits for already.
+pub const SECOND_WAIT: &str = "a second call that waits";
+/// A transaction that may delete what it put, with somebody watching.
+pub const UNDONE: &str = "a put undone by its own transaction";
+
 /// All of them. One that occurs no more makes the test fail: it is to be removed.
 pub const KNOWN: &[Known] = &[
     Known {
@@ -56,6 +61,19 @@ pub const KNOWN: &[Known] = &[
                 && without(ours, "revision") == without(theirs, "revision")
         },
         ends_case: false,
+    },
+    Known {
+        name: SECOND_WAIT,
+        reason: "ours notes whose call is the newest, which takes a revision: so that a call \
+                 that is dropped leaves the place to it",
+        explains: |_, _, _| false,
+        ends_case: true,
+    },
+    Known {
+        name: UNDONE,
+        reason: "watches are told what the revision left; etcd tells the put and the delete",
+        explains: |_, _, _| false,
+        ends_case: true,
     },
     Known {
         name: "the revision of a hash",
