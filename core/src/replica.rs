@@ -423,6 +423,10 @@ impl<M: Machine> Replica<M> {
                 let leader = self.consensus.leader();
                 self.fail(number, Failure::NotLeader { leader });
             }
+            #[cfg(conclave_plant)]
+            Input::Read { number, query } if crate::plant::is("serializable-as-linearizable") => {
+                self.local_reads.push((number, query));
+            }
             Input::Read { number, query } => self.reads.add(Ask {
                 deadline_us: self.request_deadline_us(),
                 body: AskBody::Read { number, query },
