@@ -35,7 +35,9 @@ pub(crate) fn bytes(bytes: &[u8]) -> io::Result<()> {
 
 /// Resolves when nobody can read stdout any more; never if it is no pipe.
 pub(crate) async fn unread() {
-    if let Ok(stdout) = AsyncFd::with_interest(io::stdout(), Interest::ERROR)
+    #[expect(deprecated, reason = "stdout is open for as long as the process is")]
+    let stdout = AsyncFd::with_interest(io::stdout(), Interest::ERROR);
+    if let Ok(stdout) = stdout
         && stdout.ready(Interest::ERROR).await.is_ok()
     {
         return;
