@@ -325,7 +325,11 @@ mod tests {
         store.write(7);
         let mut whole = 0;
         let read = |_: &[u8]| {
-            whole += usize::from(store.read(7).is_ok_and(|read| read.len() == RECORDS as usize));
+            whole += usize::from(
+                store
+                    .read(7)
+                    .is_ok_and(|read| read.len() == RECORDS as usize),
+            );
             whole < 2
         };
         store.0.read(7.into(), &mut { read }).unwrap();
