@@ -159,7 +159,7 @@ async fn compact(etcd: &Etcd, request: CompactionRequest) -> Result<CompactionRe
             }
             answer
         }
-        Err(_) => return Err(Error::Revision(range::compacted(etcd))),
+        Err(_) => return Err(Error::Revision(etcd.below_compaction())),
     };
     Ok(CompactionResponse {
         header: etcd.header(answer.revision, answer.term),
@@ -167,8 +167,8 @@ async fn compact(etcd: &Etcd, request: CompactionRequest) -> Result<CompactionRe
 }
 
 async fn compact_nothing(etcd: &Etcd) -> Result<Answer, Error> {
-    let answer = etcd.read(Query::Barrier).await?;
-    match range::compacted(etcd) {
+    let answer = etcd.read(|| Query::Barrier).await?;
+    match etcd.below_compaction() {
         RevisionError::Compacted { compacted: 0, .. } => Ok(answer),
         error => Err(Error::Revision(error)),
     }

@@ -4,12 +4,12 @@ use std::{
     future::Future,
     pin::Pin,
     task::{Context, Poll},
-    time::Duration,
 };
 
 use async_trait::async_trait;
 use conclave_core::{
     ids::{Attachment, SessionId},
+    keyspace::RESERVED_PREFIX,
     limits,
     replica::{AnswerBody, Failure, Query},
 };
@@ -23,7 +23,6 @@ use conclave_proto::{
     internal::{GrantLease, RevokeLease, command::Body},
 };
 use futures_util::stream::{FuturesOrdered, StreamExt as _};
-use tokio::time;
 use tokio_stream::Stream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
@@ -38,10 +37,6 @@ const ANOTHER_KIND: Error = Error::Refused(Refusal::Internal("Lease"));
 const TTL_MAX: i64 = (limits::LEASE_TTL_MS_MAX / 1_000).cast_signed();
 /// Renewals of one stream that are under way at a time; no more are read meanwhile.
 const RENEWALS_MAX: usize = 1_024;
-/// How long a renewal waits for a leader, as long as etcd does.
-const RENEWED_WITHIN: Duration = Duration::from_secs(7);
-/// Between two attempts to reach it.
-const RETRY_AFTER: Duration = Duration::from_millis(50);
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -144,13 +139,13 @@ async fn time_to_live(
     let header = current_header(etcd);
     match life(etcd, &request).await {
         Ok(life) => Ok(life),
-        Err(Refusal::SessionEnded(_)) => Ok(LeaseTimeToLiveResponse {
+        Err(Error::Refused(Refusal::SessionEnded(_))) => Ok(LeaseTimeToLiveResponse {
             header,
             id: request.id,
             ttl: -1,
             ..LeaseTimeToLiveResponse::default()
         }),
-        Err(refusal) => Err(refusal.into()),
+        Err(error) => Err(error),
     }
 }
 
@@ -158,11 +153,11 @@ async fn time_to_live(
 async fn life(
     etcd: &Etcd,
     request: &LeaseTimeToLiveRequest,
-) -> Result<LeaseTimeToLiveResponse, Refusal> {
+) -> Result<LeaseTimeToLiveResponse, Error> {
     let id = SessionId(request.id);
     let answer = etcd.time_left(id).await?;
     let AnswerBody::TimeLeft { ttl_ms, left_ms } = answer.body else {
-        return Err(Refusal::Internal("Lease"));
+        return Err(ANOTHER_KIND);
     };
     let mut life = LeaseTimeToLiveResponse {
         header: etcd.header(answer.revision, answer.term),
@@ -172,18 +167,20 @@ async fn life(
         keys: vec![],
     };
     if request.keys {
-        let answer = etcd.read(Query::KeysOf(id)).await?;
+        let answer = etcd.read(|| Query::KeysOf(id)).await?;
         let AnswerBody::Keys(keys) = answer.body else {
-            return Err(Refusal::Internal("Lease"));
+            return Err(ANOTHER_KIND);
         };
         life.header = etcd.header(answer.revision, answer.term);
+        // Those of the service are none that a client has put.
         life.keys = keys;
+        life.keys.retain(|key| !key.starts_with(RESERVED_PREFIX));
     }
     Ok(life)
 }
 
 async fn leases(etcd: &Etcd) -> Result<LeaseLeasesResponse, Error> {
-    let answer = etcd.read(Query::SessionIds).await?;
+    let answer = etcd.read(|| Query::SessionIds).await?;
     let AnswerBody::SessionIds(ids) = answer.body else {
         return Err(ANOTHER_KIND);
     };
@@ -301,37 +298,16 @@ async fn renew(
     id: i64,
     header: Option<ResponseHeader>,
 ) -> Result<LeaseKeepAliveResponse, Error> {
-    let ttl = match attempt(&etcd, id).await {
-        // Safe to repeat: a renewal counts from when it arrived.
-        Err(Refusal::Failed(Failure::NotLeader { .. } | Failure::OutcomeUnknown)) => {
-            let patient = time::timeout(RENEWED_WITHIN, attempts(&etcd, id)).await;
-            patient.map_err(|_| Error::TimedOut)??
-        }
-        outcome => outcome?,
+    let ttl = match etcd.renew(Attachment::present(SessionId(id))).await {
+        Ok(answer) => match answer.body {
+            AnswerBody::Renewed { ttl_ms } => granted_s(ttl_ms),
+            _ => return Err(ANOTHER_KIND),
+        },
+        // There is no such lease any more.
+        Err(Error::Refused(Refusal::SessionEnded(_))) => 0,
+        Err(error) => return Err(error),
     };
     Ok(LeaseKeepAliveResponse { header, id, ttl })
-}
-
-async fn attempts(etcd: &Etcd, id: i64) -> Result<i64, Refusal> {
-    loop {
-        time::sleep(RETRY_AFTER).await;
-        match attempt(etcd, id).await {
-            Err(Refusal::Failed(Failure::NotLeader { .. } | Failure::OutcomeUnknown)) => {}
-            outcome => return outcome,
-        }
-    }
-}
-
-/// The TTL in seconds; 0 if there is no such lease any more.
-async fn attempt(etcd: &Etcd, id: i64) -> Result<i64, Refusal> {
-    match etcd.renew(Attachment::present(SessionId(id))).await {
-        Ok(answer) => match answer.body {
-            AnswerBody::Renewed { ttl_ms } => Ok(granted_s(ttl_ms)),
-            _ => Err(Refusal::Internal("Lease")),
-        },
-        Err(Refusal::SessionEnded(_)) => Ok(0),
-        Err(refusal) => Err(refusal),
-    }
 }
 
 #[cfg(test)]

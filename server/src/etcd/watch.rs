@@ -43,7 +43,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(10);
 
 const DUPLICATE_ID: &str = "mvcc: duplicate watch ID provided on the WatchStream";
 const EMPTY_RANGE: &str = "mvcc: watcher range is empty";
-const COMPACTED: &str = "mvcc: required revision has been compacted";
+/// With the prefix of errors on the wire, and unlike the others: clients look for it so.
+const COMPACTED: &str = "etcdserver: mvcc: required revision has been compacted";
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -426,11 +427,11 @@ fn failed(failure: Failure) -> Status {
 
 /// Why a watcher does not begin, if that can be told without looking at any other.
 fn refused(create: &WatchCreateRequest) -> Option<&'static str> {
-    let (key, end) = range(create);
-    if !end.is_empty() && end != [0] && end <= key {
-        return Some(EMPTY_RANGE);
+    if create.start_revision < 0 {
+        return Some(COMPACTED);
     }
-    (create.start_revision < 0).then_some(COMPACTED)
+    let (key, end) = range(create);
+    (!end.is_empty() && end != [0] && end <= key).then_some(EMPTY_RANGE)
 }
 
 /// The range as it is meant: an empty key is the first that there can be.
