@@ -42,6 +42,7 @@ use self::{
     picture::Drawing,
 };
 use crate::{
+    checkpoint::Versions,
     ids::{Revision, SessionId},
     limits,
     picture::UnderWay,
@@ -347,7 +348,7 @@ impl Keyspace {
 
     /// Begins a picture of all versions as they are now.
     pub(crate) fn begin_picture(&mut self) {
-        let drawing = Drawing::new(self.revision, self.digest, self.live.len(), &self.past);
+        let drawing = Drawing::new(self.revision, self.digest, &self.past);
         self.drawing = UnderWay(Some(drawing));
     }
 
@@ -358,6 +359,11 @@ impl Keyspace {
             return None;
         }
         self.drawing.0.take().map(Drawing::into_picture)
+    }
+
+    /// What of the picture is drawn so far, if one is under way; it will lack it.
+    pub(crate) fn take_drawn(&mut self) -> Option<Versions> {
+        Some(self.drawing.0.as_mut()?.take_drawn())
     }
 
     /// The keyspace of a picture.

@@ -159,6 +159,9 @@ pub const CHECKPOINT_LOG_BYTES: u64 = 64 << 20;
 /// Versions and sessions that one turn copies for a checkpoint: a fraction of a
 /// millisecond.
 pub const DRAWN_PER_TURN_MAX: usize = 2_048;
+/// Parts of a checkpoint, of so many versions each, that wait to be written: with more,
+/// the walk over the state waits for the disk.
+pub const CHECKPOINT_PARTS_WAITING_MAX: usize = 16;
 /// Bytes of values after which a turn goes on with a hash no further: as much.
 pub const HASHED_BYTES_PER_TURN_MAX: usize = 4 << 20;
 /// Hashes over all keys that wait at a time.

@@ -58,7 +58,7 @@ use self::{
 };
 pub use self::{compaction::Retention, install::Fetch};
 use crate::{
-    checkpoint::Image,
+    checkpoint::Part,
     clock::Clock,
     consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
     ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId, Term},
@@ -262,9 +262,9 @@ impl<M: Machine> Replica<M> {
         self.state.begin_image();
     }
 
-    /// See [`State::draw_image`].
-    pub fn draw_image(&mut self, max: usize) -> Option<Image> {
-        self.state.draw_image(max)
+    /// See [`State::draw_part`].
+    pub fn draw_part(&mut self, max: usize) -> Option<Part> {
+        self.state.draw_part(max)
     }
 
     /// Up to where every member is known to have the log on disk: nobody will ever

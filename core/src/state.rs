@@ -14,7 +14,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
     APPLY_VERSION,
-    checkpoint::Image,
+    checkpoint::{Image, Part},
     ids::{Index, LogTime, NodeId, Revision, SessionId, Term},
     keyspace::{
         Change, Keyspace, Overlay, Writes,
@@ -45,7 +45,7 @@ pub struct State<M: Machine> {
 }
 
 /// The parts of a picture that are there at once, and those that take their time
-/// as they come: see [`State::draw_image`].
+/// as they come: see [`State::draw_part`].
 #[derive(Debug)]
 struct Drawing {
     applied: Index,
@@ -143,10 +143,19 @@ impl<M: Machine> State<M> {
         self.drawing.0.is_some()
     }
 
-    /// Goes on with the picture, by `max` versions of keys and sessions, and gives it
-    /// out when it is whole. It shows the state at which it was begun, whatever was
-    /// applied since. Copies handles, not the bytes of keys and values.
-    pub fn draw_image(&mut self, max: usize) -> Option<Image> {
+    /// Goes on with the picture, by `max` versions of keys and sessions, and gives out the
+    /// versions that it came by; at the end the rest. Together they show the state at
+    /// which it was begun, whatever was applied since. Copies handles, not the bytes of
+    /// keys and values. `None` if no picture is under way.
+    pub fn draw_part(&mut self, max: usize) -> Option<Part> {
+        if let Some(image) = self.draw_rest(max) {
+            return Some(Part::Rest(Box::new(image)));
+        }
+        self.keyspace.take_drawn().map(Part::Versions)
+    }
+
+    /// What was not given out before, once the picture is whole.
+    fn draw_rest(&mut self, max: usize) -> Option<Image> {
         let drawing = self.drawing.0.as_mut()?;
         let mut left = max;
         if drawing.sessions.is_none() {

@@ -23,7 +23,7 @@ use std::{
 use bytes::{Buf as _, Bytes};
 use conclave_core::{
     APPLY_VERSION,
-    checkpoint::{SimCheckpoints, Writer},
+    checkpoint::{Part, SimCheckpoints, Writer},
     disk::SimDisk,
     ids::{Attachment, Index, LogTime, NodeId, RequestNumber, SessionId, Term},
     keyspace::{Change, Filter, KeyRange, Keyspace, Overlay, Record},
@@ -505,7 +505,11 @@ impl Cluster {
     fn restart_from_checkpoint(&mut self, id: NodeId, boot: u64, left: u64) {
         let node = self.nodes.get_mut(&id).unwrap();
         node.replica.begin_image();
-        let image = node.replica.draw_image(usize::MAX).unwrap();
+        let image = node
+            .replica
+            .draw_part(usize::MAX)
+            .and_then(Part::rest)
+            .unwrap();
         let mut log = node.log.clone();
         log.first = image.applied() + 1 - left;
         log.entries.retain(|entry| entry.index >= log.first);

@@ -3,6 +3,8 @@
 //! Whatever is taken apart here is taken apart in full, so that a part of the
 //! state that is added later, and forgotten here, does not compile.
 
+use std::iter;
+
 use bytes::Bytes;
 use conclave_proto::internal::{
     self, CheckpointEnded, CheckpointManifest, CheckpointMember, CheckpointPair, CheckpointRecord,
@@ -12,7 +14,7 @@ use conclave_proto::internal::{
 use prost::Message as _;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::Image;
+use super::{Image, Part, Versions};
 use crate::{
     APPLY_VERSION,
     ids::{NodeId, Revision, SessionId},
@@ -54,9 +56,49 @@ pub enum Invalid {
     },
 }
 
+/// The row of records of an image, the manifest last, from its parts. Each is encoded when
+/// it is asked for. Without the last part, the row is not whole.
+pub fn records(mut parts: impl Iterator<Item = Part>) -> impl Iterator<Item = Bytes> {
+    let mut sum = Sum::default();
+    let mut bodies: Box<dyn Iterator<Item = Body>> = Box::new(iter::empty());
+    let mut manifest = None;
+    iter::from_fn(move || {
+        loop {
+            if let Some(body) = bodies.next() {
+                let bytes = encode(body);
+                sum.add(&bytes);
+                return Some(bytes);
+            }
+            if let Some(manifest) = manifest.take() {
+                return Some(encode(Body::Manifest(sum.seal(manifest))));
+            }
+            match parts.next()? {
+                Part::Versions(some) => bodies = Box::new(versions(some)),
+                Part::Rest(image) => {
+                    let (rest, last) = image.into_bodies();
+                    bodies = Box::new(rest);
+                    manifest = Some(last);
+                }
+            }
+        }
+    })
+}
+
+fn versions(versions: Versions) -> impl Iterator<Item = Body> {
+    let Versions { live, past } = versions;
+    let live = live.into_iter().map(|record| (0, record));
+    live.chain(past)
+        .map(|(ended, record)| Body::Version(version(ended, record)))
+}
+
 impl Image {
-    /// The row of records, the manifest last. Each is encoded when it is asked for.
+    /// See [`records`].
     pub fn into_records(self) -> impl Iterator<Item = Bytes> {
+        records(iter::once(Part::Rest(Box::new(self))))
+    }
+
+    /// What goes before the manifest, and that.
+    fn into_bodies(self) -> (impl Iterator<Item = Body>, CheckpointManifest) {
         let Self {
             cluster,
             applied,
@@ -73,14 +115,10 @@ impl Image {
             live,
             past,
         } = keyspace;
-        let live = live.into_iter().map(|record| (0, record));
-        let mut bodies = live
-            .chain(past)
-            .map(|(ended, record)| Body::Version(version(ended, record)))
+        let bodies = versions(Versions { live, past })
             .chain(sessions.into_iter().map(|(id, s)| session(id, s)))
             .chain(system_records(system));
-        let mut sum = Sum::default();
-        let mut manifest = Some(CheckpointManifest {
+        let manifest = CheckpointManifest {
             format: FORMAT,
             cluster_id: cluster,
             applied,
@@ -91,16 +129,8 @@ impl Image {
             keyspace_digest,
             records: 0,
             hash: 0,
-        });
-        std::iter::from_fn(move || {
-            if let Some(body) = bodies.next() {
-                let bytes = encode(body);
-                sum.add(&bytes);
-                return Some(bytes);
-            }
-            let manifest = manifest.take().map(|manifest| sum.seal(manifest));
-            manifest.map(|manifest| encode(Body::Manifest(manifest)))
-        })
+        };
+        (bodies, manifest)
     }
 }
 
@@ -498,10 +528,7 @@ fn system_records(system: System) -> impl Iterator<Item = Body> {
         })
     });
     let forced = forced.into_values().map(forced_record);
-    std::iter::once(counts)
-        .chain(members)
-        .chain(ended)
-        .chain(forced)
+    iter::once(counts).chain(members).chain(ended).chain(forced)
 }
 
 fn forced_record(release: ForcedRelease) -> Body {

@@ -279,7 +279,8 @@ pub fn execute_put(
     put: Put,
 ) -> Result<OperationReply, TxnError> {
     check_put(&put)?;
-    check_state_for_put(overlay.base(), sessions, &put)?;
+    check_session(sessions, &put)?;
+    check_kept(overlay.base(), &put)?;
     Ok(OperationReply::Put(run_put(overlay, put)))
 }
 
@@ -379,7 +380,11 @@ impl<'a> Chosen<'a> {
         };
         for operation in branch {
             match operation.operation.as_ref() {
-                Some(Kind::Put(put)) => check_state_for_put(self.keyspace, self.sessions, put)?,
+                Some(Kind::Put(put)) => {
+                    // As in etcd the other way round than for a put alone.
+                    check_kept(self.keyspace, put)?;
+                    check_session(self.sessions, put)?;
+                }
                 Some(Kind::Range(range)) => {
                     self.ranges.push(range);
                     self.will_walk(&range.key, &range.end);
@@ -416,15 +421,16 @@ impl<'a> Chosen<'a> {
     }
 }
 
-fn check_state_for_put(
-    keyspace: &Keyspace,
-    sessions: &Sessions,
-    put: &Put,
-) -> Result<(), TxnError> {
+fn check_session(sessions: &Sessions, put: &Put) -> Result<(), TxnError> {
     let session = SessionId(put.lease);
     if put.lease != 0 && sessions.get(session).is_none() {
         return Err(TxnError::SessionNotAlive(session));
     }
+    Ok(())
+}
+
+/// Whether there is what a put is to keep.
+fn check_kept(keyspace: &Keyspace, put: &Put) -> Result<(), TxnError> {
     if (put.ignore_value || put.ignore_lease) && keyspace.get(&put.key).is_none() {
         return Err(TxnError::KeyNotFound);
     }

@@ -4,10 +4,10 @@
 
 mod install;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, mem};
 
 use conclave_core::{
-    checkpoint::{self, CheckpointStore as _, Schedule, SimCheckpoints, Slot},
+    checkpoint::{self, CheckpointStore as _, Part, Schedule, SimCheckpoints, Slot},
     disk::SimDisk,
     ids::{Index, NodeId},
     log::{Facts, Identity, Layout, Log, LogError},
@@ -75,6 +75,8 @@ struct Running {
     schedule: Schedule,
     /// The checkpoint that is being written.
     checkpoint: Option<Index>,
+    /// What of it is drawn.
+    parts: Vec<Part>,
     /// What it gets from another node, and then what it has got.
     receiving: Option<Receiving>,
     received: Option<Receiving>,
@@ -232,6 +234,7 @@ impl Node {
                 restored,
             ),
             checkpoint: None,
+            parts: Vec::new(),
             receiving: None,
             received: None,
             adopts: None,
@@ -525,7 +528,7 @@ impl Node {
             return;
         }
         ground.stall_free[self.index].turn(ground.now_us);
-        let inputs = std::mem::take(&mut running.inbox);
+        let inputs = mem::take(&mut running.inbox);
         let is_idle = inputs.is_empty();
         let begun = match running.replica.begin(now, inputs) {
             Ok(begun) => begun,
@@ -651,10 +654,13 @@ impl Node {
         }
         let drawn = 1 + ground.rng.below(DRAWN_PER_TURN_MAX);
         let drawn = usize::try_from(drawn).expect("it is small");
-        if let Some(image) = running.replica.draw_image(drawn) {
+        running.parts.extend(running.replica.draw_part(drawn));
+        if let Some(Part::Rest(image)) = running.parts.last() {
             let at = image.applied();
             running.checkpoint = Some(at);
-            self.checkpoints.begin(at.into(), image.into_records());
+            let parts = mem::take(&mut running.parts);
+            self.checkpoints
+                .begin(at.into(), checkpoint::records(parts.into_iter()));
             let (node, boot) = (self.index, self.boot);
             let at_us = ground.now_us + ground.rng.skewed(200_000);
             ground.schedule(at_us, Event::CheckpointWritten { node, boot });

@@ -33,6 +33,31 @@ pub const KNOWN: &[Known] = &[
         ends_case: true,
     },
     Known {
+        name: "keys of the service",
+        reason: "what a waiting call needs lies under `_conclave/`, and can be read",
+        explains: |_, theirs, ours| ours.contains("_conclave/") && !theirs.contains("_conclave/"),
+        ends_case: true,
+    },
+    Known {
+        name: "a contender whose key is deleted",
+        reason: "etcd tells it that it is elected, if all in front of it goes with it",
+        explains: |_, theirs, ours| {
+            let (theirs, ours) = (theirs.split_once("and call"), ours.split_once("and call"));
+            theirs.is_some_and(|(_, theirs)| theirs.contains("CampaignResponse"))
+                && ours.is_some_and(|(_, ours)| ours.contains("mutex: session is expired"))
+        },
+        ends_case: true,
+    },
+    Known {
+        name: "the header of a second campaign",
+        reason: "ours is of the revision that proclaimed its value, etcd's of before",
+        explains: |_, theirs, ours| {
+            theirs.contains("CampaignResponse")
+                && without(ours, "revision") == without(theirs, "revision")
+        },
+        ends_case: false,
+    },
+    Known {
         name: "the revision of a hash",
         reason: "HashKV tells it since 3.6",
         explains: |step, theirs, ours| {

@@ -31,6 +31,8 @@ const CASES: u64 = 1_000;
 
 /// In which the reference has looked at every watch, also on a slow machine.
 const PARKED: Duration = Duration::from_millis(300);
+/// For how long a case is made shorter: each try may wait for what does not come.
+const SHRINKING: Duration = Duration::from_secs(120);
 /// After so many that fail, a run ends.
 const FAILURES: usize = 12;
 
@@ -178,13 +180,12 @@ impl Pair {
 
     /// The shortest case found that still fails, and how it does.
     async fn shrink(&mut self, mut steps: Vec<Step>, first: Difference) -> (Vec<Step>, Difference) {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + SHRINKING;
         steps.truncate(first.steps);
         let mut difference = first;
         let mut changed = true;
         while std::mem::take(&mut changed) {
             for candidate in simpler(&steps) {
-                // Each may have to wait for what does not come.
                 if Instant::now() > until {
                     break;
                 }

@@ -203,8 +203,13 @@ impl Arrived {
         let id = response.watch_id;
         let current = response.header.as_ref().map_or(0, |header| header.revision);
         let control = response.created || response.canceled || response.events.is_empty();
+        let is_over = !response.created && !self.lives(id);
         let log = self.log.entry(id).or_default();
         if control {
+            // 3.4 may answer when one is cancelled that a compaction has cancelled.
+            if response.canceled && response.compact_revision == 0 && is_over {
+                return;
+            }
             log.push(Line::Control(response.clone()));
             // A watch behind the compacted revision ends unasked.
             if response.compact_revision == 0 {
