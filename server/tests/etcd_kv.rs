@@ -631,7 +631,7 @@ async fn a_deleted_holders_grant_ends_and_the_next_one_holds() {
 #[tokio::test]
 async fn without_a_leader_who_wants_one_is_refused_and_local_reads_go_on() {
     let directory = Directory::new();
-    let mut nodes: Vec<Node> = harness::three(&directory)
+    let mut nodes: Vec<Node> = three(&directory)
         .iter()
         .map(|options| Node::start(options).unwrap())
         .collect();
