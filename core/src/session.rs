@@ -183,7 +183,7 @@ impl Sessions {
             self.by_secret.insert(secret, id);
         }
         for (number, place) in session.requests.waiting() {
-            self.waiting.insert(place, (id, number));
+            self.waiting.insert(place.clone(), (id, number));
         }
         let before = self.live.insert(id, session);
         assert!(before.is_none(), "session id {id} given out twice");
@@ -197,7 +197,7 @@ impl Sessions {
             self.by_secret.remove(&secret);
         }
         for (_, place) in removed.requests.waiting() {
-            self.waiting.remove(&place);
+            self.waiting.remove(place);
         }
         Some(removed)
     }
@@ -214,18 +214,18 @@ impl Sessions {
 
     /// A request waits at a place from now on.
     pub(crate) fn wait(&mut self, id: SessionId, number: u64, place: Place) {
-        self.waiting.insert(place, (id, number));
+        self.waiting.insert(place.clone(), (id, number));
         self.change(id, |requests| requests.set(number, Slot::Waiting(place)));
     }
 
     /// The numbered request that waits at a place.
-    pub(crate) fn waits_at(&self, place: Place) -> Option<(SessionId, u64)> {
-        self.waiting.get(&place).copied()
+    pub(crate) fn waits_at(&self, place: &Place) -> Option<(SessionId, u64)> {
+        self.waiting.get(place).copied()
     }
 
     /// The request that waits at a place is decided.
-    pub(crate) fn resolve(&mut self, place: Place, answered: Answered) {
-        if let Some((id, number)) = self.waiting.remove(&place) {
+    pub(crate) fn resolve(&mut self, place: &Place, answered: Answered) {
+        if let Some((id, number)) = self.waiting.remove(place) {
             self.change(id, |requests| {
                 requests.set(number, Slot::Answered(answered));
             });

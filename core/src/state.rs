@@ -487,7 +487,7 @@ impl<M: Machine> State<M> {
                 if let (Some((id, number)), Outcome::Waiting(place)) = (numbered, &executed.outcome)
                 {
                     // Before it settles, which may decide it already.
-                    self.sessions.wait(id, number, *place);
+                    self.sessions.wait(id, number, place.clone());
                 }
                 self.settle(&changes, Cause::Machine(&executed.note), applied);
                 match executed.outcome {
@@ -529,9 +529,9 @@ impl<M: Machine> State<M> {
         let Settled { resolved, events } = self.machine.settle(changes, cause);
         let revision = self.keyspace.revision();
         for (place, result) in &resolved {
-            if self.sessions.waits_at(*place).is_some() {
+            if self.sessions.waits_at(place).is_some() {
                 let answered = self.answered_now(KeptReply::Machine(M::keep(result)));
-                self.sessions.resolve(*place, answered);
+                self.sessions.resolve(place, answered);
             }
         }
         let resolved = resolved.into_iter();
@@ -591,11 +591,12 @@ impl<M: Machine> Applied<M> {
     /// which were refused, whose wait ended how, who lived and ended.
     fn fingerprint(&self) -> u64 {
         let outcomes = self.outcomes.iter().map(|(_, outcome)| match outcome {
-            Outcome::Waiting(place) => *place,
+            Outcome::Waiting(place) => place.fingerprint(),
             Outcome::Done(answer) => u64::from(answer.body.is_refusal()),
         });
         let resolved = self.resolved.iter();
-        let resolved = resolved.map(|end| end.place << 1 | u64::from(end.result.is_ok()));
+        let resolved =
+            resolved.map(|end| end.place.fingerprint() << 1 | u64::from(end.result.is_ok()));
         let events = self
             .events
             .iter()

@@ -167,7 +167,10 @@ impl Machine for Register {
     }
 }
 
-const PLACE: Place = 7;
+const PLACE: Place = Place {
+    revision: 7,
+    key: Bytes::from_static(b"register"),
+};
 
 thread_local! {
     /// For the defect of [`Register`] alone.

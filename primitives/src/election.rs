@@ -34,9 +34,9 @@ use crate::{
     contenders::Contenders,
     contention::{
         Contender, Executed, Note, done, entry_of, found, holds, listed, live, not_holder,
-        put_beside, remove, waits_at,
+        put_beside, remove, waits_with,
     },
-    name::{campaign_key, contender_key, owner_of},
+    name::{self, campaign_key, contender_key, owner_of},
     value,
 };
 
@@ -128,12 +128,14 @@ pub(crate) fn campaign(
         asked_ms: now,
     };
     context.overlay.put(key.clone(), value, Some(id));
-    put_beside(context, campaign_key(&key), &campaign, id);
-    Ok(waits_at(context.overlay.revision()))
+    put_beside(context, campaign_key(&key), &campaign, Some(id));
+    Ok(waits_with(live(context.overlay.get(&key))))
 }
 
-/// Goes on with a candidate that is there already, as etcd's election service does: it
-/// proclaims the value, whoever leads. The newest request can be withdrawn.
+/// Goes on with a candidate, or an etcd lock's contender, that is there already, as etcd's
+/// election service does: it
+/// proclaims the value, whoever leads. Of those without a number, the newest can be
+/// withdrawn; one with a number stays as it is.
 fn campaign_on(
     contenders: &Contenders,
     context: &mut Context<'_>,
@@ -145,12 +147,15 @@ fn campaign_on(
     if record.value != value {
         context.overlay.put(record.key.clone(), value, record.lease);
     }
-    let beside = campaign_key(&record.key);
-    let before = context.overlay.get(&beside).and_then(value::campaign);
-    if let (Some(before), Some(session)) = (before, record.lease)
+    let noted = |beside: Bytes| {
+        let before = value::campaign(context.overlay.get(&beside)?)?;
+        (before.request > limits::REQUEST_NUMBER_MAX).then_some((beside, before))
+    };
+    if let Some((beside, before)) = name::beside(&record.key).into_iter().find_map(noted)
         && !holds(contenders, lock, record)
     {
-        put_beside(context, beside, &Campaign { request, ..before }, session);
+        let campaign = Campaign { request, ..before };
+        put_beside(context, beside, &campaign, record.lease);
     }
     found(contenders, lock, record)
 }
@@ -218,9 +223,10 @@ fn leading(
         .ok_or_else(|| not_holder(context, lock, token))
 }
 
-/// Whether the holder of a name is its leader, and not the holder of a native lock.
-pub(crate) fn leads(holder: &Record) -> bool {
-    value::native(holder).is_none()
+/// Whether whoever is first in the queue of a name leads: not with a native lock, nor
+/// with what is left of one.
+pub(crate) fn leads(first: &Record) -> bool {
+    value::native_or_lost(first).is_none()
 }
 
 /// What a candidate says never makes its key that of a lock. How long it is at most is

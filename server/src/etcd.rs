@@ -62,7 +62,7 @@ use self::{
 };
 use crate::{
     gateway::{Answer, Gateway},
-    metrics::Method,
+    metrics::{Counted, Method},
     routes::REQUEST_OVERHEAD_BYTES,
     status::Refusal,
 };
@@ -75,8 +75,6 @@ const ENTRY_OVERHEAD_BYTES: usize = 18;
 const LEADER_WITHIN: Duration = Duration::from_secs(7);
 /// Between two attempts to reach it.
 const RETRY_AFTER: Duration = Duration::from_millis(50);
-/// A stream that asked for it ends after so many election timeouts without a leader.
-const TIMEOUTS_WITHOUT_LEADER: u32 = 3;
 
 /// The way to the replica, with what only this API needs.
 #[derive(Clone, Debug)]
@@ -217,9 +215,36 @@ impl Etcd {
         }
     }
 
+    /// Opens a stream: checks what came with the call, and counts it until the stream
+    /// ends. `open` learns whether the client wants a leader to be known so long.
+    pub(crate) async fn stream<A, S, F>(
+        &self,
+        method: Method,
+        request: Request<A>,
+        open: impl FnOnce(A, bool) -> F,
+    ) -> Result<Response<Counted<S>>, Status>
+    where
+        F: Future<Output = Result<S, Error>>,
+    {
+        let call = self.metrics.begin(method);
+        let (metadata, _, request) = request.into_parts();
+        let opened = match self.admit(&metadata) {
+            Ok(wants_leader) => open(request, wants_leader).await,
+            Err(error) => Err(error),
+        };
+        match opened {
+            Ok(stream) => Ok(Response::new(call.stream(stream))),
+            Err(error) => {
+                let status = error.into_status();
+                call.end(status.code());
+                Err(status)
+            }
+        }
+    }
+
     /// Refuses a call that this member must not serve by what came with it; else says
     /// whether the client wants a leader to be known as long as the call lasts. A stream
-    /// then ends with [`Error::NoLeader`] when [`Etcd::leader_is_lost`] does.
+    /// then ends when [`Gateway::is_over`] does.
     pub(crate) fn admit(&self, metadata: &MetadataMap) -> Result<bool, Error> {
         if let Some(version) = metadata.get("client-api-version")
             && str::from_utf8(version.as_encoded_bytes()).is_err()
@@ -233,20 +258,6 @@ impl Etcd {
             return Err(Error::NoLeader);
         }
         Ok(wants_leader)
-    }
-
-    /// Ends when no leader was known at each of three looks in a row, an election
-    /// timeout apart.
-    pub(crate) async fn leader_is_lost(&self) {
-        let timeout = Duration::from_millis(self.settings.election_ms);
-        let mut without = 0;
-        while without < TIMEOUTS_WITHOUT_LEADER {
-            time::sleep(timeout).await;
-            without = match self.handle.status().leader {
-                Some(_) => 0,
-                None => without + 1,
-            };
-        }
     }
 
     /// How a revision is refused that is below every compaction.

@@ -109,7 +109,12 @@ fn leases_locks_elections_and_watches_are_served_with_json() {
     says("/v3/lease/grant", "", grant, &[r#""ID":"77","TTL":"60""#]);
     let renewed = r#""ID":"77","TTL":"60"}}"#;
     let renewals = r#"{"ID":77}{"ID":"78"}"#;
-    let told = says("/v3/lease/keepalive", "", renewals, &[renewed, r#""ID":"78"}}"#]);
+    let told = says(
+        "/v3/lease/keepalive",
+        "",
+        renewals,
+        &[renewed, r#""ID":"78"}}"#],
+    );
     assert_eq!(told.matches(r#"{"result":{"#).count(), 2, "{told}");
 
     let key = r#""key":"bC80ZA==""#;
@@ -126,8 +131,18 @@ fn leases_locks_elections_and_watches_are_served_with_json() {
     let value = r#""value":"dw==""#;
     says("/v3/election/leader", "", name, &[value]);
     let soon = "Grpc-Timeout: 200m\r\n";
-    says("/v3/election/observe", soon, name, &[r#"{"result":{"#, value]);
-    says("/v3/election/resign", "", &format!(r#"{{"leader":{leader}}}"#), &[]);
+    says(
+        "/v3/election/observe",
+        soon,
+        name,
+        &[r#"{"result":{"#, value],
+    );
+    says(
+        "/v3/election/resign",
+        "",
+        &format!(r#"{{"leader":{leader}}}"#),
+        &[],
+    );
     let (code, nobody) = post(address, "/v3/election/leader", name);
     assert_eq!(code, 500, "{nobody}");
     assert!(nobody.contains("election: no leader"), "{nobody}");

@@ -665,8 +665,12 @@ async fn without_a_leader_who_wants_one_is_refused_and_local_reads_go_on() {
     };
     let found = kv(&client).range(local).await.unwrap().into_inner();
     assert_eq!(found.kvs[0].value, "1");
-    let refused = kv(&client).range(from("a", "")).await.unwrap_err();
-    assert_eq!(told(&refused), (Code::Unavailable, "etcdserver: no leader"));
+    // Others wait for one, for as long as they do with etcd.
+    let (mut one, mut other) = (kv(&client), kv(&client));
+    let (read, written) = tokio::join!(one.range(from("a", "")), other.put(put("a", "2")));
+    let timed_out = (Code::Unavailable, "etcdserver: request timed out");
+    assert_eq!(told(&read.unwrap_err()), timed_out);
+    assert_eq!(told(&written.unwrap_err()), timed_out);
 }
 
 #[tokio::test]

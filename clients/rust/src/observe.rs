@@ -69,24 +69,28 @@ impl Observer {
     /// If no server can be asked for some seconds, or the name is none. It may be called
     /// again, and goes on where it was.
     pub async fn next(&mut self) -> Result<Observed, Error> {
-        let give_up = Instant::now() + PATIENCE;
+        // A stream may have been quiet for hours: patience begins when it breaks.
+        let mut give_up: Option<Instant> = None;
         let mut backoff = Backoff::default();
         loop {
             let (index, status) = match self.step().await {
                 Ok(observed) => return Ok(observed),
                 Err(broken) => broken,
             };
-            self.stream = None;
+            if self.stream.take().is_some() {
+                give_up = None;
+            }
             let Some(status) = status else {
                 continue;
             };
+            let until = *give_up.get_or_insert_with(|| Instant::now() + PATIENCE);
             let failure = Failure::from(status);
             let moved = self.transport.note_failure(index, &failure);
             match failure.into_error(false) {
                 Error::Server { reason, .. } if reason == "REVISION_COMPACTED" => {
                     (self.told, self.missed) = (0, true);
                 }
-                error if !error.is_retryable() || Instant::now() >= give_up => return Err(error),
+                error if !error.is_retryable() || Instant::now() >= until => return Err(error),
                 _ => backoff.pause(moved).await,
             }
         }

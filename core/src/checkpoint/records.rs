@@ -7,9 +7,9 @@ use std::iter;
 
 use bytes::Bytes;
 use conclave_proto::internal::{
-    self, CheckpointEnded, CheckpointManifest, CheckpointMember, CheckpointPair, CheckpointRecord,
-    CheckpointRequest, CheckpointSession, CheckpointSystem, CheckpointVersion, checkpoint_ended,
-    checkpoint_record::Record as Body, checkpoint_request,
+    self, CheckpointEnded, CheckpointManifest, CheckpointMember, CheckpointPair, CheckpointPlace,
+    CheckpointRecord, CheckpointRequest, CheckpointSession, CheckpointSystem, CheckpointVersion,
+    checkpoint_ended, checkpoint_record::Record as Body, checkpoint_request,
 };
 use prost::Message as _;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -19,6 +19,7 @@ use crate::{
     APPLY_VERSION,
     ids::{NodeId, Revision, SessionId},
     keyspace::{Picture, Record},
+    machine::Place,
     requests::{Answered, KeptReply, Requests, Slot},
     session::{EndReason, Secret, Session, Sessions},
     system::{Ended, ForcedRelease, PublishedMember, System},
@@ -436,7 +437,9 @@ fn request((number, slot): (u64, Slot)) -> CheckpointRequest {
     use checkpoint_request::Slot as Code;
     let (slot, revision) = match slot {
         Slot::Expected => (Code::Expected(true), 0),
-        Slot::Waiting(place) => (Code::WaitingAt(place), 0),
+        Slot::Waiting(Place { revision, key }) => {
+            (Code::Waiting(CheckpointPlace { revision, key }), 0)
+        }
         Slot::Answered(Answered { revision, reply }) => match reply {
             KeptReply::Machine(reply) => (Code::Reply(reply), revision),
             KeptReply::NoSpace => (Code::NoSpace(true), revision),
@@ -459,7 +462,7 @@ fn slot_of(request: CheckpointRequest) -> Option<(u64, Slot)> {
     let answered = |reply| Slot::Answered(Answered { revision, reply });
     let slot = match slot? {
         Code::Expected(_) => Slot::Expected,
-        Code::WaitingAt(place) => Slot::Waiting(place),
+        Code::Waiting(CheckpointPlace { revision, key }) => Slot::Waiting(Place { revision, key }),
         Code::Reply(reply) => answered(KeptReply::Machine(reply)),
         Code::NoSpace(_) => answered(KeptReply::NoSpace),
     };
@@ -597,7 +600,11 @@ mod tests {
         };
         let answered = |reply| Slot::Answered(Answered { revision: 4, reply });
         requests.set(2, Slot::Expected);
-        requests.set(4, Slot::Waiting(3));
+        let place = Place {
+            revision: 3,
+            key: "n/7".into(),
+        };
+        requests.set(4, Slot::Waiting(place));
         requests.set(5, answered(KeptReply::Machine("reply".into())));
         requests.set(7, answered(KeptReply::NoSpace));
         requests

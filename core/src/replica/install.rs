@@ -127,7 +127,7 @@ impl<M: Machine> Replica<M> {
         let sessions = self.state.sessions();
         waiting
             .map(|(place, asked_by)| Waiting {
-                request: sessions.waits_at(place),
+                request: sessions.waits_at(&place),
                 asked_by,
             })
             .collect()

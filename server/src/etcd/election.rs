@@ -20,7 +20,7 @@ use conclave_proto::{
         DeleteRange, ElectCampaign, Put, operation::Operation as Kind, primitive_command::Command,
     },
 };
-use futures_util::stream::{self, BoxStream, StreamExt as _};
+use futures_util::stream::{BoxStream, StreamExt as _};
 use prost::Message as _;
 use tonic::{Request, Response, Status};
 
@@ -30,7 +30,11 @@ use super::{
     signed,
     status::Error,
 };
-use crate::{metrics::Method, observe, status::Refusal};
+use crate::{
+    metrics::{Counted, Method},
+    observe,
+    status::Refusal,
+};
 
 const ANOTHER_KIND: Error = Error::Refused(Refusal::Internal("election"));
 
@@ -40,7 +44,7 @@ pub(super) struct ElectionService(pub(super) Etcd);
 
 #[async_trait]
 impl Election for ElectionService {
-    type ObserveStream = BoxStream<'static, Result<LeaderResponse, Status>>;
+    type ObserveStream = Counted<BoxStream<'static, Result<LeaderResponse, Status>>>;
 
     async fn campaign(
         &self,
@@ -74,12 +78,11 @@ impl Election for ElectionService {
         request: Request<LeaderRequest>,
     ) -> Result<Response<Self::ObserveStream>, Status> {
         let etcd = &self.0;
-        let wants_leader = etcd.admit(request.metadata()).map_err(Error::into_status)?;
-        let work = |request| async move {
+        let open = async |request, wants_leader| {
             let observed = observe(etcd, request, wants_leader).await;
             observed.map_err(Error::in_recipe)
         };
-        etcd.serve(Method::V3Observe, request, work).await
+        etcd.stream(Method::V3Observe, request, open).await
     }
 
     async fn resign(
@@ -173,7 +176,7 @@ async fn observe(
     wants_leader: bool,
 ) -> Result<BoxStream<'static, Result<LeaderResponse, Status>>, Error> {
     let name = name_of(&request.name)?;
-    let observations = observe::observe(&etcd.0, &name, 0).await?;
+    let observations = observe::observe(&etcd.0, &name, 0, wants_leader).await?;
     let told = etcd.clone();
     let told = observations.filter_map(move |observation| {
         let response = match observation {
@@ -187,16 +190,7 @@ async fn observe(
         };
         async { response }
     });
-    if !wants_leader {
-        return Ok(told.boxed());
-    }
-    let etcd = etcd.clone();
-    let lost = async move {
-        etcd.leader_is_lost().await;
-        Err(Error::NoLeader.into_status())
-    };
-    // An error ends it.
-    Ok(stream::select(told, stream::once(lost)).boxed())
+    Ok(told.boxed())
 }
 
 /// The key of a leader as the wire has it.

@@ -26,7 +26,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{Etcd, status::Error};
-use crate::{gateway::Answer, metrics::Method, status::Refusal};
+use crate::{
+    gateway::Answer,
+    metrics::{Counted, Method},
+    status::Refusal,
+};
 
 const ANOTHER_KIND: Error = Error::Refused(Refusal::Internal("KV"));
 
@@ -36,7 +40,7 @@ pub(super) struct KvService(pub(super) Etcd);
 
 #[async_trait]
 impl Kv for KvService {
-    type RangeStreamStream = ReceiverStream<Result<RangeStreamResponse, Status>>;
+    type RangeStreamStream = Counted<ReceiverStream<Result<RangeStreamResponse, Status>>>;
 
     async fn range(
         &self,
@@ -54,10 +58,8 @@ impl Kv for KvService {
         request: Request<RangeRequest>,
     ) -> Result<Response<Self::RangeStreamStream>, Status> {
         let etcd = &self.0;
-        etcd.serve(Method::KvRangeStream, request, |request| async {
-            range::stream(etcd, request)
-        })
-        .await
+        let open = async |request, _| range::stream(etcd, request);
+        etcd.stream(Method::KvRangeStream, request, open).await
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {

@@ -3,6 +3,7 @@
 use std::{
     future::Future,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -24,13 +25,16 @@ use conclave_proto::{
 };
 use futures_util::stream::{FuturesOrdered, StreamExt as _};
 use tokio_stream::Stream;
-use tonic::{Code, Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     Etcd, signed,
     status::{self, Error},
 };
-use crate::{metrics::Method, status::Refusal};
+use crate::{
+    metrics::{Counted, Method},
+    status::Refusal,
+};
 
 const ANOTHER_KIND: Error = Error::Refused(Refusal::Internal("Lease"));
 /// The longest TTL in seconds.
@@ -62,26 +66,17 @@ impl Lease for LeaseService {
         etcd.serve(Method::LeaseRevoke, request, work).await
     }
 
-    type LeaseKeepAliveStream = Renewals;
+    type LeaseKeepAliveStream = Counted<Renewals>;
 
     async fn lease_keep_alive(
         &self,
         request: Request<Streaming<LeaseKeepAliveRequest>>,
-    ) -> Result<Response<Renewals>, Status> {
-        let call = self.0.metrics.begin(Method::LeaseKeepAlive);
-        match self.0.admit(request.metadata()) {
-            Ok(wants_leader) => {
-                call.end(Code::Ok);
-                let requests = request.into_inner();
-                let renewals = Renewals::new(self.0.clone(), requests, wants_leader);
-                Ok(Response::new(renewals))
-            }
-            Err(error) => {
-                let status = error.into_status();
-                call.end(status.code());
-                Err(status)
-            }
-        }
+    ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
+        let etcd = &self.0;
+        let open = |requests, wants_leader| async move {
+            Ok(Renewals::new(etcd.clone(), requests, wants_leader))
+        };
+        etcd.stream(Method::LeaseKeepAlive, request, open).await
     }
 
     async fn lease_time_to_live(
@@ -203,7 +198,7 @@ fn current_header(etcd: &Etcd) -> Option<ResponseHeader> {
 }
 
 type Renewing = Pin<Box<dyn Future<Output = Result<LeaseKeepAliveResponse, Error>> + Send>>;
-type Lost = Pin<Box<dyn Future<Output = Status> + Send>>;
+type Over = Pin<Box<dyn Future<Output = Failure> + Send>>;
 
 /// The answers to the requests of one stream, in their order. All that has arrived is
 /// renewed at once, so that renewals of one stream share a confirmation.
@@ -213,13 +208,13 @@ pub(super) struct Renewals {
     requests: Option<Streaming<LeaseKeepAliveRequest>>,
     renewing: FuturesOrdered<Renewing>,
     /// What ends the stream, whatever is under way.
-    lost: Lost,
+    is_over: Over,
 }
 
 impl Renewals {
     fn new(etcd: Etcd, requests: Streaming<LeaseKeepAliveRequest>, wants_leader: bool) -> Self {
         Self {
-            lost: Box::pin(lost(etcd.clone(), wants_leader)),
+            is_over: Box::pin(Arc::clone(&etcd.0).is_over(wants_leader)),
             etcd,
             requests: Some(requests),
             renewing: FuturesOrdered::new(),
@@ -262,8 +257,8 @@ impl Stream for Renewals {
         if this.requests.is_none() && this.renewing.is_empty() {
             return Poll::Ready(None);
         }
-        if let Poll::Ready(status) = this.lost.as_mut().poll(context) {
-            return this.end(status);
+        if let Poll::Ready(failure) = this.is_over.as_mut().poll(context) {
+            return this.end(Error::from(Refusal::from(failure)).into_status());
         }
         if let Err(status) = this.take_requests(context) {
             return this.end(status);
@@ -274,20 +269,6 @@ impl Stream for Renewals {
             Poll::Ready(None) if this.requests.is_none() => Poll::Ready(None),
             Poll::Ready(None) | Poll::Pending => Poll::Pending,
         }
-    }
-}
-
-/// What ends a stream from outside.
-async fn lost(etcd: Etcd, wants_leader: bool) -> Status {
-    let leader_is_lost = async {
-        if !wants_leader {
-            std::future::pending::<()>().await;
-        }
-        etcd.leader_is_lost().await;
-    };
-    tokio::select! {
-        () = etcd.hub.closed() => Error::from(Refusal::from(Failure::ShuttingDown)).into_status(),
-        () = leader_is_lost => Error::NoLeader.into_status(),
     }
 }
 

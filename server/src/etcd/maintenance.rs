@@ -19,10 +19,13 @@ use conclave_proto::{
     internal::{NoSpace, command::Body},
 };
 use tokio::time;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Request, Response, Status};
 
 use super::{Etcd, VERSION, cluster, signed, snapshot, status::Error};
-use crate::{metrics::Method, status::Refusal};
+use crate::{
+    metrics::{Counted, Method},
+    status::Refusal,
+};
 
 const ANOTHER_KIND: Error = Error::Refused(Refusal::Internal("Maintenance"));
 /// How often it is looked whether something has happened.
@@ -76,20 +79,15 @@ impl Maintenance for MaintenanceService {
         etcd.serve(Method::HashKv, request, work).await
     }
 
-    type SnapshotStream = snapshot::Blobs;
+    type SnapshotStream = Counted<snapshot::Blobs>;
 
     async fn snapshot(
         &self,
         request: Request<SnapshotRequest>,
-    ) -> Result<Response<snapshot::Blobs>, Status> {
-        let call = self.0.metrics.begin(Method::Snapshot);
-        if let Err(error) = self.0.admit(request.metadata()) {
-            let status = error.into_status();
-            call.end(status.code());
-            return Err(status);
-        }
-        call.end(Code::Ok);
-        Ok(Response::new(snapshot::begin(&self.0)))
+    ) -> Result<Response<Self::SnapshotStream>, Status> {
+        let etcd = &self.0;
+        let open = async |_, _| Ok(snapshot::begin(etcd));
+        etcd.stream(Method::Snapshot, request, open).await
     }
 
     async fn move_leader(

@@ -14,6 +14,11 @@ pub struct Known {
     pub ends_case: bool,
 }
 
+/// A lock that a call of the same lease waits for already.
+pub const SECOND_WAIT: &str = "a second call that waits";
+/// A transaction that may delete what it put, with somebody watching.
+pub const UNDONE: &str = "a put undone by its own transaction";
+
 /// All of them. One that occurs no more makes the test fail: it is to be removed.
 pub const KNOWN: &[Known] = &[
     Known {
@@ -58,10 +63,33 @@ pub const KNOWN: &[Known] = &[
         ends_case: false,
     },
     Known {
+        name: SECOND_WAIT,
+        reason: "ours notes whose call is the newest, which takes a revision: so that a call \
+                 that is dropped leaves the place to it",
+        explains: |_, _, _| false,
+        ends_case: true,
+    },
+    Known {
+        name: UNDONE,
+        reason: "watches are told what the revision left; etcd tells the put and the delete",
+        explains: |_, _, _| false,
+        ends_case: true,
+    },
+    Known {
         name: "the revision of a hash",
         reason: "HashKV tells it since 3.6",
         explains: |step, theirs, ours| {
             matches!(step, Some(Step::HashKv { .. })) && without(ours, "hash_revision") == theirs
+        },
+        ends_case: false,
+    },
+    Known {
+        name: "a hash at the compacted revision",
+        reason: "3.4 refuses it, newer ones answer",
+        explains: |step, theirs, ours| {
+            matches!(step, Some(Step::HashKv { .. }))
+                && theirs.ends_with("mvcc: required revision has been compacted")
+                && ours.starts_with("HashKvResponse")
         },
         ends_case: false,
     },

@@ -357,14 +357,12 @@ fn comparable_word<'a>(word: &'a str, before: &str) -> &'a str {
     let hex = word.chars().all(|c| c.is_ascii_hexdigit());
     let number = word.trim_end_matches(|c: char| c.is_alphabetic());
     let unit = &word[number.len()..];
-    if digits && (word.len() > LONGEST_NUMBER || before.ends_with("127.0.0.1:")) {
-        "#"
-    } else if hex && word.len() >= SHORTEST_ID {
-        "#"
-    } else if ["\"raft_term\":", "\"RaftTerm\" : "]
+    let is_port_or_time = digits && (word.len() > LONGEST_NUMBER || before.ends_with("127.0.0.1:"));
+    let is_id = hex && word.len() >= SHORTEST_ID;
+    let is_term = ["\"raft_term\":", "\"RaftTerm\" : "]
         .iter()
-        .any(|name| before.ends_with(name))
-    {
+        .any(|name| before.ends_with(name));
+    if is_port_or_time || is_id || is_term {
         "#"
     } else if ["s", "ms", "µs", "m"].contains(&unit) && number.parse::<f64>().is_ok() {
         "TIME"

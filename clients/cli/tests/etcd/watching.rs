@@ -135,7 +135,7 @@ impl Watching {
 
     /// Nothing answers if there is no such watch.
     pub async fn cancel(&self, id: i64) -> Option<WatchResponse> {
-        let known = self.with(|arrived| arrived.lives(id));
+        let known = self.with(|arrived| arrived.is_there(id));
         let request = RequestUnion::CancelRequest(WatchCancelRequest { watch_id: id });
         if !known {
             self.ask(request).await;
@@ -203,13 +203,8 @@ impl Arrived {
         let id = response.watch_id;
         let current = response.header.as_ref().map_or(0, |header| header.revision);
         let control = response.created || response.canceled || response.events.is_empty();
-        let is_over = !response.created && !self.lives(id);
         let log = self.log.entry(id).or_default();
         if control {
-            // 3.4 may answer when one is cancelled that a compaction has cancelled.
-            if response.canceled && response.compact_revision == 0 && is_over {
-                return;
-            }
             log.push(Line::Control(response.clone()));
             // A watch behind the compacted revision ends unasked.
             if response.compact_revision == 0 {
@@ -240,15 +235,12 @@ impl Arrived {
         self.newest.insert(id, (newest, response.fragment));
     }
 
-    fn lives(&self, id: i64) -> bool {
+    /// Whether there is a watch to cancel; also if a compaction has cancelled it.
+    fn is_there(&self, id: i64) -> bool {
         let of = |what: fn(&WatchResponse) -> bool| {
             let controls = self.controls.iter();
             controls.filter(|c| c.watch_id == id && what(c)).count()
         };
-        let compacted = self.log.get(&id).into_iter().flatten();
-        let compacted = compacted
-            .filter(|line| matches!(line, Line::Control(c) if c.compact_revision != 0))
-            .count();
-        of(|c| c.created && !c.canceled) > of(|c| c.canceled) + compacted
+        of(|c| c.created && !c.canceled) > of(|c| c.canceled)
     }
 }
