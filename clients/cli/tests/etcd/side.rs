@@ -155,9 +155,13 @@ impl Side {
     /// this step may bring about.
     pub fn parts_at(&self, step: &Step) -> Option<&'static str> {
         match step {
-            Step::Lock { name, lease } if self.contending.waits(name, *lease) => {
+            Step::Lock { name, lease } | Step::Campaign { name, lease, .. }
+                if self.contending.waits(name, *lease) =>
+            {
                 Some(differences::SECOND_WAIT)
             }
+            Step::Range(range) if is_cut_before_sorted(range) => Some(differences::CUT_FIRST),
+            Step::Txn(txn) if cuts_before_sorting(txn) => Some(differences::CUT_FIRST),
             Step::Txn(txn) if self.streams.iter().any(Option::is_some) && may_undo(txn) => {
                 Some(differences::UNDONE)
             }
@@ -342,6 +346,20 @@ impl Side {
         let kvs = response.into_inner().kvs;
         kvs.into_iter().map(|kv| kv.key).collect()
     }
+}
+
+fn is_cut_before_sorted(range: &RangeRequest) -> bool {
+    range.limit > 0 && range.sort_order == 0 && range.sort_target != 0
+}
+
+fn cuts_before_sorting(txn: &TxnRequest) -> bool {
+    let ops = txn.success.iter().chain(&txn.failure);
+    ops.filter_map(|op| op.request.as_ref())
+        .any(|request| match request {
+            request_op::Request::RequestRange(range) => is_cut_before_sorted(range),
+            request_op::Request::RequestTxn(txn) => cuts_before_sorting(txn),
+            _ => false,
+        })
 }
 
 /// Whether a transaction may delete a key that it put. Most that would are refused.
