@@ -2,8 +2,9 @@
 //!
 //! Log time is what waits, deadlines and expiry are measured in. It is the
 //! leader's: each turn adds the CLOCK_BOOTTIME since the turn before, but at
-//! most one election timeout, so that a leader that was stopped, swapped out or
-//! stuck in a sync does not find everybody's time over when it goes on. Entries
+//! most two heartbeats, so that a leader that was stopped, swapped out or
+//! stuck in a sync does not find everybody's time over when it goes on. A turn comes at
+//! least twice a heartbeat, so only one that takes as long as that runs late. Entries
 //! carry it, and everybody else's clock continues from each one it applies; how
 //! long a process has been up says nothing. So log time runs late while nobody
 //! leads, and never early.
@@ -30,8 +31,9 @@ impl Clock {
         clock
     }
 
-    /// Takes note of the time at the start of a turn.
-    pub(crate) fn advance(&mut self, now: Now) {
+    /// Takes note of the time at the start of a turn; how long ago the one before began,
+    /// in microseconds.
+    pub(crate) fn advance(&mut self, now: Now) -> u64 {
         let step = now.boot_us.saturating_sub(self.last_boot_us);
         #[cfg(conclave_plant)]
         if crate::plant::is("clock-over-stall") {
@@ -39,6 +41,7 @@ impl Clock {
         }
         self.elapsed_us += step.min(self.step_us_max);
         self.last_boot_us = now.boot_us.max(self.last_boot_us);
+        step
     }
 
     /// Never reads less than `log_time` from now on.
@@ -78,7 +81,7 @@ mod tests {
         let mut clock = Clock::new(at(1_000), 500, 0);
         clock.advance(at(1_100));
         assert_eq!(clock.micros(), 100);
-        clock.advance(at(900_000));
+        assert_eq!(clock.advance(at(900_000)), 898_900);
         assert_eq!(clock.micros(), 600);
     }
 

@@ -10,9 +10,14 @@ use harness::{Directory, Node, exchange, get};
 
 /// HTTP code and body. The server closes the connection behind it.
 fn post(address: SocketAddr, path: &str, body: &str) -> (u16, String) {
+    post_with(address, path, "", body)
+}
+
+/// With more lines for the head.
+fn post_with(address: SocketAddr, path: &str, headers: &str, body: &str) -> (u16, String) {
     let length = body.len();
     let request = format!(
-        "POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+        "POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
     );
     let answer = String::from_utf8(exchange(address, request.as_bytes())).unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
@@ -50,4 +55,38 @@ fn keys_are_written_and_read_with_json() {
     assert!(body.contains("etcdserver: request is too large"), "{body}");
     assert_eq!(get(address, "/v3/kv/range").0, 405);
     assert_eq!(post(address, "/v3/kv/fly", "{}").0, 404);
+}
+
+#[test]
+fn who_waits_for_a_lock_until_a_deadline_is_told_that_it_has_passed() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let address = node.client();
+    let (code, body) = post(address, "/v3/lock/lock", r#"{"name":"bA=="}"#);
+    assert_eq!(code, 200, "{body}");
+    let soon = "Grpc-Timeout: 50m\r\n";
+    let (code, body) = post_with(address, "/v3/lock/lock", soon, r#"{"name":"bA=="}"#);
+    let text = "context deadline exceeded";
+    let refused = format!(r#"{{"code":4,"error":"{text}","message":"{text}"}}"#);
+    assert_eq!((code, body), (504, refused));
+
+    let watch = r#"{"create_request":{"key":"YQ=="}}"#;
+    let (code, body) = post_with(address, "/v3/watch", soon, watch);
+    assert_eq!(code, 200, "{body}");
+    assert!(body.contains(r#""created":true"#), "{body}");
+    assert!(body.contains(r#"{"error":{"code":4,"#), "{body}");
+
+    // gRPC over HTTP/1.1, by a client that does not keep the deadline itself.
+    let message = "\0\0\0\0\u{3}\n\u{1}l";
+    let request = format!(
+        "POST /v3lockpb.Lock/Lock HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\
+         Content-Type: application/grpc\r\nTE: trailers\r\nContent-Length: {}\r\n{soon}\r\n{message}",
+        message.len()
+    );
+    let answer = String::from_utf8(exchange(address, request.as_bytes())).unwrap();
+    assert!(answer.contains("grpc-status: 4\r\n"), "{answer}");
+    assert!(
+        answer.contains("grpc-message: context%20deadline%20exceeded\r\n"),
+        "{answer}"
+    );
 }

@@ -4,10 +4,10 @@
 
 mod install;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, mem};
 
 use conclave_core::{
-    checkpoint::{self, CheckpointStore as _, Schedule, SimCheckpoints, Slot},
+    checkpoint::{self, CheckpointStore as _, Part, Schedule, SimCheckpoints, Slot},
     disk::SimDisk,
     ids::{Index, NodeId},
     log::{Facts, Identity, Layout, Log, LogError},
@@ -28,6 +28,8 @@ use super::{
 };
 use crate::checkers::early_expiry::Moment;
 
+/// The cluster that all nodes belong to.
+pub(crate) const CLUSTER: u64 = 0xC0_9C1A;
 /// How often an index is made anew and compared, in a million turns.
 const REBUILDS: u64 = 200;
 
@@ -71,10 +73,14 @@ pub(crate) struct Node {
 #[derive(Debug)]
 struct Running {
     replica: Replica<Primitives>,
+    /// Names this start of the process.
+    process: u64,
     log: Log<SimDisk>,
     schedule: Schedule,
     /// The checkpoint that is being written.
     checkpoint: Option<Index>,
+    /// What of it is drawn.
+    parts: Vec<Part>,
     /// What it gets from another node, and then what it has got.
     receiving: Option<Receiving>,
     received: Option<Receiving>,
@@ -105,6 +111,7 @@ struct Caller {
     id: u64,
     sent: Moment,
     about: About,
+    is_command: bool,
 }
 
 impl Node {
@@ -116,7 +123,7 @@ impl Node {
         ground.stall_free.push(StallFree::new(clock));
         let disk = SimDisk::new();
         let identity = Identity {
-            cluster: 0xC0_9C1A,
+            cluster: CLUSTER,
             node: id(index),
             incarnation: ground.rng.next(),
         };
@@ -210,21 +217,14 @@ impl Node {
         if restored > 0 {
             ground.did(Operation::Restored);
         }
-        let config = Config {
-            node: id(self.index),
-            boot: ground.rng.next(),
-            seed: ground.rng.next(),
-            heartbeat_ms: HEARTBEAT_MS,
-            election_ms: ELECTION_MS,
-            name: format!("n{}", self.index),
-            client_urls: vec![format!("http://n{}:2379", self.index)],
-            retention: Some(RETENTION),
-            quota_bytes: ground.settings.quota_bytes,
-        };
+        let process = ground.rng.next();
+        ground.checks.starts(self.index, &recovered.entries);
+        let config = self.config(process, ground);
         let replica = Replica::new(config, recovered, state, self.clocks(ground));
         ground.stall_free[self.index].start(self.clock, ground.now_us);
         self.running = Some(Running {
             replica,
+            process,
             log,
             schedule: Schedule::new(
                 ground.settings.checkpoint_every,
@@ -232,6 +232,7 @@ impl Node {
                 restored,
             ),
             checkpoint: None,
+            parts: Vec::new(),
             receiving: None,
             received: None,
             adopts: None,
@@ -245,6 +246,20 @@ impl Node {
         self.paused = false;
         self.alarm.stop();
         self.alarm.set(ground.now_us, ground);
+    }
+
+    fn config(&self, process: u64, ground: &mut Ground) -> Config {
+        Config {
+            node: id(self.index),
+            boot: process,
+            seed: ground.rng.next(),
+            heartbeat_ms: HEARTBEAT_MS,
+            election_ms: ELECTION_MS,
+            name: format!("n{}", self.index),
+            client_urls: vec![format!("http://n{}:2379", self.index)],
+            retention: Some(RETENTION),
+            quota_bytes: ground.settings.quota_bytes,
+        }
     }
 
     /// Whether a node may find itself without a state: only if its checkpoints were
@@ -466,12 +481,14 @@ impl Node {
             id: call.id,
             sent: call.sent,
             about: call.about,
+            is_command: matches!(call.body, CallBody::Command(_)),
         };
         running.callers.insert(number, caller);
         let input = match call.body {
             CallBody::Command(body) => Input::Command { number, body },
             CallBody::Renew(of) => Input::Renew { number, of },
             CallBody::Read(query) => Input::Read { number, query },
+            CallBody::LocalRead(query) => Input::LocalRead { number, query },
         };
         self.take_in(input, ground);
     }
@@ -525,7 +542,7 @@ impl Node {
             return;
         }
         ground.stall_free[self.index].turn(ground.now_us);
-        let inputs = std::mem::take(&mut running.inbox);
+        let inputs = mem::take(&mut running.inbox);
         let is_idle = inputs.is_empty();
         let begun = match running.replica.begin(now, inputs) {
             Ok(begun) => begun,
@@ -533,6 +550,7 @@ impl Node {
         };
         send(self.index, begun.messages, ground);
         if let Some(batch) = begun.batch {
+            ground.checks.logs(self.index, &batch);
             if let Err(error) = running.log.append(&batch) {
                 return self.disk_failed(&error, ground);
             }
@@ -651,10 +669,13 @@ impl Node {
         }
         let drawn = 1 + ground.rng.below(DRAWN_PER_TURN_MAX);
         let drawn = usize::try_from(drawn).expect("it is small");
-        if let Some(image) = running.replica.draw_image(drawn) {
+        running.parts.extend(running.replica.draw_part(drawn));
+        if let Some(Part::Rest(image)) = running.parts.last() {
             let at = image.applied();
             running.checkpoint = Some(at);
-            self.checkpoints.begin(at.into(), image.into_records());
+            let parts = mem::take(&mut running.parts);
+            self.checkpoints
+                .begin(at.into(), checkpoint::records(parts.into_iter()));
             let (node, boot) = (self.index, self.boot);
             let at_us = ground.now_us + ground.rng.skewed(200_000);
             ground.schedule(at_us, Event::CheckpointWritten { node, boot });
@@ -701,6 +722,10 @@ impl Running {
     /// before the next holder is told.
     fn deliver(&mut self, node: usize, finished: Finished<Primitives>, ground: &mut Ground) {
         send(node, finished.messages, ground);
+        let applied = self.replica.state().applied();
+        if applied != self.applied {
+            ground.checks.committed(node, applied);
+        }
         if !finished.events.is_empty() {
             let at = ground.moment();
             let led = ground.led_us;
@@ -717,6 +742,10 @@ impl Running {
                 continue;
             };
             ground.checks.dropped(node, number, caller.about);
+            if caller.is_command {
+                let origin = (id(node).0, self.process, number);
+                ground.checks.command_answered(origin, &result);
+            }
             let reply = match result {
                 Ok(answer) => {
                     if matches!(answer.body, AnswerBody::NoSpace) {
@@ -746,7 +775,6 @@ impl Running {
             }
             ground.publish(node, event.session.0, event.body);
         }
-        let applied = self.replica.state().applied();
         if applied != self.applied {
             self.applied = applied;
             ground

@@ -79,7 +79,8 @@ struct Serving {
     /// Until the client has closed its half. The watchers live on.
     requests: Option<Streaming<WatchRequest>>,
     watchers: BTreeMap<WatcherId, Watched>,
-    /// Those of them that were not cancelled, by their names on the wire.
+    /// Those that the client has not cancelled, by their names on the wire; also what a
+    /// compaction has cancelled, whose name stays taken.
     named: BTreeMap<i64, WatcherId>,
     next_name: i64,
     /// What was asked for and not yet told to have begun, in order: clients tell the
@@ -172,7 +173,19 @@ impl Serving {
             Some(RequestUnion::CreateRequest(create)) => self.create(create).await,
             Some(RequestUnion::CancelRequest(cancel)) => {
                 match self.named.remove(&cancel.watch_id) {
-                    Some(watcher) => self.ask(watch::Request::Cancel { watcher }),
+                    Some(watcher) if self.watchers.contains_key(&watcher) => {
+                        self.ask(watch::Request::Cancel { watcher })
+                    }
+                    // As in etcd, one that a compaction has cancelled can be cancelled.
+                    Some(_) => {
+                        let revision = self.etcd.handle.status().revision;
+                        let response = WatchResponse {
+                            canceled: true,
+                            ..self.response(cancel.watch_id, revision)
+                        };
+                        self.ready.push_back(response);
+                        Ok(())
+                    }
                     None => Ok(()),
                 }
             }
@@ -283,10 +296,7 @@ impl Serving {
                     return Ok(());
                 };
                 let revision = match compacted {
-                    Some(_) => {
-                        self.forget_name(watched.name, watcher);
-                        0
-                    }
+                    Some(_) => 0,
                     None => self.etcd.handle.status().revision,
                 };
                 let response = WatchResponse {
@@ -307,13 +317,6 @@ impl Serving {
             Notice::Refused { .. } => return Err(Error::Behind.into_status()),
         }
         Ok(())
-    }
-
-    /// Unless another watcher has it by now.
-    fn forget_name(&mut self, name: i64, watcher: WatcherId) {
-        if self.named.get(&name) == Some(&watcher) {
-            self.named.remove(&name);
-        }
     }
 
     fn tell_events(&mut self, watched: Watched, revision: Revision, events: &[Event]) {

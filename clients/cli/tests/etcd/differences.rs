@@ -14,6 +14,11 @@ pub struct Known {
     pub ends_case: bool,
 }
 
+/// A lock that a call of the same lease waits for already.
+pub const SECOND_WAIT: &str = "a second call that waits";
+/// A transaction that may delete what it put, with somebody watching.
+pub const UNDONE: &str = "a put undone by its own transaction";
+
 /// All of them. One that occurs no more makes the test fail: it is to be removed.
 pub const KNOWN: &[Known] = &[
     Known {
@@ -33,10 +38,58 @@ pub const KNOWN: &[Known] = &[
         ends_case: true,
     },
     Known {
+        name: "keys of the service",
+        reason: "what a waiting call needs lies under `_conclave/`, and can be read",
+        explains: |_, theirs, ours| ours.contains("_conclave/") && !theirs.contains("_conclave/"),
+        ends_case: true,
+    },
+    Known {
+        name: "a contender whose key is deleted",
+        reason: "etcd tells it that it is elected, if all in front of it goes with it",
+        explains: |_, theirs, ours| {
+            let (theirs, ours) = (theirs.split_once("and call"), ours.split_once("and call"));
+            theirs.is_some_and(|(_, theirs)| theirs.contains("CampaignResponse"))
+                && ours.is_some_and(|(_, ours)| ours.contains("mutex: session is expired"))
+        },
+        ends_case: true,
+    },
+    Known {
+        name: "the header of a second campaign",
+        reason: "ours is of the revision that proclaimed its value, etcd's of before",
+        explains: |_, theirs, ours| {
+            theirs.contains("CampaignResponse")
+                && without(ours, "revision") == without(theirs, "revision")
+        },
+        ends_case: false,
+    },
+    Known {
+        name: SECOND_WAIT,
+        reason: "ours notes whose call is the newest, which takes a revision: so that a call \
+                 that is dropped leaves the place to it",
+        explains: |_, _, _| false,
+        ends_case: true,
+    },
+    Known {
+        name: UNDONE,
+        reason: "watches are told what the revision left; etcd tells the put and the delete",
+        explains: |_, _, _| false,
+        ends_case: true,
+    },
+    Known {
         name: "the revision of a hash",
         reason: "HashKV tells it since 3.6",
         explains: |step, theirs, ours| {
             matches!(step, Some(Step::HashKv { .. })) && without(ours, "hash_revision") == theirs
+        },
+        ends_case: false,
+    },
+    Known {
+        name: "a hash at the compacted revision",
+        reason: "3.4 refuses it, newer ones answer",
+        explains: |step, theirs, ours| {
+            matches!(step, Some(Step::HashKv { .. }))
+                && theirs.ends_with("mvcc: required revision has been compacted")
+                && ours.starts_with("HashKvResponse")
         },
         ends_case: false,
     },
