@@ -62,8 +62,11 @@ pub const COMMAND_BYTES_MAX: usize = 3 << 19;
 /// Operations of a transaction, in each of its lists, unless told otherwise.
 pub const TXN_OPERATIONS_DEFAULT: usize = 128;
 /// Compares and operations of a transaction and all inside it: some milliseconds of
-/// work.
+/// work, but for those over ranges.
 pub const TXN_OPERATIONS_MAX: usize = 4_096;
+/// Records that the compares and operations over ranges of one transaction look at, if
+/// there is more than one: a tenth of a second of work, for every member.
+pub const TXN_VISITS_MAX: usize = 1_000_000;
 /// Transactions inside each other: a decoder takes a hundred messages inside each other,
 /// and each of them is two, in an entry that is in a message of its own.
 pub const TXN_DEPTH_MAX: usize = 40;

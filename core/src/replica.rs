@@ -90,8 +90,6 @@ pub struct Replica<M: Machine> {
 
     now: Now,
     clock: Clock,
-    /// Whether the turn before this one came later than it should have.
-    was_long: bool,
     next_tick_us: u64,
     /// In this turn; deadlines are looked at as often.
     has_ticked: bool,
@@ -217,13 +215,11 @@ impl<M: Machine> Replica<M> {
             install.want(consensus.before_first());
             State::new(identity.cluster)
         });
-        let step_us_max = 2 * config.heartbeat_ms * 1_000;
-        let clock = Clock::new(now, step_us_max, state.system().log_time());
+        let clock = Clock::new(now, config.heartbeat_ms * 1_000, state.system().log_time());
         let admission = (!facts.admitted).then(|| Admission::new(config.node, &facts.voters));
         Self {
             consensus,
             clock,
-            was_long: false,
             watchers: Hub::new(state.keyspace().revision()),
             state,
             held: 0,
@@ -407,19 +403,13 @@ impl<M: Machine> Replica<M> {
     }
 
     /// Time has passed. After a stall of this node nothing expires for one heartbeat:
-    /// renewals that came meanwhile are yet to be read. When one turn after the other
-    /// takes long, that is no stall, and renewals are read all the time.
+    /// renewals that came meanwhile are yet to be read.
     fn note_step(&mut self) {
-        let heartbeat_us = self.config.heartbeat_ms * 1_000;
-        let is_long = self.clock.advance(self.now) > heartbeat_us;
-        let was_long = mem::replace(&mut self.was_long, is_long);
+        let has_stalled = self.clock.advance(self.now);
         #[cfg(conclave_plant)]
-        let is_long = is_long && !crate::plant::is("clock-over-stall");
-        if is_long
-            && !was_long
-            && let Some(leadership) = &mut self.leadership
-        {
-            leadership.hold_expiry(self.now.boot_us + heartbeat_us);
+        let has_stalled = has_stalled && !crate::plant::is("clock-over-stall");
+        if has_stalled && let Some(leadership) = &mut self.leadership {
+            leadership.hold_expiry(self.now.boot_us + self.config.heartbeat_ms * 1_000);
         }
     }
 
@@ -953,11 +943,12 @@ impl<M: Machine> Replica<M> {
                 }
             }
         }
-        while let Some(late) = self
-            .readable
-            .pop_front_if(|read| read.deadline_us <= now_us)
+        while let Some(late) = self.readable.front()
+            && late.deadline_us <= now_us
         {
-            self.fail(late.number, Failure::Overloaded);
+            let number = late.number;
+            self.readable.pop_front();
+            self.fail(number, Failure::Overloaded);
         }
         // Numbers grow with time, so the oldest are first. What was proposed here
         // ends with this term: a leader that reaches no quorum steps down.

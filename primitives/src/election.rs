@@ -36,7 +36,7 @@ use crate::{
         Contender, Executed, Note, Room, done, entry_of, found, holds, live, not_holder,
         put_beside, remove, waits_with,
     },
-    name::{campaign_key, contender_key, owner_of},
+    name::{self, campaign_key, contender_key, owner_of},
     value,
 };
 
@@ -133,7 +133,8 @@ pub(crate) fn campaign(
     Ok(waits_with(live(context.overlay.get(&key))))
 }
 
-/// Goes on with a candidate that is there already, as etcd's election service does: it
+/// Goes on with a candidate, or an etcd lock's contender, that is there already, as etcd's
+/// election service does: it
 /// proclaims the value, whoever leads. Of those without a number, the newest can be
 /// withdrawn; one with a number stays as it is.
 fn campaign_on(
@@ -147,9 +148,11 @@ fn campaign_on(
     if record.value != value {
         context.overlay.put(record.key.clone(), value, record.lease);
     }
-    let beside = campaign_key(&record.key);
-    let before = context.overlay.get(&beside).and_then(value::campaign);
-    if let Some(before) = before.filter(|before| before.request > limits::REQUEST_NUMBER_MAX)
+    let noted = |beside: Bytes| {
+        let before = value::campaign(context.overlay.get(&beside)?)?;
+        (before.request > limits::REQUEST_NUMBER_MAX).then_some((beside, before))
+    };
+    if let Some((beside, before)) = name::beside(&record.key).into_iter().find_map(noted)
         && !holds(contenders, lock, record)
     {
         let campaign = Campaign { request, ..before };

@@ -395,7 +395,8 @@ impl World {
                     let (key, token) = (place.key.clone().into(), place.token);
                     expected.answer = Some(Ok(Reply::Granted { key, token }));
                 } else {
-                    if matches!(mine.role, Role::Candidate { .. }) {
+                    // What an etcd client has made itself bears no note.
+                    if matches!(mine.role, Role::Candidate { .. }) || mine.tag != 0 {
                         mine.tag = tag;
                     }
                     expected.waits_at = Some(place.at());

@@ -191,9 +191,18 @@ impl Gateway {
         }
     }
 
+    /// Why a stream ends although its client does not end it: this member stops, or has
+    /// lost the leader, if the client wants one to be known as long as the stream lasts.
+    pub(crate) async fn is_over(self: Arc<Self>, wants_leader: bool) -> Failure {
+        tokio::select! {
+            () = self.hub.closed() => Failure::ShuttingDown,
+            () = self.leader_is_lost(), if wants_leader => Failure::NotLeader { leader: None },
+        }
+    }
+
     /// Ends when no leader was known at each of three looks in a row, an election
     /// timeout apart.
-    pub(crate) async fn leader_is_lost(&self) {
+    async fn leader_is_lost(&self) {
         let timeout = Duration::from_millis(self.settings.election_ms);
         let mut without = 0;
         while without < TIMEOUTS_WITHOUT_LEADER {

@@ -65,7 +65,7 @@ pub(crate) async fn observe(
         reader,
         told,
         ready,
-        is_over: Box::pin(over(Arc::clone(gateway), wants_leader)),
+        is_over: Box::pin(Arc::clone(gateway).is_over(wants_leader)),
     };
     Ok(stream::unfold(Some(observing), |observing| async {
         let mut observing = observing?;
@@ -74,14 +74,6 @@ pub(crate) async fn observe(
             Err(refusal) => Some((Err(refusal), None)),
         }
     }))
-}
-
-/// Why the stream ends although the client did not end it.
-async fn over(gateway: Arc<Gateway>, wants_leader: bool) -> Failure {
-    tokio::select! {
-        () = gateway.hub.closed() => Failure::ShuttingDown,
-        () = gateway.leader_is_lost(), if wants_leader => Failure::NotLeader { leader: None },
-    }
 }
 
 /// The keys of a range at a revision, or now, and which revision that is.

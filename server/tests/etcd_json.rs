@@ -90,3 +90,64 @@ fn who_waits_for_a_lock_until_a_deadline_is_told_that_it_has_passed() {
         "{answer}"
     );
 }
+
+#[test]
+fn leases_locks_elections_and_watches_are_served_with_json() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let address = node.client();
+    let says = |path: &str, headers: &str, body: &str, parts: &[&str]| {
+        let (code, answer) = post_with(address, path, headers, body);
+        assert_eq!(code, 200, "{path} {answer}");
+        for part in parts {
+            assert!(answer.contains(part), "{path} {part} {answer}");
+        }
+        answer
+    };
+    says("/v3/kv/put", "", r#"{"key":"YQ==","value":"MQ=="}"#, &[]);
+    let grant = r#"{"TTL":60,"ID":77}"#;
+    says("/v3/lease/grant", "", grant, &[r#""ID":"77","TTL":"60""#]);
+    let renewed = r#""ID":"77","TTL":"60"}}"#;
+    let renewals = r#"{"ID":77}{"ID":"78"}"#;
+    let told = says(
+        "/v3/lease/keepalive",
+        "",
+        renewals,
+        &[renewed, r#""ID":"78"}}"#],
+    );
+    assert_eq!(told.matches(r#"{"result":{"#).count(), 2, "{told}");
+
+    let key = r#""key":"bC80ZA==""#;
+    says("/v3/lock/lock", "", r#"{"name":"bA==","lease":77}"#, &[key]);
+    says("/v3/lock/unlock", "", &format!("{{{key}}}"), &[]);
+
+    let campaign = r#"{"name":"ZQ==","lease":77,"value":"dg=="}"#;
+    let elected = says("/v3/election/campaign", "", campaign, &[r#""lease":"77""#]);
+    let (_, leader) = elected.split_once(r#""leader":"#).unwrap();
+    let leader = leader.trim_end().strip_suffix('}').unwrap();
+    let proclaim = format!(r#"{{"leader":{leader},"value":"dw=="}}"#);
+    says("/v3/election/proclaim", "", &proclaim, &[]);
+    let name = r#"{"name":"ZQ=="}"#;
+    let value = r#""value":"dw==""#;
+    says("/v3/election/leader", "", name, &[value]);
+    let soon = "Grpc-Timeout: 200m\r\n";
+    says(
+        "/v3/election/observe",
+        soon,
+        name,
+        &[r#"{"result":{"#, value],
+    );
+    says(
+        "/v3/election/resign",
+        "",
+        &format!(r#"{{"leader":{leader}}}"#),
+        &[],
+    );
+    let (code, nobody) = post(address, "/v3/election/leader", name);
+    assert_eq!(code, 500, "{nobody}");
+    assert!(nobody.contains("election: no leader"), "{nobody}");
+
+    let watch = r#"{"create_request":{"key":"YQ==","start_revision":"2"}}"#;
+    let event = r#""events":[{"kv":{"key":"YQ==","create_revision":"2""#;
+    says("/v3/watch", soon, watch, &[r#""created":true"#, event]);
+}

@@ -83,14 +83,14 @@ impl<M: Machine> Replica<M> {
     /// Gives up those that nobody waits for any more. The oldest are first.
     pub(super) fn give_up_late_hashings(&mut self) {
         let now_us = self.now.boot_us;
-        while let Some(late) = self
-            .hashings
-            .asked
-            .pop_front_if(|asked| asked.deadline_us <= now_us)
+        while let Some(late) = self.hashings.asked.front()
+            && late.deadline_us <= now_us
         {
+            let number = late.number;
+            self.hashings.asked.pop_front();
             self.hashings.is_begun = false;
             self.state.give_up_hash();
-            self.fail(late.number, Failure::Overloaded);
+            self.fail(number, Failure::Overloaded);
         }
     }
 }

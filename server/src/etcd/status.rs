@@ -79,6 +79,8 @@ pub(crate) enum Error {
     SessionExpired,
     /// The lease has a candidate of the name and asks for the lock, or the other way round.
     OtherContender,
+    /// What a candidate proclaims would be taken for a native lock; a text of our own.
+    ValueOfLock,
     /// Nobody leads.
     NobodyElected,
     /// The candidate is none (any more).
@@ -257,6 +259,10 @@ impl Error {
             Self::OtherContender => (
                 Code::FailedPrecondition,
                 "etcdserver: the lease contends for a lock and an election of one name",
+            ),
+            Self::ValueOfLock => (
+                Code::InvalidArgument,
+                "etcdserver: the value is that of a native lock",
             ),
             Self::NobodyElected => (Code::Unknown, "election: no leader"),
             Self::NotElected => (Code::Unknown, "election: not leader"),

@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     pin::Pin,
+    sync::Arc,
     time::Duration,
 };
 
@@ -32,7 +33,12 @@ use tokio::time::{self, Instant, Interval, MissedTickBehavior};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{Etcd, kv::key_value, signed, status, status::Error};
-use crate::{metrics::Method, readers::Reader, routes::REQUEST_OVERHEAD_BYTES, status::Refusal};
+use crate::{
+    metrics::{Counted, Method},
+    readers::Reader,
+    routes::REQUEST_OVERHEAD_BYTES,
+    status::Refusal,
+};
 
 /// In place of the name of a watcher: of a response that is about none.
 const NO_WATCHER: i64 = -1;
@@ -43,7 +49,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(10);
 
 const DUPLICATE_ID: &str = "mvcc: duplicate watch ID provided on the WatchStream";
 const EMPTY_RANGE: &str = "mvcc: watcher range is empty";
-const COMPACTED: &str = "mvcc: required revision has been compacted";
+/// With the prefix of errors on the wire, and unlike the others: clients look for it so.
+const COMPACTED: &str = "etcdserver: mvcc: required revision has been compacted";
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -51,24 +58,18 @@ pub(super) struct WatchService(pub(super) Etcd);
 
 #[async_trait]
 impl Watch for WatchService {
-    type WatchStream = BoxStream<'static, Result<WatchResponse, Status>>;
+    type WatchStream = Counted<BoxStream<'static, Result<WatchResponse, Status>>>;
 
     async fn watch(
         &self,
         request: Request<Streaming<WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let etcd = &self.0;
-        let (metadata, _, requests) = request.into_parts();
-        let wants_leader = match etcd.admit(&metadata) {
-            Ok(wants_leader) => wants_leader,
-            Err(error) => {
-                let status = error.into_status();
-                etcd.metrics.begin(Method::Watch).end(status.code());
-                return Err(status);
-            }
+        let open = |requests, wants_leader| async move {
+            let serving = Serving::new(etcd.clone(), requests, wants_leader);
+            Ok(serving.into_stream().boxed())
         };
-        let serving = Serving::new(etcd.clone(), requests, wants_leader);
-        Ok(Response::new(serving.into_stream().boxed()))
+        etcd.stream(Method::Watch, request, open).await
     }
 }
 
@@ -92,7 +93,7 @@ struct Serving {
     consumed: u64,
     /// Once some watcher wants to hear that nothing has happened.
     progress: Option<Interval>,
-    is_over: Pin<Box<dyn Future<Output = Error> + Send>>,
+    is_over: Pin<Box<dyn Future<Output = Failure> + Send>>,
 }
 
 /// A watcher, as the wire has it.
@@ -115,7 +116,7 @@ enum Creating {
 
 impl Serving {
     fn new(etcd: Etcd, requests: Streaming<WatchRequest>, wants_leader: bool) -> Self {
-        let is_over = over(etcd.clone(), wants_leader);
+        let is_over = Arc::clone(&etcd.0).is_over(wants_leader);
         Self {
             reader: etcd.reader(),
             etcd,
@@ -136,11 +137,7 @@ impl Serving {
             let mut serving = serving?;
             match serving.next().await {
                 Ok(response) => Some((Ok(response), Some(serving))),
-                Err(status) => {
-                    let call = serving.etcd.metrics.begin(Method::Watch);
-                    call.end(status.code());
-                    (status.code() != Code::Cancelled).then_some((Err(status), None))
-                }
+                Err(status) => (status.code() != Code::Cancelled).then_some((Err(status), None)),
             }
         })
     }
@@ -163,7 +160,7 @@ impl Serving {
                 () = tick(&mut self.progress), if self.progress.is_some() => {
                     self.ask_quiet_ones()?;
                 }
-                error = &mut self.is_over => return Err(error.into_status()),
+                failure = &mut self.is_over => return Err(failed(failure)),
             }
         }
     }
@@ -398,15 +395,6 @@ impl Serving {
     }
 }
 
-/// Why the stream ends although the client did not end it.
-async fn over(etcd: Etcd, wants_leader: bool) -> Error {
-    let closed = etcd.hub.closed();
-    tokio::select! {
-        () = closed => Error::Refused(Refusal::Failed(Failure::ShuttingDown)),
-        () = etcd.leader_is_lost(), if wants_leader => Error::NoLeader,
-    }
-}
-
 async fn asked(
     requests: &mut Option<Streaming<WatchRequest>>,
 ) -> Result<Option<WatchRequest>, Status> {
@@ -429,11 +417,11 @@ fn failed(failure: Failure) -> Status {
 
 /// Why a watcher does not begin, if that can be told without looking at any other.
 fn refused(create: &WatchCreateRequest) -> Option<&'static str> {
-    let (key, end) = range(create);
-    if !end.is_empty() && end != [0] && end <= key {
-        return Some(EMPTY_RANGE);
+    if create.start_revision < 0 {
+        return Some(COMPACTED);
     }
-    (create.start_revision < 0).then_some(COMPACTED)
+    let (key, end) = range(create);
+    (!end.is_empty() && end != [0] && end <= key).then_some(EMPTY_RANGE)
 }
 
 /// The range as it is meant: an empty key is the first that there can be.
