@@ -28,7 +28,10 @@ pub(crate) async fn run(args: ElectArgs, global: Global) -> Result<u8, Failure> 
             (false, Some(limit)) => campaign.wait(limit),
             (false, None) => campaign,
         };
-        async { campaign.await.map(Held::Leadership) }
+        async move {
+            let granted = campaign.await.map(Held::Leadership);
+            granted.map_err(|error| hold::in_time(args.try_now, error))
+        }
     })
     .await
 }
@@ -38,9 +41,20 @@ async fn observe(name: &str, global: &Global) -> Result<u8, Failure> {
     let mut signals = Signals::new()?;
     let mut observer = connect(global)?.observe(name);
     let mut unread = pin!(output::unread());
+    let mut was_told = false;
     loop {
         tokio::select! {
-            observed = observer.next() => show(&observed?, global.output)?,
+            observed = observer.next() => match observed {
+                Ok(observed) => {
+                    show(&observed, global.output)?;
+                    was_told = true;
+                }
+                // It goes on where it was, when there is a cluster again.
+                Err(error) if was_told && error.is_retryable() => {
+                    output::complain(&error.to_string());
+                }
+                Err(error) => return Err(error.into()),
+            },
             () = &mut unread => return Ok(0),
             signal = signals.end() => return Ok(signal_code(signal.as_raw())),
         }

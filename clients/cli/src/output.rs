@@ -3,12 +3,16 @@
 //! then ([`unread`]).
 
 use std::{
-    future::pending,
     io::{self, Write as _},
+    time::Duration,
 };
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::time::sleep;
+
+/// How often it is looked whether anybody reads.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -35,14 +39,16 @@ pub(crate) fn bytes(bytes: &[u8]) -> io::Result<()> {
 
 /// Resolves when nobody can read stdout any more; never if it is no pipe.
 pub(crate) async fn unread() {
-    #[expect(deprecated, reason = "stdout is open for as long as the process is")]
-    let stdout = AsyncFd::with_interest(io::stdout(), Interest::ERROR);
-    if let Ok(stdout) = stdout
-        && stdout.ready(Interest::ERROR).await.is_ok()
-    {
-        return;
+    let at_once = Timespec::default();
+    loop {
+        let stdout = io::stdout();
+        let mut polled = [PollFd::new(&stdout, PollFlags::empty())];
+        if poll(&mut polled, Some(&at_once)).is_ok() && polled[0].revents().contains(PollFlags::ERR)
+        {
+            return;
+        }
+        sleep(LOOK).await;
     }
-    pending().await
 }
 
 /// Writes one line of JSON to stdout.
@@ -76,6 +82,14 @@ pub(crate) fn session_hex(id: i64) -> String {
         "-".to_owned()
     } else {
         format!("{id:x}")
+    }
+}
+
+/// The same for programs, to which it is null.
+pub(crate) fn session_value(id: i64) -> Value {
+    match id {
+        0 => Value::Null,
+        id => session_hex(id).into(),
     }
 }
 

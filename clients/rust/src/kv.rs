@@ -218,13 +218,19 @@ impl Kv {
     /// `physical` it waits until the server that is asked has let go of it.
     ///
     /// # Errors
-    /// [`Error::Compacted`] if that was done before, also by an attempt of this call;
-    /// [`Error::Server`] with `OUT_OF_RANGE` for a revision that was not reached yet.
+    /// [`Error::Compacted`] if that was done before, unless it may have been by an attempt
+    /// of this call; [`Error::Server`] with `OUT_OF_RANGE` for a revision that was not reached yet.
     pub async fn compact(&self, revision: i64, physical: bool) -> Result<(), Error> {
         let request = pb::CompactionRequest { revision, physical };
         let call = |channel| async move { client(channel).compact(request).await };
-        let answer = self.transport.repeat(PATIENCE, PATIENCE, call).await;
-        answer.map(drop)
+        let is_done = |error: &Error| matches!(error, Error::Compacted { .. });
+        let limit = match physical {
+            true => PATIENCE,
+            false => READ_TIMEOUT,
+        };
+        self.transport
+            .complete(PATIENCE, limit, is_done, call)
+            .await
     }
 }
 

@@ -149,7 +149,8 @@ impl LockGuard {
         self.0.lost().await
     }
 
-    /// Gives the lock up and waits for the word of the cluster.
+    /// Gives the lock up and waits for the word of the cluster, as long as the session
+    /// lives. Dropped half-way, it goes on in the background.
     ///
     /// # Errors
     /// [`Error::NotHolder`] or [`Error::SessionLost`] if it had been lost

@@ -4,7 +4,10 @@
 
 use std::{
     mem,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -284,6 +287,34 @@ impl Transport {
             Error::OutcomeUnknown { message } => self.unreachable(message),
             error => error,
         })
+    }
+
+    /// As [`Transport::repeat`], for what is refused once it is done: if the answer of an
+    /// attempt was lost, such a refusal means that it was done.
+    pub(crate) async fn complete<T: Answer, F>(
+        self: &Arc<Self>,
+        patience: Duration,
+        limit: Duration,
+        is_done: impl Fn(&Error) -> bool,
+        call: impl Fn(Channel) -> F,
+    ) -> Result<(), Error>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let may_be_done = AtomicBool::new(false);
+        let attempt = || async {
+            let attempted = self.attempt(limit, &call).await;
+            if let Err(failed) = &attempted
+                && matches!(failed.failure, Failure::Unknown { .. })
+            {
+                may_be_done.store(true, Ordering::Relaxed);
+            }
+            attempted
+        };
+        match self.until_answered(patience, attempt).await {
+            Err(error) if may_be_done.load(Ordering::Relaxed) && is_done(&error) => Ok(()),
+            completed => completed.map(drop),
+        }
     }
 
     /// Attempts until there is an answer, or `patience` is over. For calls

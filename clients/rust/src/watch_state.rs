@@ -5,6 +5,8 @@
 //! every event behind the revision at which the watch began is told once, in order,
 //! all of a revision together. Until it ends, and then it says from where.
 
+use std::cmp::Ordering;
+
 use conclave_proto::etcd::{
     etcdserverpb::{WatchCreateRequest, WatchResponse},
     mvccpb,
@@ -28,6 +30,8 @@ pub struct WatchState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Asked,
+    /// It has not reached yet where the watch begins.
+    Ahead,
     /// It may still be telling the past.
     Begun,
     /// It has told the past.
@@ -105,10 +109,12 @@ impl WatchState {
     }
 
     /// So many questions in a row about its progress may the server leave unanswered
-    /// before it is taken for dead: none before it has begun.
+    /// before it is taken for dead: none before it has begun, and any number before it
+    /// has reached the revision at which the watch begins.
     pub fn unanswered_max(&self) -> u32 {
         match self.stage {
             Stage::Asked => 0,
+            Stage::Ahead => u32::MAX,
             Stage::Begun => UNANSWERED_MEANWHILE,
             Stage::CaughtUp => 1,
         }
@@ -123,9 +129,10 @@ impl WatchState {
         if answer.created {
             // Of one from a given revision this says nothing: its events follow.
             let next = *self.next.get_or_insert(revision + 1);
-            self.stage = match next > revision {
-                true => Stage::CaughtUp,
-                false => Stage::Begun,
+            self.stage = match next.cmp(&(revision + 1)) {
+                Ordering::Less => Stage::Begun,
+                Ordering::Equal => Stage::CaughtUp,
+                Ordering::Greater => Stage::Ahead,
             };
             return Step::Live;
         }
@@ -254,6 +261,9 @@ mod tests {
         assert_eq!(state.unanswered_max(), 0);
         state.received(created(2));
         assert_eq!(state.unanswered_max(), 1, "there is no past");
+        state.begin();
+        state.received(created(1));
+        assert_eq!(state.unanswered_max(), u32::MAX);
     }
 
     #[test]

@@ -155,6 +155,21 @@ async fn a_forced_release_reaches_the_guard_with_its_reason() {
 }
 
 #[tokio::test]
+async fn a_forced_release_without_a_token_is_sent_again_if_it_certainly_was_not_done() {
+    let servers = Servers::start(2).await;
+    let session = patient_session(&servers).await;
+    let _guard = session.lock("a").await.unwrap();
+    // Of this client the first server does not lead.
+    servers.lead(1);
+    let client = Client::connect(servers.addresses()).unwrap();
+    client
+        .force_release("a", "maintenance", None)
+        .await
+        .unwrap();
+    assert!(servers.holder("a").is_none());
+}
+
+#[tokio::test]
 async fn without_renewals_the_session_becomes_suspect_and_is_lost_for_good() {
     let servers = Servers::start(1).await;
     let session = session(&servers, Duration::from_millis(600)).await;

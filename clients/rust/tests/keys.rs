@@ -107,6 +107,36 @@ async fn a_watch_stays_with_a_server_that_has_nothing_to_tell() {
     assert_eq!(servers.state().watches, BTreeMap::from([(0, 1)]));
 }
 
+#[tokio::test]
+async fn what_an_attempt_without_an_answer_has_done_is_done() {
+    let servers = Servers::start(2).await;
+    let client = client(&servers);
+    let (kv, leases) = (client.kv(), client.leases());
+    servers.inject(&[Fault::Unknown]);
+    kv.compact(3, false).await.unwrap();
+    let again = kv.compact(3, false).await;
+    assert!(matches!(again, Err(Error::Compacted { .. })), "{again:?}");
+    let (id, _) = leases.grant(Duration::from_secs(60), 0).await.unwrap();
+    servers.inject(&[Fault::Unknown]);
+    leases.revoke(id).await.unwrap();
+    let again = leases.revoke(id).await;
+    assert!(matches!(again, Err(Error::LeaseNotFound)), "{again:?}");
+}
+
+#[tokio::test]
+async fn a_lease_lives_from_the_attempt_that_granted_it() {
+    let servers = Servers::start(1).await;
+    servers.state().may_grant = false;
+    let client = client(&servers);
+    let granting = client.lease(Duration::from_secs(1));
+    let (granted, ()) = tokio::join!(granting, async {
+        // Longer than the lease.
+        tokio::time::sleep(Duration::from_millis(1_200)).await;
+        servers.state().may_grant = true;
+    });
+    assert_eq!(granted.unwrap().status(), Status::Active);
+}
+
 /// Where each event is, and of which key.
 fn places(events: &[Event]) -> Vec<(i64, u8)> {
     let place = |event: &Event| (event.kv.mod_revision, event.kv.key[1]);

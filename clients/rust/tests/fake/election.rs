@@ -244,9 +244,19 @@ impl election_server::Election for Server {
 
     async fn leader(
         &self,
-        _request: Request<v1::LeaderRequest>,
+        request: Request<v1::LeaderRequest>,
     ) -> Result<Response<v1::LeaderResponse>, Status> {
-        Err(Status::unimplemented("not needed"))
+        self.enter_anywhere().await;
+        let leader = self
+            .shared
+            .state()
+            .elections
+            .leader(&request.get_ref().name)
+            .cloned();
+        Ok(Response::new(v1::LeaderResponse {
+            header: self.header(),
+            leader,
+        }))
     }
 
     async fn observe(

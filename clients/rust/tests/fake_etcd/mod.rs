@@ -39,6 +39,8 @@ pub(crate) struct State {
     hung: HashSet<usize>,
     /// Those that open streams and tell nothing.
     mute: HashSet<usize>,
+    /// Whether there is a leader for leases to be granted.
+    pub(crate) may_grant: bool,
     /// Streams break after so many answers.
     pub(crate) breaks_after: usize,
     /// How many streams of watches were begun at each server.
@@ -72,6 +74,7 @@ impl Servers {
             faults: Vec::new(),
             hung: HashSet::new(),
             mute: HashSet::new(),
+            may_grant: true,
             breaks_after: usize::MAX,
             watches: BTreeMap::new(),
             leases: BTreeMap::new(),
@@ -255,9 +258,23 @@ impl kv_server::Kv for Server {
 
     async fn compact(
         &self,
-        _: Request<pb::CompactionRequest>,
+        request: Request<pb::CompactionRequest>,
     ) -> Result<Response<pb::CompactionResponse>, Status> {
-        Err(Status::unimplemented("no"))
+        self.begin().await;
+        let fault = self.fault();
+        let mut state = self.shared.state.lock().unwrap();
+        if request.get_ref().revision <= state.compacted {
+            let text = "etcdserver: mvcc: required revision has been compacted";
+            return Err(Status::out_of_range(text));
+        }
+        state.compacted = request.get_ref().revision;
+        drop(state);
+        match fault {
+            None => Ok(Response::new(pb::CompactionResponse {
+                header: Some(self.header()),
+            })),
+            Some(_) => Err(Status::unavailable("etcdserver: request timed out")),
+        }
     }
 }
 
@@ -384,6 +401,9 @@ impl lease_server::Lease for Server {
         request: Request<pb::LeaseGrantRequest>,
     ) -> Result<Response<pb::LeaseGrantResponse>, Status> {
         self.begin().await;
+        if !self.shared.state.lock().unwrap().may_grant {
+            return Err(Status::unavailable("etcdserver: no leader"));
+        }
         let ttl = request.into_inner().ttl;
         let id = {
             let mut state = self.shared.state.lock().unwrap();
@@ -415,6 +435,9 @@ impl lease_server::Lease for Server {
             .is_none()
         {
             return Err(Status::not_found("etcdserver: requested lease not found"));
+        }
+        if self.fault().is_some() {
+            return Err(Status::unavailable("etcdserver: request timed out"));
         }
         Ok(Response::new(pb::LeaseRevokeResponse {
             header: Some(self.header()),
