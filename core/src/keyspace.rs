@@ -50,7 +50,7 @@ use crate::{
 
 pub use events::{Event, Excerpt, Interest};
 pub use hash::Hashed;
-pub(crate) use hash::Hashing;
+use hash::Hashing;
 pub use overlay::{Overlay, Writes};
 pub(crate) use picture::Picture;
 pub use range::KeyRange;
@@ -138,6 +138,7 @@ pub struct Keyspace {
     bound: Bound,
     digest: u64,
     drawing: UnderWay<Drawing>,
+    hashing: UnderWay<Hashing>,
 }
 
 impl Keyspace {
@@ -152,6 +153,7 @@ impl Keyspace {
             bound: Bound::default(),
             digest: 0,
             drawing: UnderWay::default(),
+            hashing: UnderWay::default(),
         }
     }
 
@@ -224,9 +226,13 @@ impl Keyspace {
     pub fn sweep(&mut self, max: usize) {
         self.changes.sweep(max);
         let mut drawing = self.drawing.0.as_mut();
+        let mut hashing = self.hashing.0.as_mut();
         self.past.sweep(max, |ended, record| {
             if let Some(drawing) = &mut drawing {
                 drawing.rescue(ended, record);
+            }
+            if let Some(hashing) = &mut hashing {
+                hashing.rescue(ended, record);
             }
         });
     }
@@ -388,6 +394,7 @@ impl Keyspace {
             past,
             digest,
             drawing: UnderWay::default(),
+            hashing: UnderWay::default(),
         }
     }
 
@@ -484,6 +491,7 @@ impl PartialEq for Keyspace {
             // An index of the versions, and no truth of its own.
             changes: _,
             drawing: _,
+            hashing: _,
         } = self;
         let counts = (*revision, *live_bytes, *digest);
         let records = live.iter().map(|Live(record)| record);

@@ -73,11 +73,19 @@ pub const TXN_DEPTH_MAX: usize = 40;
 /// Keys that a read looks at in one turn before it goes on in a later one: a fraction of
 /// a millisecond.
 pub const READ_STEPS_MAX: usize = 4_096;
-/// Keys that all reads of a turn look at, if each of them comes to
-/// [`READ_STEPS_MIN`] beyond that: some milliseconds.
+/// Keys that all reads of a turn look at, but for the last of them; those behind that
+/// wait for the next one. A range comes to [`READ_STEPS_MIN`] in any case. Some
+/// milliseconds.
 pub const READ_STEPS_PER_TURN_MAX: usize = 65_536;
 /// See [`READ_STEPS_PER_TURN_MAX`].
 pub const READ_STEPS_MIN: usize = 64;
+/// What any read counts for beside the keys that it looks at.
+pub const READ_STEPS_EACH: usize = 8;
+/// What one session, or one contender, in an answer counts for: names and values are
+/// decoded and copied.
+pub const READ_STEPS_LISTED: usize = 16;
+/// Reads that may be answered and wait for a turn that has time for them.
+pub const READABLE_MAX: usize = 65_536;
 /// Timers fired by one entry, so that no entry takes long to apply.
 pub const TIMERS_PER_ENTRY_MAX: usize = 1_024;
 /// Changes of keys after which a turn applies no further entry: some ten milliseconds
@@ -166,6 +174,9 @@ pub const CHECKPOINT_PARTS_WAITING_MAX: usize = 16;
 pub const HASHED_BYTES_PER_TURN_MAX: usize = 4 << 20;
 /// Hashes over all keys that wait at a time.
 pub const HASHINGS_MAX: usize = 64;
+/// For how long one waits, the ones before it included: a few seconds are enough for a
+/// state at its quota, and callers do not say when they are gone.
+pub const HASHING_US_MAX: u64 = 60_000_000;
 /// The log is kept for members that are away up to this many bytes, unless told
 /// otherwise; memory holds about as much.
 pub const LOG_BYTES_MAX: u64 = 1 << 30;
@@ -188,8 +199,9 @@ pub const WATCH_CHANGES_PER_TURN_MAX: usize = 8_192;
 /// Those for one watcher in a row, and so the most revisions that it is told of in one
 /// message.
 pub const WATCH_CHANGES_PER_STEP_MAX: usize = 1_000;
-/// How often in a turn live watchers are told something; the others are told in turns
-/// that follow, from the history. Some milliseconds of work.
+/// Events that live watchers are told in one turn, each counted for everyone who is
+/// told; the others are told in turns that follow, from the history. Some milliseconds of
+/// work.
 pub const WATCH_TELLINGS_PER_TURN_MAX: usize = 16_384;
 /// Requests of watchers waiting for the node that may be refused.
 pub const QUEUED_WATCHES_MAX: usize = 65_536;
@@ -201,6 +213,9 @@ pub const LIST_LOCKS_MAX: usize = 1_000;
 /// Waiters shown in one answer of a list, for all its locks: some milliseconds of
 /// work, and no more than clients take in one message.
 pub const LIST_WAITERS_MAX: usize = 1_000;
+/// Waiters beyond those shown that are counted for one answer of a list: a millisecond of
+/// work. Of more, what was counted is told.
+pub const LIST_COUNTED_MAX: usize = 131_072;
 /// Bytes of what leaders proclaim after which an answer of a list ends.
 pub const LIST_VALUES_BYTES_MAX: usize = 1 << 20;
 

@@ -116,8 +116,11 @@ pub trait Machine: fmt::Debug + PartialEq + Sized {
     /// Takes note of changed keys, and says what follows from them.
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Self::Note>) -> Settled<Self>;
 
-    /// Answers a query.
+    /// Answers a query, in bounded time.
     fn query(&self, state: View<'_>, query: Self::Query) -> Self::Answer;
+
+    /// What it took to find an answer, in looks at a key.
+    fn work(answer: &Self::Answer) -> usize;
 }
 
 /// What `execute` made of a command.

@@ -28,6 +28,10 @@ pub const NAMES: &[&str] = &[
     "requests-left-out-of-checkpoint",
     "new-leader-keeps-old-deadlines",
     "expiry-against-node-term",
+    "compare-after-own-writes",
+    "compare-against-stale-state",
+    "delete-range-misses-last",
+    "serializable-as-linearizable",
 ];
 
 #[cfg(conclave_plant)]

@@ -70,7 +70,35 @@ pub struct Session {
     pub requests: Requests,
 }
 
+/// What there is to be shown of a live session, as in [`Session`].
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "they are those of the session")]
+pub struct Face {
+    pub ttl_ms: u64,
+    pub name: String,
+    pub metadata: BTreeMap<String, String>,
+    pub opened_revision: Revision,
+    pub opened_at: LogTime,
+    /// The number of the present attachment, from 1.
+    pub attachment: u64,
+    /// How many keys are bound to it.
+    pub keys: usize,
+}
+
 impl Session {
+    /// What there is to be shown of it; its requests stay here.
+    pub fn face(&self, keys: usize) -> Face {
+        Face {
+            ttl_ms: self.ttl_ms,
+            name: self.name.clone(),
+            metadata: self.metadata.clone(),
+            opened_revision: self.opened_revision,
+            opened_at: self.opened_at,
+            attachment: self.requests.attachment(),
+            keys,
+        }
+    }
+
     /// What it counts for in the size of the state.
     pub fn bytes(&self) -> u64 {
         let metadata = self.metadata.iter();

@@ -17,7 +17,7 @@ use crate::{
     checkpoint::{Image, Part},
     ids::{Index, LogTime, NodeId, Revision, SessionId, Term},
     keyspace::{
-        Change, Keyspace, Overlay, Writes,
+        Change, Hashed, Keyspace, Overlay, RevisionError, Writes,
         txn::{self, TxnError},
     },
     limits,
@@ -178,6 +178,23 @@ impl<M: Machine> State<M> {
             sessions: sessions.expect("they are drawn before"),
             system,
         })
+    }
+
+    /// Begins a hash over all keys as of a revision; `None`: the newest. One that was
+    /// under way is given up.
+    pub(crate) fn begin_hash(&mut self, revision: Option<Revision>) -> Result<(), RevisionError> {
+        self.keyspace.begin_hash(revision)
+    }
+
+    /// Goes on with the hash over `max` versions, or so many as have `max_bytes` of
+    /// values; gives it out when it is whole.
+    pub(crate) fn go_on_hashing(&mut self, max: usize, max_bytes: usize) -> Option<Hashed> {
+        self.keyspace.go_on_hashing(max, max_bytes)
+    }
+
+    /// Gives up the hash that is under way.
+    pub(crate) fn give_up_hash(&mut self) {
+        self.keyspace.give_up_hash();
     }
 
     /// The state of a picture. Whoever restores it applies the entry behind

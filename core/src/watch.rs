@@ -22,6 +22,8 @@ use std::{
     sync::Arc,
 };
 
+use bytes::Bytes;
+
 use self::matcher::Matcher;
 use crate::{
     ids::Revision,
@@ -148,7 +150,8 @@ pub struct Hub {
     /// In turn. Some that are named are behind no longer.
     behind: VecDeque<WatcherId>,
     later: BTreeSet<(Revision, WatcherId)>,
-    /// What live watchers may yet be told in this turn.
+    /// Events that live watchers may yet be told in this turn, each counted for
+    /// everyone who is.
     tellings_left: usize,
     /// Watchers that are behind or stalled.
     lagging: usize,
@@ -393,7 +396,10 @@ impl Hub {
     fn tell_live(&mut self, revision: Revision, keyspace: &Keyspace, out: &mut Notices) {
         let mut events = Vec::new();
         let mut told: Vec<(WatcherId, usize)> = Vec::new();
-        for (key, event) in keyspace.changed_by(revision) {
+        let mut changed = keyspace.changed_by(revision);
+        while told.len() <= self.tellings_left
+            && let Some((key, event)) = changed.next()
+        {
             let before = told.len();
             let at = events.len();
             self.live
@@ -401,6 +407,10 @@ impl Hub {
             if told.len() > before {
                 events.push(event());
             }
+        }
+        if told.len() > self.tellings_left {
+            let told = told.into_iter().map(|(watcher, _)| watcher);
+            return self.leave_behind(revision, told, changed.map(|(key, _)| key));
         }
         told.sort_unstable();
         let events: Arc<[Event]> = events.into();
@@ -413,7 +423,7 @@ impl Hub {
             if count == 0 {
                 continue;
             }
-            if self.tellings_left == 0 || self.is_full(id) {
+            if self.is_full(id) {
                 self.fall_behind(id, revision);
                 continue;
             }
@@ -421,8 +431,28 @@ impl Hub {
                 true => Arc::clone(&events),
                 false => taken.cloned().collect(),
             };
-            self.tellings_left -= 1;
+            self.tellings_left -= count;
             self.tell(id, revision, events, out);
+        }
+    }
+
+    /// A revision has more to tell than a turn has room for: those who were found, and
+    /// those who watch the rest of its keys, are told from the history. Who has fallen
+    /// behind is found no more, so each costs this once, and not once a key.
+    fn leave_behind<'a>(
+        &mut self,
+        revision: Revision,
+        found: impl Iterator<Item = WatcherId>,
+        rest: impl Iterator<Item = &'a Bytes>,
+    ) {
+        found.for_each(|watcher| self.fall_behind(watcher, revision));
+        let mut watching = Vec::new();
+        for key in rest {
+            self.live
+                .watching(key, &mut |watcher| watching.push(watcher));
+            for watcher in watching.drain(..) {
+                self.fall_behind(watcher, revision);
+            }
         }
     }
 

@@ -86,6 +86,10 @@ impl Machine for Notes {
     }
 
     fn query(&self, _: View<'_>, (): ()) {}
+
+    fn work((): &()) -> usize {
+        0
+    }
 }
 
 #[derive(Clone, Debug)]

@@ -165,6 +165,10 @@ impl Machine for Register {
             .get(b"register")
             .map_or(Bytes::new(), |r| r.value.clone())
     }
+
+    fn work(_: &Bytes) -> usize {
+        1
+    }
 }
 
 const PLACE: Place = Place {
@@ -862,6 +866,42 @@ fn a_stall_of_the_leader_expires_nobody() {
             .get(session)
             .is_none()
     );
+}
+
+/// The shortest TTL there is, and the longest stall that such a session can have seen
+/// the beginning of: its client has renewed in time, but the leader has yet to read that.
+#[test]
+fn who_has_renewed_during_a_stall_of_the_leader_is_not_expired() {
+    let (one, ttl_ms) = (NodeId(1), limits::SESSION_TTL_MS_MIN);
+    for stall_ms in (150..900).step_by(50) {
+        let mut cluster = Cluster::ready(1);
+        let session = cluster.open(one, ttl_ms);
+        cluster.run_ms(ttl_ms / 3);
+        cluster.boot_us += stall_ms * 1_000;
+        // Turns before the renewal is read.
+        cluster.settle();
+        cluster.run_ms(30);
+        let number = cluster.renew(one, session);
+        cluster.settle();
+        let renewed = format!("Ok(Renewed {{ ttl_ms: {ttl_ms} }})");
+        assert_eq!(cluster.outcome(one, number), renewed, "{stall_ms}");
+        cluster.run_ms(ttl_ms + 100);
+        let state = cluster.nodes[&one].replica.state();
+        assert!(state.sessions().is_empty(), "it has ended without renewals");
+    }
+}
+
+/// No turn is in time on such a disk, and yet time goes on.
+#[test]
+fn sessions_expire_while_every_turn_takes_long() {
+    let mut cluster = Cluster::ready(1);
+    cluster.open(NodeId(1), 1_000);
+    for _ in 0..20 {
+        cluster.boot_us += 3 * HEARTBEAT_MS * 1_000;
+        cluster.turn(NodeId(1));
+    }
+    let state = cluster.nodes[&NodeId(1)].replica.state();
+    assert!(state.sessions().is_empty());
 }
 
 #[test]

@@ -394,3 +394,68 @@ proptest! {
         world.finish();
     }
 }
+
+#[test]
+fn a_revision_of_many_changes_is_told_to_many_over_many_turns() {
+    const WATCHERS: u64 = 2_000;
+    const KEYS: usize = 1_000;
+    let mut keyspace = Keyspace::new();
+    let mut overlay = keyspace.overlay();
+    for number in 0..KEYS {
+        overlay.put(format!("{number:05}").into(), Bytes::new(), None);
+    }
+    let writes = overlay.into_writes();
+    keyspace.keep(writes);
+    let mut hub = Hub::new(keyspace.revision());
+    let mut notices = Notices::new();
+    for id in 0..WATCHERS {
+        let create = Request::Create {
+            stream: StreamId(id),
+            watcher: WatcherId(id),
+            of: Interest {
+                range: KeyRange::prefix(b""),
+                puts: true,
+                deletes: true,
+            },
+            start: None,
+        };
+        hub.take(create, &keyspace, &mut notices);
+    }
+    let mut overlay = keyspace.overlay();
+    overlay.delete_range(&KeyRange::prefix(b""));
+    let writes = overlay.into_writes();
+    keyspace.keep(writes);
+    let all = Interest {
+        range: KeyRange::prefix(b""),
+        puts: true,
+        deletes: true,
+    };
+    let excerpt = keyspace.events_since(&all, keyspace.revision(), usize::MAX, u64::MAX);
+    let deleted = excerpt.events;
+    assert_eq!(deleted.len(), KEYS);
+
+    let mut done = BTreeSet::new();
+    let mut turn = |notices: &mut Notices, most: usize| {
+        let mut told = 0;
+        for (_, notice) in notices.drain(..) {
+            if let Notice::Events {
+                watcher, events, ..
+            } = notice
+            {
+                assert!(*events == deleted && done.insert(watcher));
+                told += events.len();
+            }
+        }
+        assert!(told <= most, "{told} in one turn");
+        done.len()
+    };
+    notices.clear();
+    hub.advance(&keyspace, &mut notices);
+    turn(&mut notices, limits::WATCH_TELLINGS_PER_TURN_MAX);
+    let mut count = 0;
+    while hub.has_work() {
+        hub.catch_up(&keyspace, &mut notices);
+        count = turn(&mut notices, limits::WATCH_CHANGES_PER_TURN_MAX + KEYS);
+    }
+    assert_eq!(count as u64, WATCHERS);
+}

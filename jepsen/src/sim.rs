@@ -1,7 +1,7 @@
 //! The simulated world, in reading order: [`world`] is where things happen,
-//! [`node`] is a server, [`client`], [`register`] and [`operator`] are who calls
-//! it, [`faults`] is what goes wrong, [`ground`] is what all of them stand on,
-//! and [`checks`] tells the checkers what happened.
+//! [`node`] is a server, [`client`], [`register`], [`kv`] and [`operator`] are who
+//! calls it, [`faults`] is what goes wrong, [`ground`] is what all of them stand on,
+//! and [`checks`] tells the checkers what happened, with [`replay`] for what was committed.
 
 mod alarm;
 mod checks;
@@ -9,12 +9,14 @@ mod client;
 mod clock;
 mod faults;
 mod ground;
+mod kv;
 mod link;
 mod network;
 mod node;
 mod operator;
 mod queue;
 mod register;
+mod replay;
 mod settings;
 mod tally;
 mod world;

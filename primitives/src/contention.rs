@@ -333,6 +333,40 @@ pub(crate) fn listed(
     contender(contenders, view.keyspace, record, name, now, place)
 }
 
+/// What one answer of a list may yet show and count.
+pub(crate) struct Room {
+    shown: usize,
+    counted: usize,
+}
+
+impl Room {
+    pub(crate) fn new() -> Self {
+        Self {
+            shown: limits::LIST_WAITERS_MAX,
+            counted: limits::LIST_COUNTED_MAX,
+        }
+    }
+
+    /// A queue as it is listed, as far as there is room, and how many are in it, as far as
+    /// they are counted.
+    pub(crate) fn list<'a>(
+        &mut self,
+        contenders: &Contenders,
+        view: View<'_>,
+        mut queue: impl Iterator<Item = (usize, &'a Ticket)>,
+    ) -> (Vec<Contender>, usize) {
+        let shown = queue.by_ref().take(self.shown);
+        let shown: Vec<Contender> = shown
+            .map(|(place, ticket)| listed(contenders, view, ticket, place))
+            .collect();
+        self.shown -= shown.len();
+        let others = queue.take(self.counted).count();
+        self.counted -= others;
+        let total = shown.len() + others;
+        (shown, total)
+    }
+}
+
 /// A contender as it is listed, at this time.
 pub(crate) fn contender(
     contenders: &Contenders,

@@ -33,7 +33,7 @@ use crate::{
     Answer, Invalid, Rejection, Reply,
     contenders::Contenders,
     contention::{
-        Contender, Executed, Note, done, entry_of, found, holds, listed, live, not_holder,
+        Contender, Executed, Note, Room, done, entry_of, found, holds, live, not_holder,
         put_beside, remove, waits_with,
     },
     name::{self, campaign_key, contender_key, owner_of},
@@ -83,7 +83,8 @@ pub struct ElectionInfo {
     /// Everyone, the leader or whoever is in the way first; at most
     /// `limits::LIST_WAITERS_MAX` over all elections of an answer.
     pub candidates: Vec<Contender>,
-    /// How many there are in all.
+    /// How many there are in all, as far as `limits::LIST_COUNTED_MAX` over all elections
+    /// of an answer are counted beside those shown.
     pub candidates_total: usize,
 }
 
@@ -257,8 +258,8 @@ pub(crate) fn elections(
     after: String,
     limit: usize,
 ) -> Answer {
-    let mut shown_left = limits::LIST_WAITERS_MAX;
-    let mut info = |lock: Bytes| election_info(contenders, view, &lock, &mut shown_left);
+    let mut room = Room::new();
+    let mut info = |lock: Bytes| election_info(contenders, view, &lock, &mut room);
     if let Some(name) = name {
         let lock = Bytes::from(name);
         let is_contended = contenders.first(&lock).is_some();
@@ -295,19 +296,14 @@ fn election_info(
     contenders: &Contenders,
     view: View<'_>,
     lock: &Bytes,
-    shown_left: &mut usize,
+    room: &mut Room,
 ) -> ElectionInfo {
-    let mut queue = contenders.queue(lock).enumerate();
-    let candidates: Vec<Contender> = queue
-        .by_ref()
-        .take(*shown_left)
-        .map(|(place, ticket)| listed(contenders, view, ticket, place))
-        .collect();
-    *shown_left -= candidates.len();
+    let queue = contenders.queue(lock).enumerate();
+    let (candidates, candidates_total) = room.list(contenders, view, queue);
     ElectionInfo {
         name: String::from_utf8_lossy(lock).into_owned(),
         leader: leader_of(contenders, view, lock),
-        candidates_total: candidates.len() + queue.count(),
+        candidates_total,
         candidates,
     }
 }

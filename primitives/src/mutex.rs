@@ -47,8 +47,9 @@ use crate::{
     Answer, Rejection, Reply,
     contenders::{Contenders, Ticket},
     contention::{
-        Contender, Executed, Note, asked_by, contender, done, entry_of, found, holds, is_candidate,
-        is_first, leave, listed, live, not_holder, put_beside, remove, rewrite, waits_with,
+        Contender, Executed, Note, Room, asked_by, contender, done, entry_of, found, holds,
+        is_candidate, is_first, leave, listed, live, not_holder, put_beside, remove, rewrite,
+        waits_with,
     },
     name::{contender_key, lock_of, plain_wait_key, validate_name, validate_reason},
     value::{self, native},
@@ -63,7 +64,8 @@ pub struct LockInfo {
     pub holder: Contender,
     /// In order; at most `limits::LIST_WAITERS_MAX` over all locks of an answer.
     pub waiters: Vec<Contender>,
-    /// How many wait in all.
+    /// How many wait in all, as far as `limits::LIST_COUNTED_MAX` over all locks of an
+    /// answer are counted beside those shown.
     pub waiters_total: usize,
 }
 
@@ -307,8 +309,8 @@ pub(crate) fn locks(
     after: String,
     limit: usize,
 ) -> Answer {
-    let mut waiters_left = limits::LIST_WAITERS_MAX;
-    let mut info = |first| lock_info(contenders, view, first, &mut waiters_left);
+    let mut room = Room::new();
+    let mut info = |first| lock_info(contenders, view, first, &mut room);
     if let Some(name) = name {
         let first = contenders.first(&Bytes::from(name));
         let locks = first.map(info).into_iter().collect();
@@ -326,24 +328,14 @@ pub(crate) fn locks(
     }
 }
 
-fn lock_info(
-    contenders: &Contenders,
-    view: View<'_>,
-    first: &Ticket,
-    waiters_left: &mut usize,
-) -> LockInfo {
+fn lock_info(contenders: &Contenders, view: View<'_>, first: &Ticket, room: &mut Room) -> LockInfo {
     let lock = first.lock();
-    let mut queue = contenders.queue(&lock).enumerate().skip(1);
-    let waiters: Vec<Contender> = queue
-        .by_ref()
-        .take(*waiters_left)
-        .map(|(place, ticket)| listed(contenders, view, ticket, place))
-        .collect();
-    *waiters_left -= waiters.len();
+    let queue = contenders.queue(&lock).enumerate().skip(1);
+    let (waiters, waiters_total) = room.list(contenders, view, queue);
     LockInfo {
         name: first.lock_name(),
         holder: listed(contenders, view, first, 0),
-        waiters_total: waiters.len() + queue.count(),
+        waiters_total,
         waiters,
     }
 }

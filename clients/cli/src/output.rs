@@ -1,9 +1,14 @@
 //! What is printed: tables for people, JSON for programs, one line for errors.
-//! A reader that has seen enough (`| head`) is no error.
+//! A reader that has seen enough (`| head`) is no error; what would print for ever ends
+//! then ([`unread`]).
 
-use std::io::{self, Write as _};
+use std::{
+    future::pending,
+    io::{self, Write as _},
+};
 
 use serde_json::Value;
+use tokio::io::{Interest, unix::AsyncFd};
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -26,6 +31,18 @@ pub(crate) fn bytes(bytes: &[u8]) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result,
     }
+}
+
+/// Resolves when nobody can read stdout any more; never if it is no pipe.
+pub(crate) async fn unread() {
+    #[expect(deprecated, reason = "stdout is open for as long as the process is")]
+    let stdout = AsyncFd::with_interest(io::stdout(), Interest::ERROR);
+    if let Ok(stdout) = stdout
+        && stdout.ready(Interest::ERROR).await.is_ok()
+    {
+        return;
+    }
+    pending().await
 }
 
 /// Writes one line of JSON to stdout.

@@ -174,10 +174,7 @@ impl Client {
             let request = v1::LeaderRequest { name: name.clone() };
             async move { ElectionClient::new(channel).leader(request).await }
         };
-        let answer = self
-            .transport
-            .repeat(PATIENCE, ATTEMPT_TIMEOUT, call)
-            .await?;
+        let answer = self.transport.read(PATIENCE, ATTEMPT_TIMEOUT, call).await?;
         Ok(answer.leader)
     }
 
@@ -284,10 +281,7 @@ impl Client {
             let request = request.clone();
             async move { LockClient::new(channel).check(request).await }
         };
-        let answer = self
-            .transport
-            .repeat(PATIENCE, ATTEMPT_TIMEOUT, call)
-            .await?;
+        let answer = self.transport.read(PATIENCE, ATTEMPT_TIMEOUT, call).await?;
         Ok(answer.held)
     }
 
@@ -305,7 +299,7 @@ impl Client {
                     SessionClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
                 client.list(request).await
             };
-            let page = self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await?;
+            let page = self.transport.read(PATIENCE, LIST_TIMEOUT, call).await?;
             let is_empty = page.sessions.is_empty();
             sessions.extend(page.sessions);
             if !page.more || is_empty {
@@ -390,7 +384,7 @@ impl Client {
                 client.list(request).await
             }
         };
-        self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await
+        self.transport.read(PATIENCE, LIST_TIMEOUT, call).await
     }
 
     async fn list_locks(
@@ -411,7 +405,7 @@ impl Client {
                 client.list(request).await
             }
         };
-        self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await
+        self.transport.read(PATIENCE, LIST_TIMEOUT, call).await
     }
 }
 

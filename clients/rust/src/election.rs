@@ -77,14 +77,15 @@ impl Campaign {
         self
     }
 
-    /// Waits this long at most, by the cluster's clock: perhaps longer while the
-    /// cluster has no leader.
+    /// Waits this long at most, by the cluster's clock: perhaps some seconds longer
+    /// while the cluster has no leader, or a server hangs.
     pub fn wait(mut self, limit: Duration) -> Campaign {
         self.wait = Some(limit);
         self
     }
 
-    /// Leads at once or fails with [`Error::LockHeld`].
+    /// Leads at once or fails with [`Error::LockHeld`]; with [`Error::Unreachable`] if no
+    /// server answers in five seconds, and then it is withdrawn.
     pub fn try_now(self) -> Campaign {
         self.wait(Duration::ZERO)
     }

@@ -155,6 +155,16 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// What went wrong, for people.
+    pub(crate) fn message(&self) -> String {
+        match self {
+            Failure::Refused(error) => error.to_string(),
+            Failure::NotApplied { message, .. }
+            | Failure::Overloaded { message }
+            | Failure::Unknown { message, .. } => message.clone(),
+        }
+    }
+
     /// The error that the caller gets if this was the last attempt.
     pub(crate) fn into_error(self, may_have_applied: bool) -> Error {
         match self {
@@ -218,7 +228,8 @@ fn refusal(reason: String, message: String) -> Error {
     }
 }
 
-/// A status of the etcd services, which have texts instead of reasons. Those of errors
+/// A status of etcd, which has texts instead of reasons: servers of ours give a reason,
+/// too, wherever a call may or may not have had its effect. Those of errors
 /// that tell nothing about the call itself are left to [`unexplained`].
 fn etcd(status: &Status) -> Option<Failure> {
     let text = status.message().strip_prefix("etcdserver: ")?;
@@ -350,6 +361,13 @@ mod tests {
                 ..
             }
         ));
+        // Of a server of ours, by its reason; the text of another is no promise.
+        let text = "etcdserver: server stopped";
+        let details = ErrorDetails::with_error_info("SHUTTING_DOWN", ERROR_DOMAIN, []);
+        let stopped = Status::with_error_details(Code::Unavailable, text, details);
+        assert!(matches!(stopped.into(), Failure::NotApplied { .. }));
+        let stopped = failure(Code::Unavailable, text);
+        assert!(matches!(stopped, Failure::Unknown { .. }));
         let late = failure(Code::Unavailable, "etcdserver: request timed out");
         assert!(matches!(
             late,

@@ -25,7 +25,7 @@ use crate::{
     clock,
     error::Error,
     session_state::{Attempt, LossReason, Micros, SessionState, Status},
-    transport::{ANSWER_BYTES_MAX, Transport},
+    transport::{ANSWER_BYTES_MAX, READ_TIMEOUT, Transport},
 };
 
 /// A lease that is kept alive in the background until it is lost, or this value goes.
@@ -125,7 +125,7 @@ impl Leases {
         // Before all attempts, since any of them may be the one that counted.
         let sent = clock::now();
         let call = |channel| keep_alive(channel, id);
-        let renewed = self.transport.repeat(PATIENCE, PATIENCE, call).await?;
+        let renewed = self.transport.repeat(PATIENCE, READ_TIMEOUT, call).await?;
         match renewed.ttl {
             ..=0 => Err(Error::LeaseNotFound),
             ttl => Ok((sent, seconds(ttl))),
@@ -141,7 +141,7 @@ impl Leases {
             let request = LeaseRevokeRequest { id };
             client(channel).lease_revoke(request).await
         };
-        let revoked = self.transport.repeat(PATIENCE, PATIENCE, call).await;
+        let revoked = self.transport.repeat(PATIENCE, READ_TIMEOUT, call).await;
         revoked.map(drop)
     }
 
@@ -153,7 +153,7 @@ impl Leases {
             keys: with_keys,
         };
         let call = |channel| async move { client(channel).lease_time_to_live(request).await };
-        let answer = self.transport.repeat(PATIENCE, PATIENCE, call).await?;
+        let answer = self.transport.read(PATIENCE, READ_TIMEOUT, call).await?;
         Ok((answer.ttl >= 0).then(|| LeaseInfo {
             id: answer.id,
             left: seconds(answer.ttl),
@@ -168,7 +168,7 @@ impl Leases {
             let request = LeaseLeasesRequest {};
             client(channel).lease_leases(request).await
         };
-        let answer = self.transport.repeat(PATIENCE, PATIENCE, call).await?;
+        let answer = self.transport.read(PATIENCE, READ_TIMEOUT, call).await?;
         Ok(answer.leases.iter().map(|lease| lease.id).collect())
     }
 }
@@ -227,7 +227,10 @@ impl Lease {
 
     /// Follows the changes of [`Lease::status`]: active, suspect, lost.
     pub fn changes(&self) -> watch::Receiver<Status> {
-        self.core.status.subscribe()
+        let changes = self.core.status.subscribe();
+        // From now on the clock is looked at more often.
+        self.core.changed.notify_one();
+        changes
     }
 
     /// Resolves when it is lost, with the reason.
@@ -294,7 +297,10 @@ impl Core {
             let Some(wake_at) = poll.wake_at else {
                 return;
             };
-            let pause = Duration::from_micros(wake_at.saturating_sub(clock::now()));
+            let mut pause = Duration::from_micros(wake_at.saturating_sub(clock::now()));
+            if self.status.receiver_count() > 0 {
+                pause = pause.min(clock::LOOK);
+            }
             tokio::select! {
                 () = sleep(pause) => {}
                 () = self.changed.notified() => {}

@@ -60,14 +60,15 @@ impl LockRequest {
         self
     }
 
-    /// Waits this long at most, by the cluster's clock: perhaps longer while
-    /// the cluster has no leader.
+    /// Waits this long at most, by the cluster's clock: perhaps some seconds longer
+    /// while the cluster has no leader, or a server hangs.
     pub fn wait(mut self, limit: Duration) -> LockRequest {
         self.wait = Some(limit);
         self
     }
 
-    /// Does not wait for the lock.
+    /// Does not wait for the lock. Fails with [`Error::Unreachable`] if no server answers
+    /// in five seconds; the request is withdrawn then.
     pub fn try_now(self) -> LockRequest {
         self.wait(Duration::ZERO)
     }

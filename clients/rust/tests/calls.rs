@@ -177,6 +177,24 @@ async fn without_renewals_the_session_becomes_suspect_and_is_lost_for_good() {
 }
 
 #[tokio::test]
+async fn a_wait_ends_although_the_server_hangs() {
+    let servers = Servers::start(1).await;
+    let session = patient_session(&servers).await;
+    servers.hang(0);
+    let wait = session.lock("a").wait(Duration::from_millis(100));
+    let ended = timeout(LONG, wait.into_future()).await.unwrap();
+    assert!(matches!(ended, Err(Error::WaitTimedOut)), "{ended:?}");
+    let ended = timeout(LONG, session.lock("b").try_now().into_future()).await;
+    let error = ended.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }), "{error}");
+    // Both are withdrawn as soon as somebody listens.
+    servers.recover(0);
+    servers.until(|state| state.cancelled.len() == 2).await;
+    servers.until(|state| state.holders.is_empty()).await;
+    assert_eq!(session.status(), Status::Active);
+}
+
+#[tokio::test]
 async fn no_server_at_all_is_an_error_that_may_be_retried() {
     let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = unused.local_addr().unwrap().to_string();

@@ -431,6 +431,10 @@ mod tests {
         fn query(&self, _: View<'_>, query: Infallible) -> Infallible {
             match query {}
         }
+
+        fn work(answer: &Infallible) -> usize {
+            match *answer {}
+        }
     }
 
     const WAIT: Duration = Duration::from_secs(60);

@@ -83,7 +83,7 @@ impl Walk {
     }
 
     /// Whether a version that has ended is yet to be met.
-    fn is_ahead(&self, ended: Revision, record: &Record) -> bool {
+    pub(super) fn is_ahead(&self, ended: Revision, record: &Record) -> bool {
         let (key, end) = &self.at;
         (key, *end) < (&record.key, ended)
     }

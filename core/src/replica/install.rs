@@ -114,6 +114,7 @@ impl<M: Machine> Replica<M> {
         let waiting = self.take_waiting();
         self.state = state;
         self.watchers.install(self.state.keyspace());
+        self.hashings.restart();
         self.install.wanted = None;
         self.clock.follow(self.state.system().log_time());
         self.fail_pending(|_| true);

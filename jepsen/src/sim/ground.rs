@@ -85,6 +85,7 @@ pub(crate) enum CallBody {
     Command(command::Body),
     Renew(Attachment),
     Read(Query<Primitives>),
+    LocalRead(Query<Primitives>),
 }
 
 /// What a call means to the checkers.

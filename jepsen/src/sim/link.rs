@@ -7,6 +7,7 @@ use super::{
 };
 use conclave_client::requests::Outcome;
 use conclave_core::{
+    ids::Revision,
     replica::{Answer, AnswerBody, Failure},
     requests::NotRun,
 };
@@ -31,6 +32,10 @@ pub(crate) struct Pending {
     pub(crate) sent_us: u64,
     /// When the client gives it up.
     pub(crate) until_us: u64,
+    /// The newest revision that was committed when it was sent, as far as any node knew.
+    pub(crate) newest: Revision,
+    /// That of the newest compaction then.
+    pub(crate) compacted: Revision,
 }
 
 impl Link {
@@ -83,11 +88,14 @@ impl Link {
     ) -> Pending {
         let id = self.send(body, about, ground);
         let sent_us = ground.now_us;
+        let model = &ground.checks.serializable.model;
         Pending {
             id,
             node: self.node,
             sent_us,
             until_us: sent_us + patience_us,
+            newest: model.revision(),
+            compacted: model.compacted(),
         }
     }
 

@@ -28,6 +28,8 @@ use super::{
 };
 use crate::checkers::early_expiry::Moment;
 
+/// The cluster that all nodes belong to.
+pub(crate) const CLUSTER: u64 = 0xC0_9C1A;
 /// How often an index is made anew and compared, in a million turns.
 const REBUILDS: u64 = 200;
 
@@ -71,6 +73,8 @@ pub(crate) struct Node {
 #[derive(Debug)]
 struct Running {
     replica: Replica<Primitives>,
+    /// Names this start of the process.
+    process: u64,
     log: Log<SimDisk>,
     schedule: Schedule,
     /// The checkpoint that is being written.
@@ -107,6 +111,7 @@ struct Caller {
     id: u64,
     sent: Moment,
     about: About,
+    is_command: bool,
 }
 
 impl Node {
@@ -118,7 +123,7 @@ impl Node {
         ground.stall_free.push(StallFree::new(clock));
         let disk = SimDisk::new();
         let identity = Identity {
-            cluster: 0xC0_9C1A,
+            cluster: CLUSTER,
             node: id(index),
             incarnation: ground.rng.next(),
         };
@@ -212,21 +217,14 @@ impl Node {
         if restored > 0 {
             ground.did(Operation::Restored);
         }
-        let config = Config {
-            node: id(self.index),
-            boot: ground.rng.next(),
-            seed: ground.rng.next(),
-            heartbeat_ms: HEARTBEAT_MS,
-            election_ms: ELECTION_MS,
-            name: format!("n{}", self.index),
-            client_urls: vec![format!("http://n{}:2379", self.index)],
-            retention: Some(RETENTION),
-            quota_bytes: ground.settings.quota_bytes,
-        };
+        let process = ground.rng.next();
+        ground.checks.starts(self.index, &recovered.entries);
+        let config = self.config(process, ground);
         let replica = Replica::new(config, recovered, state, self.clocks(ground));
         ground.stall_free[self.index].start(self.clock, ground.now_us);
         self.running = Some(Running {
             replica,
+            process,
             log,
             schedule: Schedule::new(
                 ground.settings.checkpoint_every,
@@ -248,6 +246,20 @@ impl Node {
         self.paused = false;
         self.alarm.stop();
         self.alarm.set(ground.now_us, ground);
+    }
+
+    fn config(&self, process: u64, ground: &mut Ground) -> Config {
+        Config {
+            node: id(self.index),
+            boot: process,
+            seed: ground.rng.next(),
+            heartbeat_ms: HEARTBEAT_MS,
+            election_ms: ELECTION_MS,
+            name: format!("n{}", self.index),
+            client_urls: vec![format!("http://n{}:2379", self.index)],
+            retention: Some(RETENTION),
+            quota_bytes: ground.settings.quota_bytes,
+        }
     }
 
     /// Whether a node may find itself without a state: only if its checkpoints were
@@ -469,12 +481,14 @@ impl Node {
             id: call.id,
             sent: call.sent,
             about: call.about,
+            is_command: matches!(call.body, CallBody::Command(_)),
         };
         running.callers.insert(number, caller);
         let input = match call.body {
             CallBody::Command(body) => Input::Command { number, body },
             CallBody::Renew(of) => Input::Renew { number, of },
             CallBody::Read(query) => Input::Read { number, query },
+            CallBody::LocalRead(query) => Input::LocalRead { number, query },
         };
         self.take_in(input, ground);
     }
@@ -536,6 +550,7 @@ impl Node {
         };
         send(self.index, begun.messages, ground);
         if let Some(batch) = begun.batch {
+            ground.checks.logs(self.index, &batch);
             if let Err(error) = running.log.append(&batch) {
                 return self.disk_failed(&error, ground);
             }
@@ -707,6 +722,10 @@ impl Running {
     /// before the next holder is told.
     fn deliver(&mut self, node: usize, finished: Finished<Primitives>, ground: &mut Ground) {
         send(node, finished.messages, ground);
+        let applied = self.replica.state().applied();
+        if applied != self.applied {
+            ground.checks.committed(node, applied);
+        }
         if !finished.events.is_empty() {
             let at = ground.moment();
             let led = ground.led_us;
@@ -723,6 +742,10 @@ impl Running {
                 continue;
             };
             ground.checks.dropped(node, number, caller.about);
+            if caller.is_command {
+                let origin = (id(node).0, self.process, number);
+                ground.checks.command_answered(origin, &result);
+            }
             let reply = match result {
                 Ok(answer) => {
                     if matches!(answer.body, AnswerBody::NoSpace) {
@@ -752,7 +775,6 @@ impl Running {
             }
             ground.publish(node, event.session.0, event.body);
         }
-        let applied = self.replica.state().applied();
         if applied != self.applied {
             self.applied = applied;
             ground

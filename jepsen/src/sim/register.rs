@@ -3,6 +3,7 @@
 //! A key is in use for a few seconds only, so that what has an unknown outcome
 //! is a handful for each key.
 
+use bytes::Bytes;
 use conclave_client::requests::Outcome;
 use conclave_core::{
     keyspace::{
@@ -12,7 +13,7 @@ use conclave_core::{
     replica::{Answer, AnswerBody, Query},
 };
 use conclave_proto::internal::{
-    Compare, Operation as TxnOperation, Put, Range, Txn, command,
+    Compare, DeleteRange, Operation as TxnOperation, Put, Range, Txn, command,
     compare::{Result as Relation, Target},
     operation::Operation as Kind,
 };
@@ -20,7 +21,7 @@ use conclave_proto::internal::{
 use super::{
     checks::{register_key, register_value},
     ground::{CallBody, Ground, Reply},
-    link::{Due, Pace, Pending, outcome},
+    link::{CallOutcome, Due, Pace, Pending, outcome},
     tally::Operation as Counted,
 };
 use crate::checkers::linearizable::{ABSENT, Action, Operation};
@@ -79,9 +80,18 @@ impl RegisterClient {
         }
         let (body, action) = match ground.rng.below(100) {
             0..45 => (read(key), Action::Read(ABSENT)),
-            45..75 => {
+            45..65 => {
                 let new = self.fresh_value();
                 (write(key, new), Action::Write(new))
+            }
+            65..70 => {
+                let new = self.fresh_value();
+                let put = command::Body::Put(put_of(key, new));
+                (CallBody::Command(put), Action::Write(new))
+            }
+            70..75 => {
+                let alone = ground.rng.chance(500_000);
+                (delete(key, alone), Action::Write(ABSENT))
             }
             _ => {
                 let (old, new) = (self.seen.1, self.fresh_value());
@@ -103,6 +113,7 @@ impl RegisterClient {
             return;
         };
         let (outcome, hint) = outcome(reply);
+        judge(&outcome, pending, ground);
         let returned = |action| {
             Some(Operation {
                 called_us: pending.sent_us,
@@ -127,7 +138,7 @@ impl RegisterClient {
             (
                 Action::Write(_),
                 Outcome::Answered(Answer {
-                    body: AnswerBody::Txn(Ok(_)),
+                    body: AnswerBody::Txn(Ok(_)) | AnswerBody::Operation(Ok(_)),
                     ..
                 }),
             ) => returned(action),
@@ -156,17 +167,12 @@ impl RegisterClient {
             Action::Read(value) | Action::Write(value) => (key, value),
             Action::Swap { new, .. } => (key, new),
         };
-        ground.did(match (action, operation.action) {
-            (Action::Swap { .. }, Action::Read(_)) => Counted::SwapMissed,
-            (_, Action::Read(_)) => Counted::Get,
-            (_, Action::Write(_)) => Counted::Put,
-            (_, Action::Swap { .. }) => Counted::Swapped,
-        });
+        ground.did(counted(action, operation.action));
         ground
             .checks
             .liveness
             .completes(self.pace.link.actor, ground.now_us);
-        let rest_us = ground.rng.skewed(14_000);
+        let rest_us = ground.rng.skewed(20_000);
         self.pace.rest(rest_us, ground);
     }
 
@@ -177,6 +183,26 @@ impl RegisterClient {
         self.pace.link.move_on(hint, ground);
         let rest_us = ground.rng.between(10_000, 100_000);
         self.pace.rest(rest_us, ground);
+    }
+}
+
+/// What was asked, and what came of it.
+fn counted(asked: Action, done: Action) -> Counted {
+    match (asked, done) {
+        (Action::Swap { .. }, Action::Read(_)) => Counted::SwapMissed,
+        (_, Action::Read(_)) => Counted::Get,
+        (_, Action::Write(ABSENT)) => Counted::Delete,
+        (_, Action::Write(_)) => Counted::Put,
+        (_, Action::Swap { .. }) => Counted::Swapped,
+    }
+}
+
+/// An answer is not of the time before its call.
+fn judge(outcome: &CallOutcome, pending: Pending, ground: &mut Ground) {
+    if let Outcome::Answered(answer) = outcome {
+        let checker = &ground.checks.serializable;
+        let verdict = checker.in_real_time(pending.newest, answer.revision);
+        ground.checks.note(verdict);
     }
 }
 
@@ -224,14 +250,32 @@ fn swap(key: u64, old: u64, new: u64) -> CallBody {
 }
 
 fn put(key: u64, value: u64) -> TxnOperation {
-    let put = Put {
+    TxnOperation {
+        operation: Some(Kind::Put(put_of(key, value))),
+    }
+}
+
+fn put_of(key: u64, value: u64) -> Put {
+    Put {
         key: register_key(key),
         value: value.to_string().into(),
         ..Put::default()
-    };
-    TxnOperation {
-        operation: Some(Kind::Put(put)),
     }
+}
+
+/// Deletes a key, alone or as the one in a range.
+fn delete(key: u64, alone: bool) -> CallBody {
+    let key = register_key(key);
+    let end = match alone {
+        true => Bytes::new(),
+        false => [&key[..], &[0]].concat().into(),
+    };
+    let previous = false;
+    CallBody::Command(command::Body::DeleteRange(DeleteRange {
+        key,
+        end,
+        previous,
+    }))
 }
 
 /// What a swap found that did not fit.

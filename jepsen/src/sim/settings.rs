@@ -51,6 +51,7 @@ pub(crate) struct Settings {
     pub(crate) nodes: usize,
     pub(crate) lock_clients: usize,
     pub(crate) register_clients: usize,
+    pub(crate) kv_clients: usize,
     pub(crate) locks: usize,
     pub(crate) registers: u64,
     pub(crate) weather: Weather,
@@ -89,7 +90,8 @@ impl Settings {
         Self {
             nodes: if rng.chance(700_000) { 3 } else { 5 },
             lock_clients: rng.between(4, 10) as usize,
-            register_clients: rng.between(4, 6) as usize,
+            register_clients: rng.between(2, 4) as usize,
+            kv_clients: rng.between(2, 4) as usize,
             locks: rng.between(1, 4) as usize,
             registers: rng.between(1, 3),
             weather: Weather {

@@ -6,6 +6,7 @@ use super::{
     client::LockClient,
     faults,
     ground::{Event, Ground, Reply},
+    kv::KvClient,
     node::{self, Node, id},
     operator::Operator,
     register::RegisterClient,
@@ -40,6 +41,7 @@ pub(crate) struct World {
 enum Actor {
     Locks(LockClient),
     Registers(RegisterClient),
+    Keys(KvClient),
     Operator(Operator),
 }
 
@@ -58,27 +60,12 @@ impl World {
         let mut rng = Rng::new(seed);
         let settings = Settings::draw(&mut rng, sim_seconds);
         let mut ground = Ground::new(rng, settings, trace);
-        let (nodes, locks, registers) = (
-            ground.settings.nodes,
-            ground.settings.lock_clients,
-            ground.settings.register_clients,
-        );
-        let settings = format!("{:?}", ground.settings);
-        ground.tell(format_args!("seed {seed}: {settings}"));
-        let nodes = (0..nodes)
+        let settings = ground.settings.clone();
+        ground.tell(format_args!("seed {seed}: {settings:?}"));
+        let nodes = (0..settings.nodes)
             .map(|node| Node::new(node, &mut ground))
             .collect();
-        let mut actors = Vec::new();
-        for actor in 0..locks {
-            actors.push(Actor::Locks(LockClient::new(actor, &mut ground)));
-        }
-        for actor in locks..locks + registers {
-            actors.push(Actor::Registers(RegisterClient::new(actor, &mut ground)));
-        }
-        actors.push(Actor::Operator(Operator::new(
-            locks + registers,
-            &mut ground,
-        )));
+        let actors = Actor::all(&settings, &mut ground);
         let (heal_us, drain_us) = (ground.settings.heal_us, ground.settings.drain_us);
         ground.schedule(ground.settings.fault_gap_us, Event::Trouble);
         ground.schedule(heal_us, Event::Heal);
@@ -203,10 +190,26 @@ impl World {
 }
 
 impl Actor {
+    fn all(settings: &Settings, ground: &mut Ground) -> Vec<Self> {
+        let mut actors = Vec::new();
+        for _ in 0..settings.lock_clients {
+            actors.push(Self::Locks(LockClient::new(actors.len(), ground)));
+        }
+        for _ in 0..settings.register_clients {
+            actors.push(Self::Registers(RegisterClient::new(actors.len(), ground)));
+        }
+        for _ in 0..settings.kv_clients {
+            actors.push(Self::Keys(KvClient::new(actors.len(), ground)));
+        }
+        actors.push(Self::Operator(Operator::new(actors.len(), ground)));
+        actors
+    }
+
     fn wake(&mut self, ground: &mut Ground) {
         match self {
             Self::Locks(client) => client.wake(ground),
             Self::Registers(client) => client.wake(ground),
+            Self::Keys(client) => client.wake(ground),
             Self::Operator(operator) => operator.wake(ground),
         }
     }
@@ -215,6 +218,7 @@ impl Actor {
         match self {
             Self::Locks(client) => client.hear(id, reply, ground),
             Self::Registers(client) => client.hear(id, reply, ground),
+            Self::Keys(client) => client.hear(id, reply, ground),
             Self::Operator(operator) => operator.hear(id, reply, ground),
         }
     }
@@ -222,7 +226,7 @@ impl Actor {
     fn must_be_served(&self) -> bool {
         match self {
             Self::Locks(client) => !client.is_gone(),
-            Self::Registers(_) | Self::Operator(_) => true,
+            Self::Registers(_) | Self::Keys(_) | Self::Operator(_) => true,
         }
     }
 }

@@ -73,6 +73,11 @@ impl Contending {
             .any(|call| call.running.is_some())
     }
 
+    /// Whether there may be a contender.
+    pub fn has_any(&self) -> bool {
+        !self.calls.is_empty()
+    }
+
     /// Whether no call waits.
     pub fn ended(&self) -> bool {
         self.calls.iter().all(|call| call.running.is_none())

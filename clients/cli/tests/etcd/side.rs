@@ -161,6 +161,12 @@ impl Side {
             Step::Txn(txn) if self.streams.iter().any(Option::is_some) && may_undo(txn) => {
                 Some(differences::UNDONE)
             }
+            Step::Range(range) if self.contending.has_any() => {
+                let service = b"_conclave/".as_slice();
+                let end = range.range_end.as_ref();
+                let reaches = end == b"\0" || end > service;
+                (range.key.as_ref() < service && reaches).then_some(differences::SERVICE_KEYS)
+            }
             _ => None,
         }
     }
