@@ -133,10 +133,9 @@ pub(crate) fn campaign(
     Ok(waits_with(live(context.overlay.get(&key))))
 }
 
-/// Goes on with a candidate, or an etcd lock's contender, that is there already, as etcd's
-/// election service does: it
-/// proclaims the value, whoever leads. Of those without a number, the newest can be
-/// withdrawn; one with a number stays as it is.
+/// Goes on with a candidate, or who contends for an etcd lock, that is there already, as
+/// etcd's election service does: it proclaims the value, whoever leads. Of those without a
+/// number, the newest can be withdrawn; one with a number stays as it is.
 fn campaign_on(
     contenders: &Contenders,
     context: &mut Context<'_>,
