@@ -148,8 +148,8 @@ pub const QUEUED_PEER_MESSAGES_MAX: usize = 65_536;
 pub const QUEUED_PEER_BYTES_MAX: usize = 256 << 20;
 /// Commands given to Raft and not yet applied.
 pub const PENDING_COMMANDS_MAX: usize = 131_072;
-/// Requests that wait at one place on one node. All are repetitions of one
-/// request of one client, who has given up the older ones.
+/// Requests that wait at one place of a numbered request on one node. All are repetitions
+/// of that by one client, who has given up the older ones.
 pub const REQUESTS_PER_PLACE_MAX: usize = 8;
 /// Bytes of entries that the leader appends beyond the committed ones.
 pub const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
@@ -193,8 +193,8 @@ pub const WATCH_QUEUE_BYTES_MAX: u64 = 1 << 20;
 /// Changes looked at when a watcher begins, so that one that lacks little is live at
 /// once.
 pub const WATCH_CHANGES_AT_ONCE: usize = 64;
-/// Changes that one turn looks at for watchers that are behind: some milliseconds of
-/// work.
+/// Changes that one turn looks at for watchers that are behind, and as many for those
+/// that begin: some milliseconds of work.
 pub const WATCH_CHANGES_PER_TURN_MAX: usize = 8_192;
 /// Those for one watcher in a row, and so the most revisions that it is told of in one
 /// message.

@@ -871,9 +871,11 @@ impl<M: Machine> Replica<M> {
     }
 
     fn wait_at(&mut self, place: Place, number: RequestNumber) {
+        // Without a number they are those of different callers, who all wait.
+        let has_number = self.state.sessions().waits_at(&place).is_some();
         let waiting = self.waiting.entry(place).or_default();
         waiting.push(number);
-        if waiting.len() > limits::REQUESTS_PER_PLACE_MAX {
+        if has_number && waiting.len() > limits::REQUESTS_PER_PLACE_MAX {
             let oldest = waiting.remove(0);
             self.fail(oldest, Failure::OutcomeUnknown);
         }

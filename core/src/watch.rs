@@ -153,6 +153,8 @@ pub struct Hub {
     /// Events that live watchers may yet be told in this turn, each counted for
     /// everyone who is.
     tellings_left: usize,
+    /// Changes that may yet be looked at in this turn for watchers that begin.
+    at_once_left: usize,
     /// Watchers that are behind or stalled.
     lagging: usize,
     told: u64,
@@ -202,6 +204,7 @@ impl Hub {
             behind: VecDeque::new(),
             later: BTreeSet::new(),
             tellings_left: limits::WATCH_TELLINGS_PER_TURN_MAX,
+            at_once_left: limits::WATCH_CHANGES_PER_TURN_MAX,
             lagging: 0,
             told: 0,
         }
@@ -232,9 +235,11 @@ impl Hub {
             } => {
                 let next = start.unwrap_or(self.seen + 1);
                 self.create(stream, watcher, of, next, out);
-                if self.stage_of(watcher) == Some(Stage::Behind) {
+                if self.stage_of(watcher) == Some(Stage::Behind) && self.at_once_left > 0 {
                     // Most have little to catch up on: they are live at once.
-                    self.catch_up_one(watcher, limits::WATCH_CHANGES_AT_ONCE, keyspace, out);
+                    let max = limits::WATCH_CHANGES_AT_ONCE;
+                    let looked_at = self.catch_up_one(watcher, max, keyspace, out);
+                    self.at_once_left = self.at_once_left.saturating_sub(looked_at + 4);
                 }
             }
             Request::Cancel { watcher } => self.cancel(watcher, None, out),
@@ -287,6 +292,7 @@ impl Hub {
     /// Tells those who are behind some of what they lack. Once a turn.
     pub fn catch_up(&mut self, keyspace: &Keyspace, out: &mut Notices) {
         self.tellings_left = limits::WATCH_TELLINGS_PER_TURN_MAX;
+        self.at_once_left = limits::WATCH_CHANGES_PER_TURN_MAX;
         let mut left = limits::WATCH_CHANGES_PER_TURN_MAX;
         while left > 0
             && let Some(watcher) = self.behind.pop_front()

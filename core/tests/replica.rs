@@ -1300,18 +1300,34 @@ fn a_timer_at_the_end_of_time_wakes_nobody() {
 }
 
 #[test]
-fn of_requests_at_one_place_the_newest_wait() {
+fn of_the_copies_of_a_waiting_request_the_newest_wait() {
     let mut cluster = Cluster::ready(1);
     let node = NodeId(1);
-    let first = cluster.append(node, "?");
+    let session = cluster.open(node, 10_000);
+    let first = cluster.append_once(node, "?", (session, 1));
     let others: Vec<_> = (0..limits::REQUESTS_PER_PLACE_MAX)
-        .map(|_| cluster.append(node, "?"))
+        .map(|_| cluster.append_once(node, "?", (session, 1)))
         .collect();
     cluster.settle();
     assert_eq!(cluster.outcome(node, first), "Err(OutcomeUnknown)");
     cluster.append(node, ".");
     cluster.settle();
     for number in others {
+        assert!(cluster.outcome(node, number).starts_with("Ok(Machine(Ok("));
+    }
+}
+
+#[test]
+fn of_requests_without_a_number_all_wait_at_one_place() {
+    let mut cluster = Cluster::ready(1);
+    let node = NodeId(1);
+    let all: Vec<_> = (0..3 * limits::REQUESTS_PER_PLACE_MAX)
+        .map(|_| cluster.append(node, "?"))
+        .collect();
+    cluster.settle();
+    cluster.append(node, ".");
+    cluster.settle();
+    for number in all {
         assert!(cluster.outcome(node, number).starts_with("Ok(Machine(Ok("));
     }
 }

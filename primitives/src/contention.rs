@@ -9,6 +9,8 @@
 //! Who holds is decided in `settle` alone, once a command, from the keys that
 //! changed.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
@@ -165,6 +167,7 @@ pub(crate) fn withdraw(
     session: SessionId,
     wanted: &[u64],
 ) {
+    let wanted: BTreeSet<u64> = wanted.iter().copied().collect();
     let keyspace = context.overlay.base();
     for key in keyspace.keys_of(session) {
         let record = live(keyspace.get(key));
