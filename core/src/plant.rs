@@ -32,6 +32,11 @@ pub const NAMES: &[&str] = &[
     "compare-against-stale-state",
     "delete-range-misses-last",
     "serializable-as-linearizable",
+    "resume-one-too-late",
+    "tell-a-revision-in-halves",
+    "progress-too-early",
+    "expiry-leaves-keys",
+    "time-left-as-granted",
 ];
 
 #[cfg(conclave_plant)]

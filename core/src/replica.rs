@@ -220,7 +220,7 @@ impl<M: Machine> Replica<M> {
         Self {
             consensus,
             clock,
-            watchers: Hub::new(state.keyspace().revision()),
+            watchers: Hub::new(state.keyspace().revision(), config.watch_queue_bytes),
             state,
             held: 0,
             incarnation: identity.incarnation,

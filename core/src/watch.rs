@@ -4,7 +4,7 @@
 //! then it is in an index by key, and hears of each revision when it is applied. One
 //! that is *behind* is told from the history of the keyspace, some of it a turn, until
 //! it is live. One whose reader does not keep up is *stalled*: once what waits for its
-//! stream comes to [`limits::WATCH_QUEUE_BYTES_MAX`], it is told nothing more; when the
+//! stream comes to what [`Hub::new`] was told, it is told nothing more; when the
 //! stream has read half of that, it is behind. One that begins with a *later* revision
 //! hears nothing before that. Whichever it is, only its next revision counts, and both
 //! ways lead over the same events: so it is told each event once, in order, and all of
@@ -155,6 +155,8 @@ pub struct Hub {
     tellings_left: usize,
     /// Changes that may yet be looked at in this turn for watchers that begin.
     at_once_left: usize,
+    /// Bytes that wait for a stream at most, and the events of one revision more.
+    queue_bytes_max: u64,
     /// Watchers that are behind or stalled.
     lagging: usize,
     told: u64,
@@ -187,15 +189,10 @@ struct Stream {
     unread: u64,
 }
 
-impl Stream {
-    fn is_full(&self) -> bool {
-        self.unread >= limits::WATCH_QUEUE_BYTES_MAX
-    }
-}
-
 impl Hub {
-    /// A hub without watchers, on a keyspace at this revision.
-    pub fn new(seen: Revision) -> Self {
+    /// A hub without watchers, on a keyspace at this revision. So many bytes of events
+    /// may wait for a stream, and the events of one revision more.
+    pub fn new(seen: Revision, queue_bytes_max: u64) -> Self {
         Self {
             seen,
             watchers: BTreeMap::new(),
@@ -205,6 +202,7 @@ impl Hub {
             later: BTreeSet::new(),
             tellings_left: limits::WATCH_TELLINGS_PER_TURN_MAX,
             at_once_left: limits::WATCH_CHANGES_PER_TURN_MAX,
+            queue_bytes_max,
             lagging: 0,
             told: 0,
         }
@@ -234,6 +232,11 @@ impl Hub {
                 start,
             } => {
                 let next = start.unwrap_or(self.seen + 1);
+                #[cfg(conclave_plant)]
+                let next = match start {
+                    Some(start) if crate::plant::is("resume-one-too-late") => start + 1,
+                    _ => next,
+                };
                 self.create(stream, watcher, of, next, out);
                 if self.stage_of(watcher) == Some(Stage::Behind) && self.at_once_left > 0 {
                     // Most have little to catch up on: they are live at once.
@@ -245,6 +248,11 @@ impl Hub {
             Request::Cancel { watcher } => self.cancel(watcher, None, out),
             Request::Progress { stream } => {
                 let all = self.streams.get(&stream);
+                #[cfg(conclave_plant)]
+                if crate::plant::is("progress-too-early") {
+                    let (watcher, revision) = (None, self.seen);
+                    return out.push((stream, Notice::Progress { watcher, revision }));
+                }
                 if all.is_some_and(|all| all.unsynced == 0 && !all.watchers.is_empty()) {
                     let (watcher, revision) = (None, self.seen);
                     out.push((stream, Notice::Progress { watcher, revision }));
@@ -392,7 +400,7 @@ impl Hub {
             return;
         };
         read.unread = read.unread.saturating_sub(bytes);
-        if read.unread <= limits::WATCH_QUEUE_BYTES_MAX / 2 {
+        if read.unread <= self.queue_bytes_max / 2 {
             for watcher in mem::take(&mut read.stalled) {
                 self.set_stage(watcher, Stage::Behind);
             }
@@ -438,6 +446,13 @@ impl Hub {
                 false => taken.cloned().collect(),
             };
             self.tellings_left -= count;
+            #[cfg(conclave_plant)]
+            if crate::plant::is("tell-a-revision-in-halves") && events.len() > 1 {
+                let (first, rest) = events.split_at(events.len() / 2);
+                self.tell(id, revision, first.into(), out);
+                self.tell(id, revision, rest.into(), out);
+                continue;
+            }
             self.tell(id, revision, events, out);
         }
     }
@@ -487,7 +502,11 @@ impl Hub {
         let watcher = self.watchers.get(&id);
         watcher
             .and_then(|watcher| self.streams.get(&watcher.stream))
-            .is_some_and(Stream::is_full)
+            .is_some_and(|stream| self.has_no_room(stream))
+    }
+
+    fn has_no_room(&self, stream: &Stream) -> bool {
+        stream.unread >= self.queue_bytes_max
     }
 
     /// Tells a watcher that is behind some of what it lacks; how many changes it took.
@@ -500,7 +519,7 @@ impl Hub {
     ) -> usize {
         let watcher = &self.watchers[&id];
         let stream = &self.streams[&watcher.stream];
-        if stream.is_full() {
+        if self.has_no_room(stream) {
             self.set_stage(id, Stage::Stalled);
             return 0;
         }
@@ -508,7 +527,7 @@ impl Hub {
             self.cancel(id, Some(keyspace.complete_from()), out);
             return 0;
         }
-        let room = limits::WATCH_QUEUE_BYTES_MAX - stream.unread;
+        let room = self.queue_bytes_max - stream.unread;
         let excerpt = keyspace.events_since(&watcher.of, watcher.next, max, room);
         if !excerpt.events.is_empty() {
             self.tell(id, excerpt.next - 1, excerpt.events.into(), out);

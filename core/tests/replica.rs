@@ -246,6 +246,7 @@ fn config(log: &Recovered, boot: u64) -> Config {
         client_urls: vec![format!("http://n{}", log.identity.node)],
         retention: None,
         quota_bytes: QUOTA_BYTES,
+        watch_queue_bytes: limits::WATCH_QUEUE_BYTES_MAX,
     }
 }
 

@@ -129,7 +129,7 @@ impl World {
     fn new() -> Self {
         let keyspace = Keyspace::new();
         Self {
-            hub: Hub::new(keyspace.revision()),
+            hub: Hub::new(keyspace.revision(), limits::WATCH_QUEUE_BYTES_MAX),
             keyspace,
             history: Vec::new(),
             readers: BTreeMap::new(),
@@ -424,7 +424,7 @@ fn a_revision_of_many_changes_is_told_to_many_over_many_turns() {
     }
     let writes = overlay.into_writes();
     keyspace.keep(writes);
-    let mut hub = Hub::new(keyspace.revision());
+    let mut hub = Hub::new(keyspace.revision(), limits::WATCH_QUEUE_BYTES_MAX);
     let mut notices = Notices::new();
     for id in 0..WATCHERS {
         let create = Request::Create {
@@ -489,7 +489,7 @@ fn watchers_that_begin_behind_a_revision_of_many_changes_take_their_share_of_a_t
     assert_eq!(excerpt.events.len(), 1);
     assert!(excerpt.looked_at < 5, "{}", excerpt.looked_at);
 
-    let mut hub = Hub::new(from);
+    let mut hub = Hub::new(from, limits::WATCH_QUEUE_BYTES_MAX);
     let mut notices = Notices::new();
     for id in 0..100 {
         let create = Request::Create {

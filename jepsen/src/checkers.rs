@@ -10,6 +10,7 @@ pub(crate) mod early_expiry;
 pub(crate) mod equal_state;
 pub(crate) mod fenced;
 pub(crate) mod fifo;
+pub(crate) mod leases;
 pub(crate) mod linearizable;
 pub(crate) mod liveness;
 pub(crate) mod lock_delay;
@@ -21,6 +22,7 @@ pub(crate) mod serializable;
 pub(crate) mod shared;
 pub(crate) mod tokens_grow;
 pub(crate) mod wakeups;
+pub(crate) mod watched;
 
 /// The checker that no file holds: a node stops only when its disk failed.
 pub(crate) const STAYS_UP: &str = "stays_up";

@@ -1,5 +1,5 @@
 //! The simulated world, in reading order: [`world`] is where things happen,
-//! [`node`] is a server, [`client`], [`register`], [`kv`] and [`operator`] are who
+//! [`node`] is a server, [`client`], [`register`], [`kv`], [`lease`], [`watch`] and [`operator`] are who
 //! calls it, [`faults`] is what goes wrong, [`ground`] is what all of them stand on,
 //! and [`checks`] tells the checkers what happened, with [`replay`] for what was committed.
 
@@ -10,6 +10,7 @@ mod clock;
 mod faults;
 mod ground;
 mod kv;
+mod lease;
 mod link;
 mod network;
 mod node;
@@ -18,7 +19,9 @@ mod queue;
 mod register;
 mod replay;
 mod settings;
+mod stream;
 mod tally;
+mod watch;
 mod world;
 
 pub(crate) use self::{

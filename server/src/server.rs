@@ -327,6 +327,7 @@ fn open_node(
             .collect(),
         retention: settings.retention,
         quota_bytes: settings.quota_bytes,
+        watch_queue_bytes: limits::WATCH_QUEUE_BYTES_MAX,
     };
     let incarnation = recovered.identity.incarnation;
     let peers = Arc::new(Peers::new(&settings.topology, incarnation, config.boot));

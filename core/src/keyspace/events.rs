@@ -92,6 +92,12 @@ impl Keyspace {
             .is_some_and(|record| record.mod_revision < from)
     }
 
+    /// The events of a revision, which must be known.
+    pub fn events_of(&self, revision: Revision) -> impl Iterator<Item = Event> {
+        let entries = self.changes.of(revision);
+        entries.map(|entry| self.event(entry))
+    }
+
     /// The keys that a revision changed, some of them twice, each with a way to its event.
     /// All of them must be known.
     pub(crate) fn changed_by(

@@ -51,6 +51,8 @@ pub struct Config {
     /// The size of the state above which this member, while it leads, raises the
     /// alarm NOSPACE, in bytes by [`crate::state::State::bytes`].
     pub quota_bytes: u64,
+    /// Bytes of events that may wait for one stream of watchers; see [`watch::Hub`].
+    pub watch_queue_bytes: u64,
 }
 
 /// What a turn takes in.

@@ -237,6 +237,10 @@ impl<M: Machine> State<M> {
         let mut overlay = self.keyspace.overlay();
         let now = self.system.log_time();
         for key in self.keyspace.keys_of(id) {
+            #[cfg(conclave_plant)]
+            if reason == EndReason::Expired && crate::plant::is("expiry-leaves-keys") {
+                break;
+            }
             let record = self.keyspace.get(key).expect("keys of sessions are live");
             match self.machine.outlives(record, reason, now) {
                 Some(value) => overlay.put(key.clone(), value, None),

@@ -103,6 +103,19 @@ impl Model {
         }
     }
 
+    /// The events of a range from one revision to another, both included, in order.
+    pub(crate) fn events(
+        &self,
+        (from, upto): (Revision, Revision),
+        mut wanted: impl FnMut(&Event) -> bool,
+    ) -> Vec<&Event> {
+        if from > upto {
+            return Vec::new();
+        }
+        let all = self.events.range(from..=upto).flat_map(|(_, all)| all);
+        all.filter(|event| wanted(event)).collect()
+    }
+
     /// The events of a revision, in order.
     pub(crate) fn events_of(&self, revision: Revision) -> &[Event] {
         self.events.get(&revision).map_or(&[], Vec::as_slice)
@@ -153,6 +166,14 @@ impl Model {
     /// The keys that are bound to a session, in order.
     pub(crate) fn keys_of(&self, session: SessionId) -> Vec<Bytes> {
         self.sessions.get(&session).cloned().unwrap_or_default()
+    }
+
+    /// Those that were at a revision.
+    pub(super) fn bound(&self, session: SessionId, at: Revision) -> Vec<Bytes> {
+        let is_bound = |record: &&Record| record.lease == Some(session);
+        let all = self.range(b"\0", b"\0", at);
+        let bound = all.into_iter().filter(is_bound);
+        bound.map(|record| record.key.clone()).collect()
     }
 
     /// A session ends, and takes its keys along; whether it had any.

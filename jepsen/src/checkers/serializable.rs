@@ -16,8 +16,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
 use conclave_core::{
-    ids::Revision,
+    ids::{Revision, SessionId},
     keyspace::{Event, Piece, RevisionError},
 };
 use conclave_proto::internal::{Compare, command};
@@ -35,8 +36,8 @@ pub(crate) type Origin = (u64, u64, u64);
 /// What is asked of a range.
 #[derive(Clone, Debug)]
 pub(crate) struct Asked {
-    pub(crate) start: bytes::Bytes,
-    pub(crate) end: bytes::Bytes,
+    pub(crate) start: Bytes,
+    pub(crate) end: Bytes,
     /// `None`: of now.
     pub(crate) at: Option<Revision>,
     pub(crate) limit: usize,
@@ -187,6 +188,18 @@ impl Serializable {
         }
     }
 
+    /// The keys that were bound to a session at a revision, in order.
+    pub(crate) fn bound(&self, session: SessionId, revision: Revision, told: &[Bytes]) -> Verdict {
+        let bound = self.model.bound(session, revision);
+        if bound == told {
+            return Ok(());
+        }
+        broken(
+            NAME,
+            format!("{session} has {told:?} at {revision}, and had {bound:?}"),
+        )
+    }
+
     /// Compares were made at a revision, which is that of the answer.
     pub(crate) fn compared(&self, compares: &[Compare], revision: Revision, held: bool) -> Verdict {
         if self.model.compare(compares, revision) == held {
@@ -201,7 +214,6 @@ impl Serializable {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
     use conclave_core::keyspace::{
         Record,
         txn::{OperationReply, TxnReply},

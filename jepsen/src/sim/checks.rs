@@ -1,14 +1,15 @@
 //! All checkers of a run, and how what nodes and clients do is told to them.
 
+mod histories;
+
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use conclave_core::{
-    ids::{Index, NodeId, Revision, SessionId},
+    ids::{NodeId, Revision, SessionId},
     keyspace::{Interest, KeyRange, Keyspace},
-    log::{Batch, LogEntry},
     machine::Machine as _,
-    replica::{Answer, AnswerBody, Event, EventBody, Failure, Replica},
+    replica::{Answer, AnswerBody, Event, EventBody, Replica},
     session::EndReason,
     state::State,
 };
@@ -29,21 +30,19 @@ use crate::checkers::{
     early_expiry::{EarlyExpiry, Moment, NODES_MAX},
     equal_state::{self, EqualState},
     fifo,
+    leases::Leases,
     linearizable::{ABSENT, Action, Linearizable, Operation},
     liveness::Liveness,
     lock_delay::LockDelay,
-    model::Outcome,
     observed::{Observed, Said},
     once::Once,
     one_holder::OneHolder,
-    serializable::{Origin, Serializable},
+    serializable::Serializable,
     shared,
     tokens_grow::TokensGrow,
     wakeups::Wakeups,
+    watched::Watched,
 };
-
-/// The place of [`Replay`] among nodes.
-const REPLAY: usize = NODES_MAX;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -59,6 +58,8 @@ pub(crate) struct Checks {
     pub(crate) lock_delay: LockDelay,
     pub(crate) once: Once,
     pub(crate) serializable: Serializable,
+    pub(crate) watched: Watched,
+    pub(crate) leases: Leases,
     replay: Replay,
     observed: Observed,
     /// By node and lock.
@@ -88,54 +89,6 @@ impl Checks {
     pub(crate) fn checkpoint_missing(&mut self, node: usize) {
         let what = format!("node {node} starts without a whole checkpoint of what it cut off");
         self.note(broken(WHOLE_CHECKPOINT, what));
-    }
-
-    /// A node starts with these entries in its log.
-    pub(crate) fn starts(&mut self, node: usize, entries: &[LogEntry]) {
-        self.replay.starts(node, entries);
-    }
-
-    /// A node adds this to its log.
-    pub(crate) fn logs(&mut self, node: usize, batch: &Batch) {
-        if batch.base.is_some() {
-            self.replay.starts(node, &[]);
-        }
-        self.replay.logs(node, &batch.entries);
-    }
-
-    /// A node has applied its log up to an index, and answers nothing before this.
-    pub(crate) fn committed(&mut self, node: usize, upto: Index) {
-        let equal_state = &mut self.equal_state;
-        let verdict = self
-            .replay
-            .applied(node, upto, &mut self.serializable, |index, digest| {
-                equal_state.applied(REPLAY, index, digest)
-            });
-        self.note(verdict);
-    }
-
-    /// A node answers a command.
-    pub(crate) fn command_answered(
-        &mut self,
-        origin: Origin,
-        result: &Result<Answer<Primitives>, Failure>,
-    ) {
-        let verdict = match result {
-            Ok(answer) => {
-                let told = match &answer.body {
-                    AnswerBody::Txn(reply) => Some(Outcome::Txn(reply.clone())),
-                    AnswerBody::Operation(reply) => Some(Outcome::Operation(reply.clone())),
-                    AnswerBody::Compacted(result) => Some(Outcome::Compacted(*result)),
-                    AnswerBody::NoSpace => Some(Outcome::NoSpace),
-                    _ => None,
-                };
-                let revision = answer.revision;
-                self.serializable.answered(origin, revision, told)
-            }
-            Err(failure) if !failure.may_have_applied() => self.serializable.refused(origin),
-            Err(_) => Ok(()),
-        };
-        self.note(verdict);
     }
 
     /// A node takes a call in under a number.

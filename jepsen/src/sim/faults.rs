@@ -277,6 +277,7 @@ impl Node {
     /// The connections of a client to this node break. Its calls go on here, but
     /// nobody hears of them.
     fn hang_up(&self, actor: usize, ground: &mut Ground) {
+        ground.break_streams(self.index(), Some(actor));
         for id in self.calls_of(actor) {
             ground.send_reply(self.index(), actor, id, Reply::Broken);
         }

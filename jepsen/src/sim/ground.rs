@@ -4,8 +4,9 @@
 use std::{collections::BTreeMap, fmt};
 
 use conclave_core::{
-    ids::Attachment,
+    ids::{Attachment, SessionId, Term},
     replica::{Answer, EventBody, Failure, Query},
+    watch::{Notice, Request, StreamId},
 };
 use conclave_primitives::{Event as LockEvent, Primitives};
 use conclave_proto::internal::{PeerMessage, command};
@@ -18,10 +19,14 @@ use super::{
     node::Step,
     queue::Queue,
     settings::{ELECTION_MS, Settings},
+    stream::Streams,
     tally::{Fault, Operation, Tally},
 };
 use crate::{
-    checkers::early_expiry::{Moment, NODES_MAX},
+    checkers::{
+        early_expiry::{Moment, NODES_MAX},
+        leases,
+    },
     rng::Rng,
 };
 
@@ -54,6 +59,20 @@ pub(crate) enum Event {
     Call { node: usize, call: Box<Call> },
     /// A node learns that a client waits no longer.
     Abandoned { node: usize, actor: usize, id: u64 },
+    /// The client of a stream asks for something.
+    Asked {
+        node: usize,
+        stream: StreamId,
+        request: Request,
+    },
+    /// The client of a stream is told something, or notices that it is broken.
+    Told {
+        actor: usize,
+        stream: StreamId,
+        notice: Option<Notice>,
+    },
+    /// A node notices that a stream is broken.
+    StreamClosed { node: usize, stream: StreamId },
     /// An answer arrives at a client.
     Reply { actor: usize, id: u64, reply: Reply },
     /// The next fault.
@@ -86,6 +105,7 @@ pub(crate) enum CallBody {
     Renew(Attachment),
     Read(Query<Primitives>),
     LocalRead(Query<Primitives>),
+    TimeLeft(SessionId),
 }
 
 /// What a call means to the checkers.
@@ -129,6 +149,9 @@ pub(crate) enum About {
         token: u64,
         session: i64,
     },
+    /// Of a lease.
+    Grant,
+    Lease(leases::Call),
     Other,
 }
 
@@ -241,6 +264,9 @@ pub(crate) struct Ground {
     pub(crate) stall_free: Vec<StallFree>,
     /// For each node: when a turn last ended with it leading.
     pub(crate) led_us: [Option<u64>; NODES_MAX],
+    /// The newest term in which a node was seen to lead.
+    pub(crate) term: Term,
+    pub(crate) leader: leases::Leader,
     /// Clients begin nothing new.
     pub(crate) draining: bool,
     /// The node whose checkpoints were all damaged, until it has another one. One at a
@@ -248,6 +274,7 @@ pub(crate) struct Ground {
     pub(crate) without_state: Option<usize>,
     /// Fetches of checkpoints so far.
     pub(crate) fetches: u64,
+    pub(super) streams: Streams,
     /// Which client listens for a session's events, and at which node.
     attached: BTreeMap<i64, (usize, usize)>,
     queue: Queue<Event>,
@@ -263,9 +290,12 @@ impl Ground {
             trace: Trace::new(trace),
             stall_free: Vec::new(),
             led_us: [None; NODES_MAX],
+            term: 0,
+            leader: leases::Leader::default(),
             draining: false,
             without_state: None,
             fetches: 0,
+            streams: Streams::default(),
             attached: BTreeMap::new(),
             queue: Queue::default(),
             rng,

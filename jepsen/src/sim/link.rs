@@ -178,9 +178,20 @@ impl Pace {
 
     /// Sends a call, which must be served in time.
     pub(crate) fn begin(&mut self, body: CallBody, patience_us: u64, ground: &mut Ground) {
+        self.begin_as(body, About::Other, patience_us, ground);
+    }
+
+    /// The same of one that means something to checkers.
+    pub(crate) fn begin_as(
+        &mut self,
+        body: CallBody,
+        about: About,
+        patience_us: u64,
+        ground: &mut Ground,
+    ) {
         let (actor, now_us) = (self.link.actor, ground.now_us);
         ground.checks.liveness.begins(actor, now_us);
-        self.pending = Some(self.link.call(body, About::Other, patience_us, ground));
+        self.pending = Some(self.link.call(body, about, patience_us, ground));
         self.rearm(ground);
     }
 

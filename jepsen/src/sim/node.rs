@@ -2,15 +2,18 @@
 //! driven as its loop thread drives it, with time taken by syncs, pauses and
 //! restarts.
 
+mod damage;
 mod install;
+mod leases;
+mod streams;
 
 use std::{collections::BTreeMap, mem};
 
 use conclave_core::{
-    checkpoint::{self, CheckpointStore as _, Part, Schedule, SimCheckpoints, Slot},
+    checkpoint::{self, Part, Schedule, SimCheckpoints},
     disk::SimDisk,
     ids::{Index, NodeId},
-    log::{Facts, Identity, Layout, Log, LogError},
+    log::{Facts, Identity, Layout, Log},
     replica::{AnswerBody, Config, EventBody, Finished, Input, Now, Replica, Role},
     session::EndReason,
 };
@@ -26,7 +29,7 @@ use super::{
     settings::{ELECTION_MS, HEARTBEAT_MS, RETENTION},
     tally::{Fault, Operation},
 };
-use crate::checkers::early_expiry::Moment;
+use crate::checkers::{early_expiry::Moment, leases::Leader};
 
 /// The cluster that all nodes belong to.
 pub(crate) const CLUSTER: u64 = 0xC0_9C1A;
@@ -42,12 +45,6 @@ const LAYOUT: Layout = Layout {
 /// Versions and sessions that one turn copies for a checkpoint: so few that its
 /// picture takes many turns.
 const DRAWN_PER_TURN_MAX: u64 = 64;
-/// How often a start is shown a damaged log, in a million.
-const LOG_DAMAGES: u64 = 200_000;
-/// How often a start finds its newest checkpoint damaged, in a million.
-const DAMAGES: u64 = 50_000;
-/// How often it finds all of them damaged.
-const LOSSES: u64 = 50_000;
 
 /// See the module.
 #[derive(Debug)]
@@ -259,6 +256,7 @@ impl Node {
             client_urls: vec![format!("http://n{}:2379", self.index)],
             retention: Some(RETENTION),
             quota_bytes: ground.settings.quota_bytes,
+            watch_queue_bytes: ground.settings.watch_queue_bytes,
         }
     }
 
@@ -281,73 +279,6 @@ impl Node {
         is_damaged
     }
 
-    /// Damages the newest checkpoint at rest, if there is another one, or all of them,
-    /// if no other node is without one.
-    fn damage_checkpoint(&mut self, ground: &mut Ground) {
-        let Ok(stored) = self.checkpoints.list() else {
-            return;
-        };
-        let may_lose = ground.without_state.is_none() && !stored.is_empty();
-        if may_lose && ground.rng.chance(LOSSES) {
-            ground.without_state = Some(self.index);
-            for at in stored {
-                self.checkpoints
-                    .damage(at.into(), |records| drop(records.pop()));
-            }
-            if let Err(error) = self.checkpoints.remove(Slot::Incoming) {
-                ground.checks.node_failed(self.index, &error);
-            }
-            return;
-        }
-        let is_whole = |at: &&Index| checkpoint::read(&self.checkpoints, **at).is_ok();
-        if let [_, newest] = stored.iter().filter(is_whole).collect::<Vec<_>>()[..]
-            && ground.rng.chance(DAMAGES)
-        {
-            ground.tally.fault(Fault::CheckpointDamaged);
-            let newest = *newest;
-            self.checkpoints.damage(newest.into(), |records| {
-                let lost = ground.rng.index(records.len());
-                records.remove(lost);
-            });
-        }
-    }
-
-    /// Shows a start what damage at rest would make of the log: it is refused, or
-    /// nothing that was attested is gone. Then the directory is restored as it was.
-    fn damage_log(&mut self, ground: &mut Ground) {
-        let Ok(Some(whole)) = Log::inspect(&self.disk) else {
-            return;
-        };
-        if !ground.rng.chance(LOG_DAMAGES) {
-            return;
-        }
-        let mut damaged = self.disk.fork();
-        let place = ground.rng.index(whole.segments.len());
-        let (name, length) = &whole.segments[place];
-        let is_newest = place + 1 == whole.segments.len();
-        let at = ground.rng.below(*length);
-        let is_attested = if is_newest && ground.rng.chance(100_000) {
-            damaged.damage(name, |bytes| bytes.fill(0));
-            whole.unattested_bytes < whole.end
-        } else {
-            damaged.damage(name, |bytes| bytes[at as usize] ^= 1 << (at % 8));
-            !is_newest || at < whole.end - whole.unattested_bytes
-        };
-        match Log::open_with(damaged, LAYOUT) {
-            Err(LogError::Damaged { .. } | LogError::Corrupt { .. }) => {
-                ground.tally.fault(Fault::LogDamaged);
-            }
-            Ok(Some((_, found))) if found == whole.recovered || !is_attested => {}
-            // Of a log that is all in its first segment nothing else is left that
-            // could tell; the server knows by the directory of checkpoints.
-            Ok(None) if whole.segments.len() == 1 => {}
-            found => {
-                let what = format!("{name} was damaged at {at}, and a start found {found:?}");
-                ground.checks.node_failed(self.index, &what);
-            }
-        }
-    }
-
     /// Loses power: of what was not synced, any part is lost.
     pub(crate) fn crash(&mut self, ground: &mut Ground) {
         let Some(running) = self.running.take() else {
@@ -367,6 +298,7 @@ impl Node {
         self.disk.crash(&mut || rng.chance(kept_of_million));
         self.checkpoints.crash(&mut || rng.chance(kept_of_million));
         ground.checks.wakeups.stopped(self.index);
+        ground.break_streams(self.index, None);
         for caller in running.callers.values() {
             // Some clients are told at once; others find out by waiting.
             if ground.rng.chance(800_000) {
@@ -489,6 +421,7 @@ impl Node {
             CallBody::Renew(of) => Input::Renew { number, of },
             CallBody::Read(query) => Input::Read { number, query },
             CallBody::LocalRead(query) => Input::LocalRead { number, query },
+            CallBody::TimeLeft(session) => Input::TimeLeft { number, session },
         };
         self.take_in(input, ground);
     }
@@ -618,8 +551,16 @@ impl Node {
             Ok(finished) => finished,
             Err(fatal) => return ground.checks.node_failed(index, &fatal),
         };
-        if running.replica.status().role == Role::Leader {
+        let status = running.replica.status();
+        if status.role == Role::Leader {
             ground.led_us[index] = Some(ground.now_us);
+            if status.term > ground.term {
+                ground.term = status.term;
+                ground.leader = Leader {
+                    node: index,
+                    since_us: ground.now_us,
+                };
+            }
         }
         let (fetch, installed) = (finished.fetch, finished.installed);
         running.deliver(index, finished, ground);
@@ -724,8 +665,9 @@ impl Running {
         send(node, finished.messages, ground);
         let applied = self.replica.state().applied();
         if applied != self.applied {
-            ground.checks.committed(node, applied);
+            self.committed(node, applied, ground);
         }
+        self.notify(node, finished.notices, ground);
         if !finished.events.is_empty() {
             let at = ground.moment();
             let led = ground.led_us;
@@ -748,6 +690,7 @@ impl Running {
             }
             let reply = match result {
                 Ok(answer) => {
+                    self.lease_answered(node, number, &caller, &answer.body, ground);
                     if matches!(answer.body, AnswerBody::NoSpace) {
                         ground.did(Operation::NoSpace);
                     }

@@ -11,22 +11,37 @@ use std::collections::BTreeMap;
 use conclave_core::{
     ids::{Index, Revision, SessionId},
     keyspace::Event,
+    limits,
     log::LogEntry,
     machine::Outcome,
     replica::{Answer, AnswerBody},
     state::State,
 };
 use conclave_primitives::Primitives;
-use conclave_proto::internal::{Command, Entry, ExpireSessions, NoSpace, command::Body};
+use conclave_proto::internal::{
+    Command, Entry, ExpireSessions, GrantLease, NoSpace, command::Body,
+};
 use prost::Message as _;
 
 use super::node::CLUSTER;
-use crate::checkers::{STAYS_UP, Verdict, broken, serializable::Serializable};
+use crate::checkers::{
+    STAYS_UP, Verdict, broken,
+    early_expiry::Moment,
+    leases::{self, Leases, NAME as LEASES},
+    serializable::{Origin, Serializable},
+};
 
 /// Under what the clients of plain keys write.
 pub(crate) const PLAIN: [&[u8]; 2] = [b"kv/", b"register/"];
 
-const LEASES: &str = "leases";
+/// The models, and when they are told something.
+#[derive(Debug)]
+pub(crate) struct Histories<'a> {
+    pub(crate) keys: &'a mut Serializable,
+    pub(crate) leases: &'a mut Leases,
+    pub(crate) at: Moment,
+    pub(crate) led: &'a leases::Led,
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -39,6 +54,8 @@ pub(crate) struct Replay {
     opened_at: BTreeMap<SessionId, u64>,
     /// Who raised the alarm.
     alarms: Vec<u64>,
+    /// Of leases that had keys.
+    leases_expired: u64,
 }
 
 impl Default for Replay {
@@ -49,6 +66,7 @@ impl Default for Replay {
             log_time: 0,
             opened_at: BTreeMap::new(),
             alarms: Vec::new(),
+            leases_expired: 0,
         }
     }
 }
@@ -72,12 +90,17 @@ impl Replay {
         log.extend(new.map(|entry| (entry.index, entry.clone())));
     }
 
+    /// How many leases have expired that had keys.
+    pub(crate) fn leases_expired(&self) -> u64 {
+        self.leases_expired
+    }
+
     /// A node has applied its log up to an index.
     pub(crate) fn applied(
         &mut self,
         node: usize,
         upto: Index,
-        checker: &mut Serializable,
+        histories: &mut Histories<'_>,
         mut digest: impl FnMut(Index, u64) -> Verdict,
     ) -> Verdict {
         if upto <= self.state.applied() {
@@ -90,7 +113,7 @@ impl Replay {
                 let what = format!("node {node} has applied {index}, and never had it");
                 return broken(STAYS_UP, what);
             };
-            self.apply(&entry, checker)?;
+            self.apply(&entry, histories)?;
             digest(index, self.state.digest())?;
         }
         for log in self.logs.values_mut() {
@@ -104,7 +127,7 @@ impl Replay {
         Ok(())
     }
 
-    fn apply(&mut self, entry: &LogEntry, checker: &mut Serializable) -> Verdict {
+    fn apply(&mut self, entry: &LogEntry, histories: &mut Histories<'_>) -> Verdict {
         let data = &entry.data;
         let applied = self
             .state
@@ -123,17 +146,17 @@ impl Replay {
                 Some((_, Outcome::Done(answer))) => Some(answer),
                 _ => None,
             };
-            self.command(entry.term, command, answer, checker)?;
+            self.command(entry.term, command, answer, histories)?;
         }
         let newest = self.state.keyspace().revision();
-        self.others(newest, checker);
-        match checker.model.revision() == newest {
+        self.others(newest, histories);
+        match histories.keys.model.revision() == newest {
             true => Ok(()),
             false => broken(
                 LEASES,
                 format!(
                     "keys changed that no command wrote: {:?}",
-                    self.events_of(checker.model.revision() + 1)
+                    self.events_of(histories.keys.model.revision() + 1)
                 ),
             ),
         }
@@ -144,7 +167,7 @@ impl Replay {
         term: u64,
         command: Command,
         answer: Option<Answer<Primitives>>,
-        checker: &mut Serializable,
+        histories: &mut Histories<'_>,
     ) -> Verdict {
         let Some(body) = command.body else {
             return Ok(());
@@ -155,32 +178,38 @@ impl Replay {
         match &body {
             Body::Txn(_) | Body::Put(_) | Body::DeleteRange(_) | Body::Compact(_) => {
                 if let Some(answer) = &answer {
-                    self.others(answer.revision, checker);
+                    self.others(answer.revision, histories);
                 }
-                let model = &checker.model;
+                let model = &histories.keys.model;
                 let revision = answer.map_or_else(|| model.revision(), |answer| answer.revision);
-                checker.committed(origin, &body, revision, |revision| self.events_of(revision))
+                histories
+                    .keys
+                    .committed(origin, &body, revision, |revision| self.events_of(revision))
             }
             Body::NoSpace(alarm) => {
                 self.alarm(alarm);
-                checker.model.is_out_of_space = !self.alarms.is_empty();
+                histories.keys.model.is_out_of_space = !self.alarms.is_empty();
                 Ok(())
             }
-            Body::OpenSession(_) | Body::GrantLease(_) => {
+            Body::OpenSession(_) => {
                 if let Some(AnswerBody::SessionOpened { session, .. }) = answer.map(|a| a.body)
-                    && !checker.model.is_alive(session)
+                    && !histories.keys.model.is_alive(session)
                 {
                     self.opened_at.insert(session, self.log_time);
-                    checker.model.opened(session);
+                    histories.keys.model.opened(session);
                 }
                 Ok(())
             }
+            Body::GrantLease(grant) => {
+                let body = answer.map(|answer| answer.body);
+                self.granted(origin, grant, body, histories)
+            }
             Body::CloseSession(close) => match answer.map(|answer| answer.body) {
-                Some(AnswerBody::Done) => self.ended(SessionId(close.session_id), checker),
+                Some(AnswerBody::Done) => self.ended(SessionId(close.session_id), None, histories),
                 _ => Ok(()),
             },
-            Body::RevokeLease(revoke) => self.ended(SessionId(revoke.session_id), checker),
-            Body::ExpireSessions(expire) if expire.term == term => self.expire(expire, checker),
+            Body::RevokeLease(revoke) => self.ended(SessionId(revoke.session_id), None, histories),
+            Body::ExpireSessions(expire) if expire.term == term => self.expire(expire, histories),
             _ => Ok(()),
         }
     }
@@ -194,37 +223,76 @@ impl Replay {
         }
     }
 
-    fn expire(&mut self, expire: &ExpireSessions, checker: &mut Serializable) -> Verdict {
+    fn expire(&mut self, expire: &ExpireSessions, histories: &mut Histories<'_>) -> Verdict {
         for (id, opened_at) in expire.session_ids.iter().zip(&expire.opened_at_ms) {
             let id = SessionId(*id);
             if self.opened_at.get(&id) == Some(opened_at) {
-                self.ended(id, checker)?;
+                self.ended(id, Some(histories.led), histories)?;
             }
         }
         Ok(())
     }
 
-    /// A session has ended: with it, and in the same revision, all of its keys.
-    fn ended(&mut self, session: SessionId, checker: &mut Serializable) -> Verdict {
-        self.opened_at.remove(&session);
-        if !checker.model.keys_of(session).is_empty() {
-            self.others(self.state.keyspace().revision(), checker);
+    /// A lease is opened, if nobody has its id and there is room.
+    fn granted(
+        &mut self,
+        origin: Option<Origin>,
+        grant: &GrantLease,
+        body: Option<AnswerBody<Primitives>>,
+        histories: &mut Histories<'_>,
+    ) -> Verdict {
+        let model = &mut histories.keys.model;
+        let chosen = SessionId(grant.session_id);
+        let ttl_ms = grant
+            .ttl_ms
+            .clamp(limits::LEASE_TTL_MS_MIN, limits::LEASE_TTL_MS_MAX);
+        let session = match body {
+            Some(AnswerBody::SessionOpened {
+                session,
+                ttl_ms: given,
+            }) if given == ttl_ms && !model.is_out_of_space => session,
+            Some(AnswerBody::NoSpace) if model.is_out_of_space => return Ok(()),
+            Some(AnswerBody::SessionExists) if model.is_alive(chosen) => return Ok(()),
+            body => return broken(LEASES, format!("{grant:?} came to {body:?}")),
+        };
+        model.opened(session);
+        self.opened_at.insert(session, self.log_time);
+        histories
+            .leases
+            .opened(origin, (chosen.0, session.0), ttl_ms, histories.at)
+    }
+
+    /// A session has ended: with it, and in the same revision, all of its keys. `led` if
+    /// it expired.
+    fn ended(
+        &mut self,
+        session: SessionId,
+        led: Option<&leases::Led>,
+        histories: &mut Histories<'_>,
+    ) -> Verdict {
+        if self.opened_at.remove(&session).is_none() {
+            return Ok(());
         }
-        if checker.model.ended(session) {
-            let events = self.events_of(checker.model.revision());
-            checker.same_events(LEASES, events)?;
+        histories.leases.ended(session.0, histories.at, led)?;
+        if !histories.keys.model.keys_of(session).is_empty() {
+            self.others(self.state.keyspace().revision(), histories);
+        }
+        if histories.keys.model.ended(session) {
+            self.leases_expired += u64::from(led.is_some());
+            let events = self.events_of(histories.keys.model.revision());
+            histories.keys.same_events(LEASES, events)?;
         }
         Ok(())
     }
 
     /// Takes revisions that no client of plain keys made, up to one.
-    fn others(&self, upto: Revision, checker: &mut Serializable) {
-        while checker.model.revision() < upto {
-            let events = self.events_of(checker.model.revision() + 1);
+    fn others(&self, upto: Revision, histories: &mut Histories<'_>) {
+        while histories.keys.model.revision() < upto {
+            let events = self.events_of(histories.keys.model.revision() + 1);
             if events.iter().any(|event| is_plain(&event.key)) {
                 break;
             }
-            checker.model.others(events);
+            histories.keys.model.others(events);
         }
     }
 

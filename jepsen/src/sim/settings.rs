@@ -10,6 +10,9 @@ use crate::{
 
 /// Heartbeats and election timeouts of the nodes, as `conclave serve` has them.
 pub(crate) const HEARTBEAT_MS: u64 = 100;
+/// How long clients of a stream hear nothing before they take it for broken.
+pub(crate) const PATIENCE_US: u64 = 1_500_000;
+
 /// See [`HEARTBEAT_MS`].
 pub(crate) const ELECTION_MS: u64 = 500;
 
@@ -52,6 +55,8 @@ pub(crate) struct Settings {
     pub(crate) lock_clients: usize,
     pub(crate) register_clients: usize,
     pub(crate) kv_clients: usize,
+    pub(crate) watch_clients: usize,
+    pub(crate) lease_clients: usize,
     pub(crate) locks: usize,
     pub(crate) registers: u64,
     pub(crate) weather: Weather,
@@ -63,6 +68,8 @@ pub(crate) struct Settings {
     pub(crate) log_bytes_max: u64,
     /// What the state may take.
     pub(crate) quota_bytes: u64,
+    /// Bytes of events that wait for one stream of watchers at most.
+    pub(crate) watch_queue_bytes: u64,
     /// The usual time between two faults.
     pub(crate) fault_gap_us: u64,
     /// Faults a seed leaves out, as a set of bits by kind.
@@ -92,6 +99,8 @@ impl Settings {
             lock_clients: rng.between(4, 10) as usize,
             register_clients: rng.between(2, 4) as usize,
             kv_clients: rng.between(2, 4) as usize,
+            watch_clients: rng.between(1, 3) as usize,
+            lease_clients: rng.between(1, 3) as usize,
             locks: rng.between(1, 4) as usize,
             registers: rng.between(1, 3),
             weather: Weather {
@@ -103,12 +112,13 @@ impl Settings {
             },
             sync_us: *pick(rng, &[100, 300, 1_000]),
             checkpoint_every: *pick(rng, &[30, 100, 500, 1_000_000]),
-            log_bytes_max: *pick(rng, &[32 << 10, 128 << 10, 1 << 30]),
+            log_bytes_max: *pick(rng, &[16 << 10, 64 << 10, 1 << 30]),
             // A small one is reached again and again.
             quota_bytes: match rng.chance(150_000) {
                 true => *pick(rng, &[40 << 10, 60 << 10]),
                 false => limits::QUOTA_BYTES_DEFAULT,
             },
+            watch_queue_bytes: *pick(rng, &[1 << 10, 4 << 10, limits::WATCH_QUEUE_BYTES_MAX]),
             fault_gap_us: *pick(rng, &[500_000, 1_000_000, 2_000_000]),
             left_out: if rng.chance(500_000) {
                 0

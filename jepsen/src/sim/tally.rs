@@ -56,6 +56,8 @@ counted! {
         ClientDeath = "client_death",
         ClientReturn = "client_return",
         CallRepeated = "client_call_repeated",
+        StreamBroken = "stream_broken",
+        ReaderSlow = "reader_slow",
     }
 }
 
@@ -112,6 +114,26 @@ counted! {
         RevisionRefused = "revision_refused",
         Compared = "compared",
         KeysCompacted = "keys_compacted",
+        WatchBegun = "watch_begun",
+        WatchResumed = "watch_resumed",
+        WatchTold = "watch_told",
+        WatchProgress = "watch_progress",
+        WatchCompacted = "watch_compacted",
+        WatchEnded = "watch_ended",
+        WatchBehind = "watch_behind",
+        WatchedAtFollower = "watched_at_follower",
+        LeaseChosen = "lease_with_chosen_id",
+        LeaseMade = "lease_with_made_id",
+        LeaseExists = "lease_exists",
+        LeaseRenewed = "lease_renewed",
+        LeaseRevoked = "lease_revoked",
+        LeaseOver = "lease_over",
+        LeaseExpired = "lease_expired_with_keys",
+        TimeLeft = "time_left",
+        KeyBound = "key_bound",
+        BoundInTxn = "key_bound_in_txn",
+        BoundTooLate = "key_bound_too_late",
+        KeysOfLease = "keys_of_lease",
         Unknown = "outcome_unknown",
         Restored = "restored_from_checkpoint",
         Installed = "installed_checkpoint",
@@ -165,6 +187,7 @@ impl Tally {
             Fault::ReplyLost,
             Fault::CallRepeated,
             Fault::PacketsAfterPause,
+            Fault::StreamBroken,
         ];
         let injected = Fault::ALL.iter().filter(|fault| !weather.contains(fault));
         injected.map(|fault| self.faults[*fault as usize]).sum()
@@ -182,6 +205,10 @@ impl Tally {
             Operation::InstalledUnderAnother,
             Operation::AnsweredAgain,
             Operation::NoSpace,
+            Operation::WatchTold,
+            Operation::LeaseExpired,
+            Operation::WatchBehind,
+            Operation::WatchedAtFollower,
             Operation::IndexRebuilt,
         ];
         let completed = Operation::ALL

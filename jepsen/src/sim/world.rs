@@ -7,11 +7,13 @@ use super::{
     faults,
     ground::{Event, Ground, Reply},
     kv::KvClient,
+    lease::LeaseClient,
     node::{self, Node, id},
     operator::Operator,
     register::RegisterClient,
     settings::Settings,
     tally::Tally,
+    watch::WatchClient,
 };
 use crate::{
     checkers::{Violation, liveness::RECOVERY_US},
@@ -42,6 +44,8 @@ enum Actor {
     Locks(LockClient),
     Registers(RegisterClient),
     Keys(KvClient),
+    Watches(WatchClient),
+    Leases(LeaseClient),
     Operator(Operator),
 }
 
@@ -136,6 +140,21 @@ impl World {
             Event::DiskRecovers { node } => nodes[node].slow_down(1),
             Event::Call { node, call } => nodes[node].call(*call, ground),
             Event::Abandoned { node, actor, id } => nodes[node].abandoned(actor, id, ground),
+            Event::Asked {
+                node,
+                stream,
+                request,
+            } => nodes[node].asked(stream, request, ground),
+            Event::Told {
+                actor,
+                stream,
+                notice,
+            } => {
+                if let Actor::Watches(client) = &mut actors[actor] {
+                    client.told(stream, notice, ground);
+                }
+            }
+            Event::StreamClosed { node, stream } => nodes[node].stream_closed(stream, ground),
             Event::Reply { actor, id, reply } => actors[actor].hear(id, reply, ground),
             Event::Trouble => faults::trouble(nodes, actors.len(), ground),
             Event::NetworkHeals { since } => ground.network.end(since),
@@ -201,6 +220,12 @@ impl Actor {
         for _ in 0..settings.kv_clients {
             actors.push(Self::Keys(KvClient::new(actors.len(), ground)));
         }
+        for _ in 0..settings.watch_clients {
+            actors.push(Self::Watches(WatchClient::new(actors.len(), ground)));
+        }
+        for _ in 0..settings.lease_clients {
+            actors.push(Self::Leases(LeaseClient::new(actors.len(), ground)));
+        }
         actors.push(Self::Operator(Operator::new(actors.len(), ground)));
         actors
     }
@@ -210,6 +235,8 @@ impl Actor {
             Self::Locks(client) => client.wake(ground),
             Self::Registers(client) => client.wake(ground),
             Self::Keys(client) => client.wake(ground),
+            Self::Leases(client) => client.wake(ground),
+            Self::Watches(client) => client.wake(ground),
             Self::Operator(operator) => operator.wake(ground),
         }
     }
@@ -219,6 +246,9 @@ impl Actor {
             Self::Locks(client) => client.hear(id, reply, ground),
             Self::Registers(client) => client.hear(id, reply, ground),
             Self::Keys(client) => client.hear(id, reply, ground),
+            Self::Leases(client) => client.hear(id, reply, ground),
+            // It is told things on its stream.
+            Self::Watches(_) => {}
             Self::Operator(operator) => operator.hear(id, reply, ground),
         }
     }
@@ -226,7 +256,7 @@ impl Actor {
     fn must_be_served(&self) -> bool {
         match self {
             Self::Locks(client) => !client.is_gone(),
-            Self::Registers(_) | Self::Keys(_) | Self::Operator(_) => true,
+            _ => true,
         }
     }
 }
