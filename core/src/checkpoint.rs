@@ -26,14 +26,14 @@ mod store;
 mod writer;
 
 use crate::{
-    ids::{Index, Term},
-    keyspace::Picture,
+    ids::{Index, Revision, Term},
+    keyspace::{Picture, Record},
     session::Sessions,
     system::System,
 };
 
 pub use self::fjall::FjallCheckpoints;
-pub use records::{Invalid, Reader};
+pub use records::{Invalid, Reader, records};
 pub use schedule::Schedule;
 pub use sim::SimCheckpoints;
 pub use start::{ReadError, RestoreError, choose, read, restore, verify};
@@ -51,6 +51,34 @@ pub struct Image {
     pub(crate) keyspace: Picture,
     pub(crate) sessions: Sessions,
     pub(crate) system: System,
+}
+
+/// What of an [`Image`] is drawn at a time, so that no more than that is in memory while
+/// it is written. See [`State::draw_part`](crate::state::State::draw_part).
+#[derive(Debug)]
+pub enum Part {
+    /// Some of its versions of keys.
+    Versions(Versions),
+    /// All the rest, and the last part.
+    Rest(Box<Image>),
+}
+
+impl Part {
+    /// The last part: all there is if everything was drawn at once.
+    pub fn rest(self) -> Option<Image> {
+        match self {
+            Self::Rest(image) => Some(*image),
+            Self::Versions(_) => None,
+        }
+    }
+}
+
+/// Versions of keys.
+#[derive(Debug, Default)]
+pub struct Versions {
+    pub(crate) live: Vec<Record>,
+    /// Each with the revision that ended it.
+    pub(crate) past: Vec<(Revision, Record)>,
 }
 
 impl Image {

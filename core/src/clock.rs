@@ -2,11 +2,14 @@
 //!
 //! Log time is what waits, deadlines and expiry are measured in. It is the
 //! leader's: each turn adds the CLOCK_BOOTTIME since the turn before, but at
-//! most one election timeout, so that a leader that was stopped, swapped out or
-//! stuck in a sync does not find everybody's time over when it goes on. Entries
+//! most two heartbeats, so that a leader that was stopped, swapped out or
+//! stuck in a sync does not find everybody's time over when it goes on. A turn comes at
+//! least twice a heartbeat, so only one that takes as long as that runs late. Entries
 //! carry it, and everybody else's clock continues from each one it applies; how
 //! long a process has been up says nothing. So log time runs late while nobody
 //! leads, and never early.
+
+use std::mem;
 
 use crate::{ids::LogTime, replica::Now};
 
@@ -15,30 +18,38 @@ use crate::{ids::LogTime, replica::Now};
 pub(crate) struct Clock {
     last_boot_us: u64,
     elapsed_us: u64,
-    step_us_max: u64,
+    heartbeat_us: u64,
+    /// Whether the newest step was longer than a heartbeat.
+    was_long: bool,
 }
 
 impl Clock {
     /// A clock that goes on from this log time.
-    pub(crate) fn new(now: Now, step_us_max: u64, log_time: LogTime) -> Self {
+    pub(crate) fn new(now: Now, heartbeat_us: u64, log_time: LogTime) -> Self {
         let mut clock = Self {
             last_boot_us: now.boot_us,
             elapsed_us: 0,
-            step_us_max,
+            heartbeat_us,
+            was_long: false,
         };
         clock.follow(log_time);
         clock
     }
 
-    /// Takes note of the time at the start of a turn.
-    pub(crate) fn advance(&mut self, now: Now) {
+    /// Takes note of the time at the start of a turn; whether that comes after a stall.
+    /// When one turn after the other takes long, that is none.
+    pub(crate) fn advance(&mut self, now: Now) -> bool {
+        let step_us_max = 2 * self.heartbeat_us;
         let step = now.boot_us.saturating_sub(self.last_boot_us);
         #[cfg(conclave_plant)]
         if crate::plant::is("clock-over-stall") {
-            self.elapsed_us += step.saturating_sub(self.step_us_max);
+            self.elapsed_us += step.saturating_sub(step_us_max);
         }
-        self.elapsed_us += step.min(self.step_us_max);
+        self.elapsed_us += step.min(step_us_max);
         self.last_boot_us = now.boot_us.max(self.last_boot_us);
+        let is_long = step > self.heartbeat_us;
+        let was_long = mem::replace(&mut self.was_long, is_long);
+        is_long && !was_long
     }
 
     /// Never reads less than `log_time` from now on.
@@ -75,11 +86,14 @@ mod tests {
 
     #[test]
     fn a_stall_counts_as_one_step_at_most() {
-        let mut clock = Clock::new(at(1_000), 500, 0);
-        clock.advance(at(1_100));
+        let mut clock = Clock::new(at(1_000), 250, 0);
+        assert!(!clock.advance(at(1_100)));
         assert_eq!(clock.micros(), 100);
-        clock.advance(at(900_000));
+        assert!(clock.advance(at(900_000)));
         assert_eq!(clock.micros(), 600);
+        assert!(!clock.advance(at(900_300)), "this one takes long, too");
+        assert!(!clock.advance(at(900_310)));
+        assert!(clock.advance(at(901_000)));
     }
 
     #[test]

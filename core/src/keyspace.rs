@@ -42,6 +42,7 @@ use self::{
     picture::Drawing,
 };
 use crate::{
+    checkpoint::Versions,
     ids::{Revision, SessionId},
     limits,
     picture::UnderWay,
@@ -49,7 +50,7 @@ use crate::{
 
 pub use events::{Event, Excerpt, Interest};
 pub use hash::Hashed;
-pub(crate) use hash::Hashing;
+use hash::Hashing;
 pub use overlay::{Overlay, Writes};
 pub(crate) use picture::Picture;
 pub use range::KeyRange;
@@ -137,6 +138,7 @@ pub struct Keyspace {
     bound: Bound,
     digest: u64,
     drawing: UnderWay<Drawing>,
+    hashing: UnderWay<Hashing>,
 }
 
 impl Keyspace {
@@ -151,6 +153,7 @@ impl Keyspace {
             bound: Bound::default(),
             digest: 0,
             drawing: UnderWay::default(),
+            hashing: UnderWay::default(),
         }
     }
 
@@ -223,9 +226,13 @@ impl Keyspace {
     pub fn sweep(&mut self, max: usize) {
         self.changes.sweep(max);
         let mut drawing = self.drawing.0.as_mut();
+        let mut hashing = self.hashing.0.as_mut();
         self.past.sweep(max, |ended, record| {
             if let Some(drawing) = &mut drawing {
                 drawing.rescue(ended, record);
+            }
+            if let Some(hashing) = &mut hashing {
+                hashing.rescue(ended, record);
             }
         });
     }
@@ -347,7 +354,7 @@ impl Keyspace {
 
     /// Begins a picture of all versions as they are now.
     pub(crate) fn begin_picture(&mut self) {
-        let drawing = Drawing::new(self.revision, self.digest, self.live.len(), &self.past);
+        let drawing = Drawing::new(self.revision, self.digest, &self.past);
         self.drawing = UnderWay(Some(drawing));
     }
 
@@ -358,6 +365,11 @@ impl Keyspace {
             return None;
         }
         self.drawing.0.take().map(Drawing::into_picture)
+    }
+
+    /// What of the picture is drawn so far, if one is under way; it will lack it.
+    pub(crate) fn take_drawn(&mut self) -> Option<Versions> {
+        Some(self.drawing.0.as_mut()?.take_drawn())
     }
 
     /// The keyspace of a picture.
@@ -382,6 +394,7 @@ impl Keyspace {
             past,
             digest,
             drawing: UnderWay::default(),
+            hashing: UnderWay::default(),
         }
     }
 
@@ -478,6 +491,7 @@ impl PartialEq for Keyspace {
             // An index of the versions, and no truth of its own.
             changes: _,
             drawing: _,
+            hashing: _,
         } = self;
         let counts = (*revision, *live_bytes, *digest);
         let records = live.iter().map(|Live(record)| record);

@@ -62,19 +62,30 @@ pub const COMMAND_BYTES_MAX: usize = 3 << 19;
 /// Operations of a transaction, in each of its lists, unless told otherwise.
 pub const TXN_OPERATIONS_DEFAULT: usize = 128;
 /// Compares and operations of a transaction and all inside it: some milliseconds of
-/// work.
+/// work, but for those over ranges.
 pub const TXN_OPERATIONS_MAX: usize = 4_096;
+/// Records that the compares and operations over ranges of one transaction look at, if
+/// there is more than one: a tenth of a second of work, for every member.
+pub const TXN_VISITS_MAX: usize = 1_000_000;
 /// Transactions inside each other: a decoder takes a hundred messages inside each other,
 /// and each of them is two, in an entry that is in a message of its own.
 pub const TXN_DEPTH_MAX: usize = 40;
 /// Keys that a read looks at in one turn before it goes on in a later one: a fraction of
 /// a millisecond.
 pub const READ_STEPS_MAX: usize = 4_096;
-/// Keys that all reads of a turn look at, if each of them comes to
-/// [`READ_STEPS_MIN`] beyond that: some milliseconds.
+/// Keys that all reads of a turn look at, but for the last of them; those behind that
+/// wait for the next one. A range comes to [`READ_STEPS_MIN`] in any case. Some
+/// milliseconds.
 pub const READ_STEPS_PER_TURN_MAX: usize = 65_536;
 /// See [`READ_STEPS_PER_TURN_MAX`].
 pub const READ_STEPS_MIN: usize = 64;
+/// What any read counts for beside the keys that it looks at.
+pub const READ_STEPS_EACH: usize = 8;
+/// What one session, or one contender, in an answer counts for: names and values are
+/// decoded and copied.
+pub const READ_STEPS_LISTED: usize = 16;
+/// Reads that may be answered and wait for a turn that has time for them.
+pub const READABLE_MAX: usize = 65_536;
 /// Timers fired by one entry, so that no entry takes long to apply.
 pub const TIMERS_PER_ENTRY_MAX: usize = 1_024;
 /// Changes of keys after which a turn applies no further entry: some ten milliseconds
@@ -137,8 +148,8 @@ pub const QUEUED_PEER_MESSAGES_MAX: usize = 65_536;
 pub const QUEUED_PEER_BYTES_MAX: usize = 256 << 20;
 /// Commands given to Raft and not yet applied.
 pub const PENDING_COMMANDS_MAX: usize = 131_072;
-/// Requests that wait at one place on one node. All are repetitions of one
-/// request of one client, who has given up the older ones.
+/// Requests that wait at one place of a numbered request on one node. All are repetitions
+/// of that by one client, who has given up the older ones.
 pub const REQUESTS_PER_PLACE_MAX: usize = 8;
 /// Bytes of entries that the leader appends beyond the committed ones.
 pub const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
@@ -156,10 +167,16 @@ pub const CHECKPOINT_LOG_BYTES: u64 = 64 << 20;
 /// Versions and sessions that one turn copies for a checkpoint: a fraction of a
 /// millisecond.
 pub const DRAWN_PER_TURN_MAX: usize = 2_048;
+/// Parts of a checkpoint, of so many versions each, that wait to be written: with more,
+/// the walk over the state waits for the disk.
+pub const CHECKPOINT_PARTS_WAITING_MAX: usize = 16;
 /// Bytes of values after which a turn goes on with a hash no further: as much.
 pub const HASHED_BYTES_PER_TURN_MAX: usize = 4 << 20;
 /// Hashes over all keys that wait at a time.
 pub const HASHINGS_MAX: usize = 64;
+/// For how long one waits, the ones before it included: a few seconds are enough for a
+/// state at its quota, and callers do not say when they are gone.
+pub const HASHING_US_MAX: u64 = 60_000_000;
 /// The log is kept for members that are away up to this many bytes, unless told
 /// otherwise; memory holds about as much.
 pub const LOG_BYTES_MAX: u64 = 1 << 30;
@@ -176,14 +193,15 @@ pub const WATCH_QUEUE_BYTES_MAX: u64 = 1 << 20;
 /// Changes looked at when a watcher begins, so that one that lacks little is live at
 /// once.
 pub const WATCH_CHANGES_AT_ONCE: usize = 64;
-/// Changes that one turn looks at for watchers that are behind: some milliseconds of
-/// work.
+/// Changes that one turn looks at for watchers that are behind, and as many for those
+/// that begin: some milliseconds of work.
 pub const WATCH_CHANGES_PER_TURN_MAX: usize = 8_192;
 /// Those for one watcher in a row, and so the most revisions that it is told of in one
 /// message.
 pub const WATCH_CHANGES_PER_STEP_MAX: usize = 1_000;
-/// How often in a turn live watchers are told something; the others are told in turns
-/// that follow, from the history. Some milliseconds of work.
+/// Events that live watchers are told in one turn, each counted for everyone who is
+/// told; the others are told in turns that follow, from the history. Some milliseconds of
+/// work.
 pub const WATCH_TELLINGS_PER_TURN_MAX: usize = 16_384;
 /// Requests of watchers waiting for the node that may be refused.
 pub const QUEUED_WATCHES_MAX: usize = 65_536;
@@ -195,6 +213,9 @@ pub const LIST_LOCKS_MAX: usize = 1_000;
 /// Waiters shown in one answer of a list, for all its locks: some milliseconds of
 /// work, and no more than clients take in one message.
 pub const LIST_WAITERS_MAX: usize = 1_000;
+/// Waiters beyond those shown that are counted for one answer of a list: a millisecond of
+/// work. Of more, what was counted is told.
+pub const LIST_COUNTED_MAX: usize = 131_072;
 /// Bytes of what leaders proclaim after which an answer of a list ends.
 pub const LIST_VALUES_BYTES_MAX: usize = 1 << 20;
 

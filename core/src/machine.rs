@@ -16,6 +16,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use conclave_proto::internal::Request;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
     ids::{LogTime, Revision, SessionId},
@@ -25,9 +26,30 @@ use crate::{
     system::{ForcedRelease, System},
 };
 
-/// A place in a queue: the revision at which the waiter's key was created. It
-/// names the waiting request until it is resolved.
-pub type Place = Revision;
+/// A place in a queue: that of a key with which someone contends. It names the waiting
+/// request until it is resolved.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// The revision at which the key was created; others of one transaction share it.
+    pub revision: Revision,
+    /// The key.
+    pub key: Bytes,
+}
+
+impl Place {
+    /// That of a key that is there.
+    pub fn of(record: &Record) -> Self {
+        Self {
+            revision: record.create_revision,
+            key: record.key.clone(),
+        }
+    }
+
+    /// A number made of both.
+    pub(crate) fn fingerprint(&self) -> u64 {
+        xxh3_64_with_seed(&self.key, self.revision)
+    }
+}
 
 /// What is replicated. See the module for the contract.
 pub trait Machine: fmt::Debug + PartialEq + Sized {
@@ -94,8 +116,11 @@ pub trait Machine: fmt::Debug + PartialEq + Sized {
     /// Takes note of changed keys, and says what follows from them.
     fn settle(&mut self, changes: &[Change], cause: Cause<'_, Self::Note>) -> Settled<Self>;
 
-    /// Answers a query.
+    /// Answers a query, in bounded time.
     fn query(&self, state: View<'_>, query: Self::Query) -> Self::Answer;
+
+    /// What it took to find an answer, in looks at a key.
+    fn work(answer: &Self::Answer) -> usize;
 }
 
 /// What `execute` made of a command.

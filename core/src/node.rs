@@ -41,6 +41,8 @@ use crate::{
     watch,
 };
 
+/// How often it looks whether the disk takes more of a checkpoint.
+const ROOM_EVERY: Duration = Duration::from_millis(2);
 /// How long nothing is written before the newest batch gets a mark behind it.
 const MARK_AFTER_US: u64 = 50_000;
 
@@ -593,11 +595,17 @@ impl<M: Machine, D: Disk> fmt::Debug for Node<M, D> {
 impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
     /// How long until the next turn is due although nothing arrives.
     pub fn wait(&self) -> Duration {
-        if self.is_more_left || self.replica.state().is_drawing() {
+        let is_drawing = self.replica.state().is_drawing();
+        if self.is_more_left || is_drawing && self.checkpoints.has_room() {
             return Duration::ZERO;
         }
         let wait_us = self.replica.next_turn_us().saturating_sub(now().boot_us);
-        Duration::from_micros(wait_us)
+        let wait = Duration::from_micros(wait_us);
+        if is_drawing {
+            wait.min(ROOM_EVERY)
+        } else {
+            wait
+        }
     }
 
     /// The first half of a turn: takes in what has arrived, and sends what may
@@ -737,9 +745,12 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         if self.schedule.is_due(applied, written_bytes, state_bytes) {
             self.schedule.begin(applied, written_bytes);
             self.replica.begin_image();
+            self.checkpoints.begin(applied, self.schedule.newest());
         }
-        if let Some(image) = self.replica.draw_image(limits::DRAWN_PER_TURN_MAX) {
-            self.checkpoints.write(image, self.schedule.newest());
+        if self.checkpoints.has_room()
+            && let Some(part) = self.replica.draw_part(limits::DRAWN_PER_TURN_MAX)
+        {
+            self.checkpoints.take(part);
         }
         self.cut()
     }

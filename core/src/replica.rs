@@ -40,7 +40,7 @@ use std::{
 
 use bytes::Bytes;
 use conclave_proto::internal::{
-    Forward, ForwardRefused, Held, Hello, HelloReply, Origin, PeerMessage, RenewalReplies,
+    Compare, Forward, ForwardRefused, Held, Hello, HelloReply, Origin, PeerMessage, RenewalReplies,
     RenewalReply, Renewals, command, peer_message,
 };
 
@@ -58,7 +58,7 @@ use self::{
 };
 pub use self::{compaction::Retention, install::Fetch};
 use crate::{
-    checkpoint::Image,
+    checkpoint::Part,
     clock::Clock,
     consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
     ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId, Term},
@@ -66,6 +66,7 @@ use crate::{
     limits,
     log::{Batch, EntryKind, Facts, LogEntry, Recovered},
     machine::{Machine, Outcome, Place},
+    session::Session,
     state::{Applied, Resolved, State},
     watch::{self, Hub, Notice},
 };
@@ -118,8 +119,8 @@ pub struct Replica<M: Machine> {
     /// Requests of this node's clients that have a place in a queue.
     waiting: BTreeMap<Place, Vec<RequestNumber>>,
     reads: Reads<M>,
-    /// Reads that need nobody's confirmation.
-    local_reads: Vec<(RequestNumber, Query<M>)>,
+    /// Reads that are confirmed, or need no confirmation, in turn.
+    readable: VecDeque<Readable<M>>,
     /// Who waits until what compactions up to a revision have given up is dropped, and
     /// for how long.
     sweeps: Vec<(RequestNumber, Revision, u64)>,
@@ -151,6 +152,14 @@ pub struct Replica<M: Machine> {
     status: Status,
     /// As of `status.members`.
     published_seen: u64,
+}
+
+#[derive(Debug)]
+struct Readable<M: Machine> {
+    number: RequestNumber,
+    query: Query<M>,
+    /// After this it is given up, by CLOCK_BOOTTIME.
+    deadline_us: u64,
 }
 
 /// Commands and renewals of one turn, before it is clear who leads.
@@ -206,7 +215,7 @@ impl<M: Machine> Replica<M> {
             install.want(consensus.before_first());
             State::new(identity.cluster)
         });
-        let clock = Clock::new(now, config.election_ms * 1_000, state.system().log_time());
+        let clock = Clock::new(now, config.heartbeat_ms * 1_000, state.system().log_time());
         let admission = (!facts.admitted).then(|| Admission::new(config.node, &facts.voters));
         Self {
             consensus,
@@ -232,7 +241,7 @@ impl<M: Machine> Replica<M> {
             pending: BTreeMap::new(),
             waiting: BTreeMap::new(),
             reads: Reads::default(),
-            local_reads: Vec::new(),
+            readable: VecDeque::new(),
             sweeps: Vec::new(),
             read_steps_left: 0,
             renewals: BTreeMap::new(),
@@ -262,9 +271,9 @@ impl<M: Machine> Replica<M> {
         self.state.begin_image();
     }
 
-    /// See [`State::draw_image`].
-    pub fn draw_image(&mut self, max: usize) -> Option<Image> {
-        self.state.draw_image(max)
+    /// See [`State::draw_part`].
+    pub fn draw_part(&mut self, max: usize) -> Option<Part> {
+        self.state.draw_part(max)
     }
 
     /// Up to where every member is known to have the log on disk: nobody will ever
@@ -291,6 +300,7 @@ impl<M: Machine> Replica<M> {
         !self.pending.is_empty()
             || !self.renewals.is_empty()
             || !self.reads.is_empty()
+            || !self.readable.is_empty()
             || !self.sweeps.is_empty()
             || !self.hashings.is_empty()
     }
@@ -305,6 +315,7 @@ impl<M: Machine> Replica<M> {
     pub fn next_turn_us(&self) -> u64 {
         let is_behind = !self.unapplied.is_empty() || self.watchers.has_work();
         if is_behind
+            || !self.readable.is_empty()
             || !self.hashings.is_empty()
             || self.consensus.has_ready()
             || (self.reads.has_fresh() && self.can_confirm())
@@ -334,7 +345,7 @@ impl<M: Machine> Replica<M> {
         inputs: impl IntoIterator<Item = Input<M>>,
     ) -> Result<Begun, Fatal> {
         self.now = now;
-        self.clock.advance(now);
+        self.note_step();
         for input in inputs {
             self.take(input)?;
         }
@@ -391,15 +402,24 @@ impl<M: Machine> Replica<M> {
         Ok(mem::take(&mut self.output))
     }
 
+    /// Time has passed. After a stall of this node nothing expires for one heartbeat:
+    /// renewals that came meanwhile are yet to be read.
+    fn note_step(&mut self) {
+        let has_stalled = self.clock.advance(self.now);
+        #[cfg(conclave_plant)]
+        let has_stalled = has_stalled && !crate::plant::is("clock-over-stall");
+        if has_stalled && let Some(leadership) = &mut self.leadership {
+            leadership.hold_expiry(self.now.boot_us + self.config.heartbeat_ms * 1_000);
+        }
+    }
+
     fn take(&mut self, input: Input<M>) -> Result<(), Fatal> {
         match input {
             Input::Peer { from, message } => return self.receive(from, message),
             Input::PeerLost { peer } => self.lose_peer(peer),
             Input::Fetched(state) => self.fetched(state.map(|state| *state)),
             Input::Command { number, body } => self.arrived.commands.push((number, body)),
-            Input::Read { number, .. } | Input::LocalRead { number, .. }
-                if self.is_behind() || self.admission.is_some() =>
-            {
+            Input::Read { number, .. } | Input::LocalRead { number, .. } if !self.may_read() => {
                 let leader = self.consensus.leader();
                 self.fail(number, Failure::NotLeader { leader });
             }
@@ -411,7 +431,7 @@ impl<M: Machine> Replica<M> {
                 deadline_us: self.request_deadline_us(),
                 body: AskBody::Read { number, query },
             }),
-            Input::LocalRead { number, query } => self.local_reads.push((number, query)),
+            Input::LocalRead { number, query } => self.may_be_read(number, query),
             Input::Watch(request) => self.watch(request),
             Input::Renew { number, of } => self.arrived.renewals.push(Wish {
                 of,
@@ -637,29 +657,42 @@ impl<M: Machine> Replica<M> {
     }
 
     fn answer_reads(&mut self) {
-        self.read_steps_left = limits::READ_STEPS_PER_TURN_MAX;
-        for (number, query) in mem::take(&mut self.local_reads) {
-            match query {
-                Query::Swept(revision) => {
-                    let deadline_us = self.request_deadline_us();
-                    self.sweeps.push((number, revision, deadline_us));
-                }
-                query => {
-                    let body = self.query(query);
-                    self.answer(number, body);
-                }
-            }
-        }
-        self.answer_sweeps();
         for ask in self.reads.take_ready(self.state.applied()) {
             match ask.body {
-                AskBody::Read { number, query } => {
-                    let body = self.query(query);
-                    self.answer(number, body);
-                }
+                AskBody::Read { number, query } => self.may_be_read(number, query),
                 AskBody::Renewal(renewal) => self.renew(renewal),
             }
         }
+        self.read_steps_left = limits::READ_STEPS_PER_TURN_MAX;
+        while self.read_steps_left > 0
+            && let Some(Readable { number, query, .. }) = self.readable.pop_front()
+        {
+            if let Query::Swept(revision) = query {
+                let deadline_us = self.request_deadline_us();
+                self.sweeps.push((number, revision, deadline_us));
+            } else {
+                let body = self.query(query);
+                self.answer(number, body);
+            }
+            self.took_steps(limits::READ_STEPS_EACH);
+        }
+        self.answer_sweeps();
+    }
+
+    /// A read is answered as soon as a turn has time for it.
+    fn may_be_read(&mut self, number: RequestNumber, query: Query<M>) {
+        if self.readable.len() >= limits::READABLE_MAX {
+            return self.fail(number, Failure::Overloaded);
+        }
+        self.readable.push_back(Readable {
+            number,
+            query,
+            deadline_us: self.request_deadline_us(),
+        });
+    }
+
+    fn took_steps(&mut self, steps: usize) {
+        self.read_steps_left = self.read_steps_left.saturating_sub(steps);
     }
 
     /// A sweep that is late is answered, too: what was asked for is done, only its
@@ -689,7 +722,7 @@ impl<M: Machine> Replica<M> {
             .read_steps_left
             .clamp(limits::READ_STEPS_MIN, limits::READ_STEPS_MAX);
         let piece = keyspace.piece(range, at, filter, limit, steps);
-        self.read_steps_left = self.read_steps_left.saturating_sub(piece.steps);
+        self.took_steps(piece.steps);
         Ok(piece)
     }
 
@@ -704,52 +737,82 @@ impl<M: Machine> Replica<M> {
             return AnswerBody::Range(self.range(&range, revision, &filter, limit));
         }
         let (keyspace, sessions) = (self.state.keyspace(), self.state.sessions());
-        match query {
+        let (body, steps) = match query {
             // A range was read above.
-            Query::Barrier | Query::Swept(_) | Query::Range { .. } => AnswerBody::Done,
-            Query::Compare(compares) => AnswerBody::Compared(txn::compare(keyspace, &compares)),
+            Query::Barrier | Query::Swept(_) | Query::Range { .. } => (AnswerBody::Done, 0),
+            Query::Compare(compares) => {
+                let steps = |compare: &Compare| match compare.end.is_empty() {
+                    true => 1,
+                    false => limits::READ_STEPS_MAX,
+                };
+                let compared = txn::compare(keyspace, &compares);
+                let steps = compares.iter().map(steps).sum();
+                (AnswerBody::Compared(compared), steps)
+            }
             Query::Session(id) => match sessions.get(id) {
-                Some(session) => AnswerBody::Session {
-                    session: session.clone(),
-                    keys: keyspace.keys_bound(id),
-                },
-                None => AnswerBody::SessionEnded(self.state.system().end_reason(id)),
+                Some(session) => {
+                    let face = session.face(keyspace.keys_bound(id));
+                    (AnswerBody::Session(face), limits::READ_STEPS_LISTED)
+                }
+                None => (self.session_ended(id), 0),
             },
             Query::Sessions { after, limit } => {
                 let mut behind = sessions.behind(after);
                 let listed = behind.by_ref().take(limit);
-                let listed =
-                    listed.map(|(id, session)| (id, session.clone(), keyspace.keys_bound(id)));
-                AnswerBody::Sessions {
+                let face = |(id, session): (SessionId, &Session)| {
+                    (id, session.face(keyspace.keys_bound(id)))
+                };
+                let listed: Vec<_> = listed.map(face).collect();
+                let steps = listed.len() * limits::READ_STEPS_LISTED;
+                let body = AnswerBody::Sessions {
                     log_time_ms: self.state.system().log_time(),
-                    sessions: listed.collect(),
+                    sessions: listed,
                     more: behind.next().is_some(),
-                }
+                };
+                (body, steps)
             }
             Query::SessionIds => {
-                AnswerBody::SessionIds(sessions.iter().map(|(id, _)| id).collect())
+                let ids = sessions.iter().map(|(id, _)| id).collect();
+                (AnswerBody::SessionIds(ids), sessions.len())
             }
             Query::KeysOf(id) if sessions.get(id).is_some() => {
-                AnswerBody::Keys(keyspace.keys_of(id).cloned().collect())
+                let keys = keyspace.keys_of(id).cloned().collect();
+                (AnswerBody::Keys(keys), keyspace.keys_bound(id))
             }
-            Query::KeysOf(id) => AnswerBody::SessionEnded(self.state.system().end_reason(id)),
+            Query::KeysOf(id) => (self.session_ended(id), 0),
             Query::Alarms => {
                 let raised_by = self.state.system().out_of_space();
-                AnswerBody::Alarms(raised_by.iter().copied().collect())
+                let raised_by = raised_by.iter().copied().collect();
+                (AnswerBody::Alarms(raised_by), 0)
             }
             Query::Machine(query) => {
-                AnswerBody::Query(self.state.machine().query(self.state.view(), query))
+                let answer = self.state.machine().query(self.state.view(), query);
+                let steps = M::work(&answer);
+                (AnswerBody::Query(answer), steps)
             }
-        }
+        };
+        self.took_steps(steps);
+        body
+    }
+
+    fn session_ended(&self, id: SessionId) -> AnswerBody<M> {
+        AnswerBody::SessionEnded(self.state.system().end_reason(id))
+    }
+
+    /// Whether clients are told what is in this node's state: not before it is one of
+    /// the members, nor while it waits for a checkpoint.
+    fn may_read(&self) -> bool {
+        !self.is_behind() && self.admission.is_none()
     }
 
     fn watch(&mut self, request: watch::Request) {
+        let may_read = self.may_read();
         let notices = &mut self.output.notices;
         match request {
             // What it has may be older than what its reader has seen elsewhere.
             watch::Request::Create {
                 stream, watcher, ..
-            } if self.install.is_wanted() => notices.push((stream, Notice::Refused { watcher })),
+            } if !may_read => notices.push((stream, Notice::Refused { watcher })),
             request => self.watchers.take(request, self.state.keyspace(), notices),
         }
     }
@@ -808,9 +871,11 @@ impl<M: Machine> Replica<M> {
     }
 
     fn wait_at(&mut self, place: Place, number: RequestNumber) {
+        // Without a number they are those of different callers, who all wait.
+        let has_number = self.state.sessions().waits_at(&place).is_some();
         let waiting = self.waiting.entry(place).or_default();
         waiting.push(number);
-        if waiting.len() > limits::REQUESTS_PER_PLACE_MAX {
+        if has_number && waiting.len() > limits::REQUESTS_PER_PLACE_MAX {
             let oldest = waiting.remove(0);
             self.fail(oldest, Failure::OutcomeUnknown);
         }
@@ -863,6 +928,7 @@ impl<M: Machine> Replica<M> {
     }
 
     fn give_up_late(&mut self) {
+        self.give_up_late_hashings();
         let now_us = self.now.boot_us;
         let leader = self.consensus.leader();
         for ask in self.reads.take_late(now_us) {
@@ -878,6 +944,13 @@ impl<M: Machine> Replica<M> {
                     self.refuse_renewal(renewal.wish.from);
                 }
             }
+        }
+        while let Some(late) = self.readable.front()
+            && late.deadline_us <= now_us
+        {
+            let number = late.number;
+            self.readable.pop_front();
+            self.fail(number, Failure::Overloaded);
         }
         // Numbers grow with time, so the oldest are first. What was proposed here
         // ends with this term: a leader that reaches no quorum steps down.

@@ -64,7 +64,7 @@ pub enum Standing<'a> {
     /// It has not run.
     New,
     /// It waits at this place.
-    Waiting(Place),
+    Waiting(&'a Place),
     /// It ran.
     Answered(&'a Answered),
     /// Its client has done with it; it does not run (again).
@@ -103,14 +103,15 @@ impl Default for Requests {
 
 impl Slot {
     fn bytes(&self) -> u64 {
-        let reply = match self {
+        let bytes = match self {
             Self::Answered(Answered {
                 reply: KeptReply::Machine(reply),
                 ..
-            }) => reply.len() as u64,
+            }) => reply.len(),
+            Self::Waiting(place) => place.key.len(),
             _ => 0,
         };
-        limits::SLOT_OVERHEAD_BYTES + reply
+        limits::SLOT_OVERHEAD_BYTES + bytes as u64
     }
 }
 
@@ -141,7 +142,7 @@ impl Requests {
     pub fn standing(&self, number: u64) -> Standing<'_> {
         match self.find(number).map(|at| &self.slots[at].1) {
             Ok(Slot::Expected) => Standing::New,
-            Ok(Slot::Waiting(place)) => Standing::Waiting(*place),
+            Ok(Slot::Waiting(place)) => Standing::Waiting(place),
             Ok(Slot::Answered(answered)) => Standing::Answered(answered),
             Err(_) if number <= self.watermark => Standing::Over,
             Err(_) => Standing::New,
@@ -154,9 +155,9 @@ impl Requests {
     }
 
     /// The requests that wait, each with its place.
-    pub(crate) fn waiting(&self) -> impl Iterator<Item = (u64, Place)> {
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = (u64, &Place)> {
         self.slots.iter().filter_map(|(number, slot)| match slot {
-            Slot::Waiting(place) => Some((*number, *place)),
+            Slot::Waiting(place) => Some((*number, place)),
             _ => None,
         })
     }
@@ -245,10 +246,14 @@ mod tests {
     #[test]
     fn what_waits_is_not_over_whatever_its_client_says() {
         let mut requests = Requests::default();
-        requests.set(1, Slot::Waiting(7));
+        let place = Place {
+            revision: 7,
+            key: "n/1".into(),
+        };
+        requests.set(1, Slot::Waiting(place.clone()));
         requests.set(2, answered(8));
         requests.acknowledge(&word(3, &[]));
-        assert_eq!(requests.standing(1), Standing::Waiting(7));
+        assert_eq!(requests.standing(1), Standing::Waiting(&place));
         assert_eq!(requests.standing(2), Standing::Over);
         assert_eq!(requests.standing(3), Standing::Over);
         assert_eq!(requests.standing(4), Standing::New);

@@ -70,7 +70,35 @@ pub struct Session {
     pub requests: Requests,
 }
 
+/// What there is to be shown of a live session, as in [`Session`].
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "they are those of the session")]
+pub struct Face {
+    pub ttl_ms: u64,
+    pub name: String,
+    pub metadata: BTreeMap<String, String>,
+    pub opened_revision: Revision,
+    pub opened_at: LogTime,
+    /// The number of the present attachment, from 1.
+    pub attachment: u64,
+    /// How many keys are bound to it.
+    pub keys: usize,
+}
+
 impl Session {
+    /// What there is to be shown of it; its requests stay here.
+    pub fn face(&self, keys: usize) -> Face {
+        Face {
+            ttl_ms: self.ttl_ms,
+            name: self.name.clone(),
+            metadata: self.metadata.clone(),
+            opened_revision: self.opened_revision,
+            opened_at: self.opened_at,
+            attachment: self.requests.attachment(),
+            keys,
+        }
+    }
+
     /// What it counts for in the size of the state.
     pub fn bytes(&self) -> u64 {
         let metadata = self.metadata.iter();
@@ -183,7 +211,7 @@ impl Sessions {
             self.by_secret.insert(secret, id);
         }
         for (number, place) in session.requests.waiting() {
-            self.waiting.insert(place, (id, number));
+            self.waiting.insert(place.clone(), (id, number));
         }
         let before = self.live.insert(id, session);
         assert!(before.is_none(), "session id {id} given out twice");
@@ -197,7 +225,7 @@ impl Sessions {
             self.by_secret.remove(&secret);
         }
         for (_, place) in removed.requests.waiting() {
-            self.waiting.remove(&place);
+            self.waiting.remove(place);
         }
         Some(removed)
     }
@@ -214,18 +242,18 @@ impl Sessions {
 
     /// A request waits at a place from now on.
     pub(crate) fn wait(&mut self, id: SessionId, number: u64, place: Place) {
-        self.waiting.insert(place, (id, number));
+        self.waiting.insert(place.clone(), (id, number));
         self.change(id, |requests| requests.set(number, Slot::Waiting(place)));
     }
 
     /// The numbered request that waits at a place.
-    pub(crate) fn waits_at(&self, place: Place) -> Option<(SessionId, u64)> {
-        self.waiting.get(&place).copied()
+    pub(crate) fn waits_at(&self, place: &Place) -> Option<(SessionId, u64)> {
+        self.waiting.get(place).copied()
     }
 
     /// The request that waits at a place is decided.
-    pub(crate) fn resolve(&mut self, place: Place, answered: Answered) {
-        if let Some((id, number)) = self.waiting.remove(&place) {
+    pub(crate) fn resolve(&mut self, place: &Place, answered: Answered) {
+        if let Some((id, number)) = self.waiting.remove(place) {
             self.change(id, |requests| {
                 requests.set(number, Slot::Answered(answered));
             });

@@ -14,10 +14,10 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
     APPLY_VERSION,
-    checkpoint::Image,
+    checkpoint::{Image, Part},
     ids::{Index, LogTime, NodeId, Revision, SessionId, Term},
     keyspace::{
-        Change, Keyspace, Overlay, Writes,
+        Change, Hashed, Keyspace, Overlay, RevisionError, Writes,
         txn::{self, TxnError},
     },
     limits,
@@ -45,7 +45,7 @@ pub struct State<M: Machine> {
 }
 
 /// The parts of a picture that are there at once, and those that take their time
-/// as they come: see [`State::draw_image`].
+/// as they come: see [`State::draw_part`].
 #[derive(Debug)]
 struct Drawing {
     applied: Index,
@@ -143,10 +143,19 @@ impl<M: Machine> State<M> {
         self.drawing.0.is_some()
     }
 
-    /// Goes on with the picture, by `max` versions of keys and sessions, and gives it
-    /// out when it is whole. It shows the state at which it was begun, whatever was
-    /// applied since. Copies handles, not the bytes of keys and values.
-    pub fn draw_image(&mut self, max: usize) -> Option<Image> {
+    /// Goes on with the picture, by `max` versions of keys and sessions, and gives out the
+    /// versions that it came by; at the end the rest. Together they show the state at
+    /// which it was begun, whatever was applied since. Copies handles, not the bytes of
+    /// keys and values. `None` if no picture is under way.
+    pub fn draw_part(&mut self, max: usize) -> Option<Part> {
+        if let Some(image) = self.draw_rest(max) {
+            return Some(Part::Rest(Box::new(image)));
+        }
+        self.keyspace.take_drawn().map(Part::Versions)
+    }
+
+    /// What was not given out before, once the picture is whole.
+    fn draw_rest(&mut self, max: usize) -> Option<Image> {
         let drawing = self.drawing.0.as_mut()?;
         let mut left = max;
         if drawing.sessions.is_none() {
@@ -169,6 +178,23 @@ impl<M: Machine> State<M> {
             sessions: sessions.expect("they are drawn before"),
             system,
         })
+    }
+
+    /// Begins a hash over all keys as of a revision; `None`: the newest. One that was
+    /// under way is given up.
+    pub(crate) fn begin_hash(&mut self, revision: Option<Revision>) -> Result<(), RevisionError> {
+        self.keyspace.begin_hash(revision)
+    }
+
+    /// Goes on with the hash over `max` versions, or so many as have `max_bytes` of
+    /// values; gives it out when it is whole.
+    pub(crate) fn go_on_hashing(&mut self, max: usize, max_bytes: usize) -> Option<Hashed> {
+        self.keyspace.go_on_hashing(max, max_bytes)
+    }
+
+    /// Gives up the hash that is under way.
+    pub(crate) fn give_up_hash(&mut self) {
+        self.keyspace.give_up_hash();
     }
 
     /// The state of a picture. Whoever restores it applies the entry behind
@@ -478,7 +504,7 @@ impl<M: Machine> State<M> {
                 if let (Some((id, number)), Outcome::Waiting(place)) = (numbered, &executed.outcome)
                 {
                     // Before it settles, which may decide it already.
-                    self.sessions.wait(id, number, *place);
+                    self.sessions.wait(id, number, place.clone());
                 }
                 self.settle(&changes, Cause::Machine(&executed.note), applied);
                 match executed.outcome {
@@ -520,9 +546,9 @@ impl<M: Machine> State<M> {
         let Settled { resolved, events } = self.machine.settle(changes, cause);
         let revision = self.keyspace.revision();
         for (place, result) in &resolved {
-            if self.sessions.waits_at(*place).is_some() {
+            if self.sessions.waits_at(place).is_some() {
                 let answered = self.answered_now(KeptReply::Machine(M::keep(result)));
-                self.sessions.resolve(*place, answered);
+                self.sessions.resolve(place, answered);
             }
         }
         let resolved = resolved.into_iter();
@@ -582,11 +608,12 @@ impl<M: Machine> Applied<M> {
     /// which were refused, whose wait ended how, who lived and ended.
     fn fingerprint(&self) -> u64 {
         let outcomes = self.outcomes.iter().map(|(_, outcome)| match outcome {
-            Outcome::Waiting(place) => *place,
+            Outcome::Waiting(place) => place.fingerprint(),
             Outcome::Done(answer) => u64::from(answer.body.is_refusal()),
         });
         let resolved = self.resolved.iter();
-        let resolved = resolved.map(|end| end.place << 1 | u64::from(end.result.is_ok()));
+        let resolved =
+            resolved.map(|end| end.place.fingerprint() << 1 | u64::from(end.result.is_ok()));
         let events = self
             .events
             .iter()

@@ -22,6 +22,8 @@ use std::{
     sync::Arc,
 };
 
+use bytes::Bytes;
+
 use self::matcher::Matcher;
 use crate::{
     ids::Revision,
@@ -148,8 +150,11 @@ pub struct Hub {
     /// In turn. Some that are named are behind no longer.
     behind: VecDeque<WatcherId>,
     later: BTreeSet<(Revision, WatcherId)>,
-    /// What live watchers may yet be told in this turn.
+    /// Events that live watchers may yet be told in this turn, each counted for
+    /// everyone who is.
     tellings_left: usize,
+    /// Changes that may yet be looked at in this turn for watchers that begin.
+    at_once_left: usize,
     /// Bytes that wait for a stream at most, and the events of one revision more.
     queue_bytes_max: u64,
     /// Watchers that are behind or stalled.
@@ -196,6 +201,7 @@ impl Hub {
             behind: VecDeque::new(),
             later: BTreeSet::new(),
             tellings_left: limits::WATCH_TELLINGS_PER_TURN_MAX,
+            at_once_left: limits::WATCH_CHANGES_PER_TURN_MAX,
             queue_bytes_max,
             lagging: 0,
             told: 0,
@@ -232,9 +238,11 @@ impl Hub {
                     _ => next,
                 };
                 self.create(stream, watcher, of, next, out);
-                if self.stage_of(watcher) == Some(Stage::Behind) {
+                if self.stage_of(watcher) == Some(Stage::Behind) && self.at_once_left > 0 {
                     // Most have little to catch up on: they are live at once.
-                    self.catch_up_one(watcher, limits::WATCH_CHANGES_AT_ONCE, keyspace, out);
+                    let max = limits::WATCH_CHANGES_AT_ONCE;
+                    let looked_at = self.catch_up_one(watcher, max, keyspace, out);
+                    self.at_once_left = self.at_once_left.saturating_sub(looked_at + 4);
                 }
             }
             Request::Cancel { watcher } => self.cancel(watcher, None, out),
@@ -292,6 +300,7 @@ impl Hub {
     /// Tells those who are behind some of what they lack. Once a turn.
     pub fn catch_up(&mut self, keyspace: &Keyspace, out: &mut Notices) {
         self.tellings_left = limits::WATCH_TELLINGS_PER_TURN_MAX;
+        self.at_once_left = limits::WATCH_CHANGES_PER_TURN_MAX;
         let mut left = limits::WATCH_CHANGES_PER_TURN_MAX;
         while left > 0
             && let Some(watcher) = self.behind.pop_front()
@@ -401,7 +410,10 @@ impl Hub {
     fn tell_live(&mut self, revision: Revision, keyspace: &Keyspace, out: &mut Notices) {
         let mut events = Vec::new();
         let mut told: Vec<(WatcherId, usize)> = Vec::new();
-        for (key, event) in keyspace.changed_by(revision) {
+        let mut changed = keyspace.changed_by(revision);
+        while told.len() <= self.tellings_left
+            && let Some((key, event)) = changed.next()
+        {
             let before = told.len();
             let at = events.len();
             self.live
@@ -409,6 +421,10 @@ impl Hub {
             if told.len() > before {
                 events.push(event());
             }
+        }
+        if told.len() > self.tellings_left {
+            let told = told.into_iter().map(|(watcher, _)| watcher);
+            return self.leave_behind(revision, told, changed.map(|(key, _)| key));
         }
         told.sort_unstable();
         let events: Arc<[Event]> = events.into();
@@ -421,7 +437,7 @@ impl Hub {
             if count == 0 {
                 continue;
             }
-            if self.tellings_left == 0 || self.is_full(id) {
+            if self.is_full(id) {
                 self.fall_behind(id, revision);
                 continue;
             }
@@ -429,7 +445,7 @@ impl Hub {
                 true => Arc::clone(&events),
                 false => taken.cloned().collect(),
             };
-            self.tellings_left -= 1;
+            self.tellings_left -= count;
             #[cfg(conclave_plant)]
             if crate::plant::is("tell-a-revision-in-halves") && events.len() > 1 {
                 let (first, rest) = events.split_at(events.len() / 2);
@@ -438,6 +454,26 @@ impl Hub {
                 continue;
             }
             self.tell(id, revision, events, out);
+        }
+    }
+
+    /// A revision has more to tell than a turn has room for: those who were found, and
+    /// those who watch the rest of its keys, are told from the history. Who has fallen
+    /// behind is found no more, so each costs this once, and not once a key.
+    fn leave_behind<'a>(
+        &mut self,
+        revision: Revision,
+        found: impl Iterator<Item = WatcherId>,
+        rest: impl Iterator<Item = &'a Bytes>,
+    ) {
+        found.for_each(|watcher| self.fall_behind(watcher, revision));
+        let mut watching = Vec::new();
+        for key in rest {
+            self.live
+                .watching(key, &mut |watcher| watching.push(watcher));
+            for watcher in watching.drain(..) {
+                self.fall_behind(watcher, revision);
+            }
         }
     }
 

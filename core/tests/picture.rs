@@ -4,6 +4,7 @@
 
 use bytes::Bytes;
 use conclave_core::{
+    checkpoint::{Reader, records},
     ids::{LogTime, SessionId},
     keyspace::{Change, Event, Interest, KeyRange, Keyspace, Overlay, Record},
     machine::{Cause, Context, Executed, Machine, Outcome, Settled, View},
@@ -85,6 +86,10 @@ impl Machine for Notes {
     }
 
     fn query(&self, _: View<'_>, (): ()) {}
+
+    fn work((): &()) -> usize {
+        0
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -238,16 +243,21 @@ proptest! {
             }
         }
         state.begin_image();
-        let mut image = None;
+        let mut parts = Vec::new();
         for (step, draw) in &meanwhile {
             let entry = entry(&state, step);
             for state in [&mut state, &mut undisturbed] {
                 state.apply(state.applied() + 1, TERM, &entry).unwrap();
             }
-            image = image.or_else(|| state.draw_image(*draw));
+            parts.extend(state.draw_part(*draw));
         }
-        let image = image.or_else(|| state.draw_image(usize::MAX)).unwrap();
+        parts.extend(state.draw_part(usize::MAX));
         prop_assert!(!state.is_drawing());
+        let mut reader = Reader::default();
+        for record in records(parts.into_iter()) {
+            reader.take(&record).unwrap();
+        }
+        let image = reader.finish().unwrap();
         prop_assert_eq!(image.applied(), then.applied());
         let restored = State::<Notes>::restore(image);
         let complete_from = restored.keyspace().complete_from();

@@ -23,7 +23,7 @@ use std::{
 use bytes::{Buf as _, Bytes};
 use conclave_core::{
     APPLY_VERSION,
-    checkpoint::{SimCheckpoints, Writer},
+    checkpoint::{Part, SimCheckpoints, Writer},
     disk::SimDisk,
     ids::{Attachment, Index, LogTime, NodeId, RequestNumber, SessionId, Term},
     keyspace::{Change, Filter, KeyRange, Keyspace, Overlay, Record},
@@ -165,9 +165,16 @@ impl Machine for Register {
             .get(b"register")
             .map_or(Bytes::new(), |r| r.value.clone())
     }
+
+    fn work(_: &Bytes) -> usize {
+        1
+    }
 }
 
-const PLACE: Place = 7;
+const PLACE: Place = Place {
+    revision: 7,
+    key: Bytes::from_static(b"register"),
+};
 
 thread_local! {
     /// For the defect of [`Register`] alone.
@@ -239,7 +246,7 @@ fn config(log: &Recovered, boot: u64) -> Config {
         client_urls: vec![format!("http://n{}", log.identity.node)],
         retention: None,
         quota_bytes: QUOTA_BYTES,
-        watch_queue_bytes: conclave_core::limits::WATCH_QUEUE_BYTES_MAX,
+        watch_queue_bytes: limits::WATCH_QUEUE_BYTES_MAX,
     }
 }
 
@@ -506,7 +513,11 @@ impl Cluster {
     fn restart_from_checkpoint(&mut self, id: NodeId, boot: u64, left: u64) {
         let node = self.nodes.get_mut(&id).unwrap();
         node.replica.begin_image();
-        let image = node.replica.draw_image(usize::MAX).unwrap();
+        let image = node
+            .replica
+            .draw_part(usize::MAX)
+            .and_then(Part::rest)
+            .unwrap();
         let mut log = node.log.clone();
         log.first = image.applied() + 1 - left;
         log.entries.retain(|entry| entry.index >= log.first);
@@ -856,6 +867,42 @@ fn a_stall_of_the_leader_expires_nobody() {
             .get(session)
             .is_none()
     );
+}
+
+/// The shortest TTL there is, and the longest stall that such a session can have seen
+/// the beginning of: its client has renewed in time, but the leader has yet to read that.
+#[test]
+fn who_has_renewed_during_a_stall_of_the_leader_is_not_expired() {
+    let (one, ttl_ms) = (NodeId(1), limits::SESSION_TTL_MS_MIN);
+    for stall_ms in (150..900).step_by(50) {
+        let mut cluster = Cluster::ready(1);
+        let session = cluster.open(one, ttl_ms);
+        cluster.run_ms(ttl_ms / 3);
+        cluster.boot_us += stall_ms * 1_000;
+        // Turns before the renewal is read.
+        cluster.settle();
+        cluster.run_ms(30);
+        let number = cluster.renew(one, session);
+        cluster.settle();
+        let renewed = format!("Ok(Renewed {{ ttl_ms: {ttl_ms} }})");
+        assert_eq!(cluster.outcome(one, number), renewed, "{stall_ms}");
+        cluster.run_ms(ttl_ms + 100);
+        let state = cluster.nodes[&one].replica.state();
+        assert!(state.sessions().is_empty(), "it has ended without renewals");
+    }
+}
+
+/// No turn is in time on such a disk, and yet time goes on.
+#[test]
+fn sessions_expire_while_every_turn_takes_long() {
+    let mut cluster = Cluster::ready(1);
+    cluster.open(NodeId(1), 1_000);
+    for _ in 0..20 {
+        cluster.boot_us += 3 * HEARTBEAT_MS * 1_000;
+        cluster.turn(NodeId(1));
+    }
+    let state = cluster.nodes[&NodeId(1)].replica.state();
+    assert!(state.sessions().is_empty());
 }
 
 #[test]
@@ -1254,18 +1301,34 @@ fn a_timer_at_the_end_of_time_wakes_nobody() {
 }
 
 #[test]
-fn of_requests_at_one_place_the_newest_wait() {
+fn of_the_copies_of_a_waiting_request_the_newest_wait() {
     let mut cluster = Cluster::ready(1);
     let node = NodeId(1);
-    let first = cluster.append(node, "?");
+    let session = cluster.open(node, 10_000);
+    let first = cluster.append_once(node, "?", (session, 1));
     let others: Vec<_> = (0..limits::REQUESTS_PER_PLACE_MAX)
-        .map(|_| cluster.append(node, "?"))
+        .map(|_| cluster.append_once(node, "?", (session, 1)))
         .collect();
     cluster.settle();
     assert_eq!(cluster.outcome(node, first), "Err(OutcomeUnknown)");
     cluster.append(node, ".");
     cluster.settle();
     for number in others {
+        assert!(cluster.outcome(node, number).starts_with("Ok(Machine(Ok("));
+    }
+}
+
+#[test]
+fn of_requests_without_a_number_all_wait_at_one_place() {
+    let mut cluster = Cluster::ready(1);
+    let node = NodeId(1);
+    let all: Vec<_> = (0..3 * limits::REQUESTS_PER_PLACE_MAX)
+        .map(|_| cluster.append(node, "?"))
+        .collect();
+    cluster.settle();
+    cluster.append(node, ".");
+    cluster.settle();
+    for number in all {
         assert!(cluster.outcome(node, number).starts_with("Ok(Machine(Ok("));
     }
 }

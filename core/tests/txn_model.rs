@@ -10,7 +10,7 @@ use std::{cmp::Ordering, collections::BTreeMap};
 
 use bytes::Bytes;
 use conclave_core::{
-    ids::Revision,
+    ids::{Revision, SessionId},
     keyspace::{
         Found, KeyRange, Keyspace, Record, RevisionError, Selection,
         txn::{self, OperationReply, TxnError, TxnReply},
@@ -77,13 +77,11 @@ impl Model {
         leaves(keys, txn, &mut running);
         for kind in &running {
             if let Kind::Put(put) = kind {
-                if put.lease != 0 {
-                    return Err(TxnError::SessionNotAlive(conclave_core::ids::SessionId(
-                        put.lease,
-                    )));
-                }
                 if (put.ignore_value || put.ignore_lease) && !keys.contains_key(&put.key) {
                     return Err(TxnError::KeyNotFound);
+                }
+                if put.lease != 0 {
+                    return Err(TxnError::SessionNotAlive(SessionId(put.lease)));
                 }
             }
         }
@@ -592,7 +590,13 @@ proptest! {
                 }
                 Step::Put(put) => {
                     let expected = model.txn(&alone(Kind::Put(put.clone())));
-                    let expected = expected.map(|reply| reply.results[0].clone());
+                    // Alone, its session is looked at first.
+                    let expected = match expected {
+                        Err(TxnError::KeyNotFound) if put.lease != 0 => {
+                            Err(TxnError::SessionNotAlive(SessionId(put.lease)))
+                        }
+                        expected => expected.map(|reply| reply.results[0].clone()),
+                    };
                     prop_assert_eq!(operate(&mut keyspace, Kind::Put(put)), expected);
                 }
                 Step::Delete(delete) => {

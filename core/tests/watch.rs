@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use conclave_core::{
     ids::Revision,
-    keyspace::{Event, Interest, KeyRange, Keyspace},
+    keyspace::{Event, Interest, KeyRange, Keyspace, Overlay},
     limits,
     watch::{Hub, Notice, Notices, Request, StreamId, WatcherId},
 };
@@ -96,6 +96,22 @@ struct Reader {
     upto: Option<Revision>,
 }
 
+fn everything() -> Interest {
+    Interest {
+        range: KeyRange::prefix(b""),
+        puts: true,
+        deletes: true,
+    }
+}
+
+fn delete_range(overlay: &mut Overlay<'_>, range: &KeyRange) {
+    let records = overlay.range(range);
+    let keys: Vec<Bytes> = records.map(|record| record.key.clone()).collect();
+    for key in keys {
+        overlay.delete(&key);
+    }
+}
+
 struct World {
     keyspace: Keyspace,
     hub: Hub,
@@ -137,7 +153,7 @@ impl World {
                     overlay.put(key, Bytes::from_static(value), None);
                 }
                 Write::Delete { key, end } => {
-                    overlay.delete_range(&KeyRange::new(key, end));
+                    delete_range(&mut overlay, &KeyRange::new(key, end));
                 }
             }
         }
@@ -145,8 +161,10 @@ impl World {
         let writes = overlay.into_writes();
         self.keyspace.keep(writes);
         if self.keyspace.revision() > before {
-            let events = self.keyspace.events_of(before + 1);
-            self.history.extend(events);
+            let told = self
+                .keyspace
+                .events_since(&everything(), before + 1, usize::MAX, u64::MAX);
+            self.history.extend(told.events);
         }
     }
 
@@ -393,4 +411,99 @@ proptest! {
         }
         world.finish();
     }
+}
+
+#[test]
+fn a_revision_of_many_changes_is_told_to_many_over_many_turns() {
+    const WATCHERS: u64 = 2_000;
+    const KEYS: usize = 1_000;
+    let mut keyspace = Keyspace::new();
+    let mut overlay = keyspace.overlay();
+    for number in 0..KEYS {
+        overlay.put(format!("{number:05}").into(), Bytes::new(), None);
+    }
+    let writes = overlay.into_writes();
+    keyspace.keep(writes);
+    let mut hub = Hub::new(keyspace.revision(), limits::WATCH_QUEUE_BYTES_MAX);
+    let mut notices = Notices::new();
+    for id in 0..WATCHERS {
+        let create = Request::Create {
+            stream: StreamId(id),
+            watcher: WatcherId(id),
+            of: everything(),
+            start: None,
+        };
+        hub.take(create, &keyspace, &mut notices);
+    }
+    let mut overlay = keyspace.overlay();
+    delete_range(&mut overlay, &KeyRange::prefix(b""));
+    let writes = overlay.into_writes();
+    keyspace.keep(writes);
+    let newest = keyspace.revision();
+    let excerpt = keyspace.events_since(&everything(), newest, usize::MAX, u64::MAX);
+    let deleted = excerpt.events;
+    assert_eq!(deleted.len(), KEYS);
+
+    let mut done = BTreeSet::new();
+    let mut turn = |notices: &mut Notices, most: usize| {
+        let mut told = 0;
+        for (_, notice) in notices.drain(..) {
+            if let Notice::Events {
+                watcher, events, ..
+            } = notice
+            {
+                assert!(*events == deleted && done.insert(watcher));
+                told += events.len();
+            }
+        }
+        assert!(told <= most, "{told} in one turn");
+        done.len()
+    };
+    notices.clear();
+    hub.advance(&keyspace, &mut notices);
+    turn(&mut notices, limits::WATCH_TELLINGS_PER_TURN_MAX);
+    let mut count = 0;
+    while hub.has_work() {
+        hub.catch_up(&keyspace, &mut notices);
+        count = turn(&mut notices, limits::WATCH_CHANGES_PER_TURN_MAX + KEYS);
+    }
+    assert_eq!(count as u64, WATCHERS);
+}
+
+#[test]
+fn watchers_that_begin_behind_a_revision_of_many_changes_take_their_share_of_a_turn() {
+    const KEYS: usize = 10_000;
+    let mut keyspace = Keyspace::new();
+    let mut overlay = keyspace.overlay();
+    for number in 0..KEYS {
+        overlay.put(format!("{number:05}").into(), Bytes::new(), None);
+    }
+    let writes = overlay.into_writes();
+    keyspace.keep(writes);
+    let from = keyspace.revision();
+    let one = Interest {
+        range: KeyRange::new("00007".into(), Bytes::new()),
+        ..everything()
+    };
+    let excerpt = keyspace.events_since(&one, from, usize::MAX, u64::MAX);
+    assert_eq!(excerpt.events.len(), 1);
+    assert!(excerpt.looked_at < 5, "{}", excerpt.looked_at);
+
+    let mut hub = Hub::new(from, limits::WATCH_QUEUE_BYTES_MAX);
+    let mut notices = Notices::new();
+    for id in 0..100 {
+        let create = Request::Create {
+            stream: StreamId(id),
+            watcher: WatcherId(id),
+            of: everything(),
+            start: Some(from),
+        };
+        hub.take(create, &keyspace, &mut notices);
+    }
+    let most = (limits::WATCH_CHANGES_PER_TURN_MAX + KEYS) as u64;
+    assert!(hub.load().events <= most, "{:?}", hub.load());
+    while hub.has_work() {
+        hub.catch_up(&keyspace, &mut notices);
+    }
+    assert_eq!(hub.load().events, 100 * KEYS as u64);
 }

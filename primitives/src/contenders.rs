@@ -19,6 +19,7 @@ use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
     keyspace::{Change, KeyRange, Keyspace, Record},
+    machine::Place,
 };
 
 use crate::{
@@ -110,6 +111,14 @@ impl Ticket {
         String::from_utf8_lossy(self.name()).into_owned()
     }
 
+    /// Where its request waits, if one does.
+    pub(crate) fn place(&self) -> Place {
+        Place {
+            revision: self.create_revision,
+            key: self.key.clone(),
+        }
+    }
+
     fn name(&self) -> &[u8] {
         &self.key[..self.name_bytes.into()]
     }
@@ -165,6 +174,8 @@ impl Contenders {
     pub(crate) fn update(&mut self, changes: &[Change]) -> Shift {
         let mut shift = Shift::default();
         let mut holders = BTreeMap::<Bytes, Option<Ticket>>::new();
+        // Written over a delay: they did not contend before the command.
+        let mut over_delays = BTreeSet::new();
         for change in changes {
             self.update_plain_waits(change);
             let candidate = name::candidate_of(&change.key);
@@ -186,9 +197,14 @@ impl Contenders {
                 .as_ref()
                 .and_then(|record| self.remove(record));
             let inserted = change.after.as_ref().and_then(|record| self.insert(record));
+            let was_before = |ticket: &Ticket| ticket.create_revision < change.revision;
+            if removed.is_none() {
+                over_delays.extend(inserted.clone().filter(was_before));
+            }
             if let Some(ticket) = removed
                 && inserted.as_ref() != Some(&ticket)
-                && ticket.create_revision < change.revision
+                && was_before(&ticket)
+                && !over_delays.contains(&ticket)
             {
                 let session = change.before.as_ref().and_then(|record| record.lease);
                 shift.gone.push(Gone {

@@ -9,10 +9,12 @@
 //! Who holds is decided in `settle` alone, once a command, from the keys that
 //! changed.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
-    keyspace::{Keyspace, Overlay, Record},
+    keyspace::{Change, Keyspace, Overlay, Record},
     limits,
     machine::{Cause, Context, Outcome, Place, Settled, View},
     requests::Standing,
@@ -165,6 +167,7 @@ pub(crate) fn withdraw(
     session: SessionId,
     wanted: &[u64],
 ) {
+    let wanted: BTreeSet<u64> = wanted.iter().copied().collect();
     let keyspace = context.overlay.base();
     for key in keyspace.keys_of(session) {
         let record = live(keyspace.get(key));
@@ -195,9 +198,9 @@ pub(crate) fn fire(contenders: &Contenders, context: &mut Context<'_>) -> Note {
 pub(crate) fn settle(shift: Shift, cause: Cause<'_, Note>) -> Settled<Primitives> {
     let mut settled = Settled::default();
     for gone in shift.gone {
-        let token = gone.ticket.create_revision;
         if !gone.held {
-            settled.resolved.push((token, Err(wait_ended(&cause))));
+            let place = gone.ticket.place();
+            settled.resolved.push((place, Err(wait_ended(&cause))));
         } else if let (Some(session), Some(reason)) = (gone.session, loss(&cause)) {
             let is_candidate = shift.campaigns_over.contains(&gone.ticket.key);
             let grant = grant(&gone.ticket, is_candidate);
@@ -207,10 +210,11 @@ pub(crate) fn settle(shift: Shift, cause: Cause<'_, Note>) -> Settled<Primitives
         }
     }
     for ticket in shift.granted {
+        let place = ticket.place();
         let (key, token) = (ticket.key, ticket.create_revision);
         settled
             .resolved
-            .push((token, Ok(Reply::Granted { key, token })));
+            .push((place, Ok(Reply::Granted { key, token })));
     }
     settled
 }
@@ -243,9 +247,10 @@ fn loss(cause: &Cause<'_, Note>) -> Option<LossReason> {
 }
 
 /// What is beside a contender's key goes with the key, and with its session's hold on
-/// it: so it is that of the contender who is there.
+/// it: so it is that of the contender who is there. A delay that is overwritten ends, and
+/// whoever contends with its key since is another, behind those who wait.
 pub(crate) fn follow(contenders: &Contenders, overlay: &mut Overlay<'_>) {
-    let left = |change: &conclave_core::keyspace::Change| {
+    let left = |change: &Change| {
         let before = change.before.as_ref()?;
         let stays = change
             .after
@@ -257,6 +262,21 @@ pub(crate) fn follow(contenders: &Contenders, overlay: &mut Overlay<'_>) {
     for key in left {
         remove_beside(contenders, overlay, &key);
     }
+    let changes = overlay.changes().iter();
+    let overwritten: Vec<Bytes> = changes.filter_map(overwritten_delay).collect();
+    for key in overwritten {
+        if let Some(record) = overlay.get(&key).cloned() {
+            overlay.delete(&key);
+            overlay.put(key, record.value, record.lease);
+        }
+    }
+}
+
+/// The key, if something contends with it that was the delay of one who is lost.
+fn overwritten_delay(change: &Change) -> Option<Bytes> {
+    let (before, after) = (change.before.as_ref()?, change.after.as_ref()?);
+    let contends = value::delay(before).is_some() && value::delay(after).is_none();
+    (contends && lock_of(&change.key).is_some()).then(|| change.key.clone())
 }
 
 /// Whether the grant with this token holds.
@@ -316,6 +336,40 @@ pub(crate) fn listed(
     contender(contenders, view.keyspace, record, name, now, place)
 }
 
+/// What one answer of a list may yet show and count.
+pub(crate) struct Room {
+    shown: usize,
+    counted: usize,
+}
+
+impl Room {
+    pub(crate) fn new() -> Self {
+        Self {
+            shown: limits::LIST_WAITERS_MAX,
+            counted: limits::LIST_COUNTED_MAX,
+        }
+    }
+
+    /// A queue as it is listed, as far as there is room, and how many are in it, as far as
+    /// they are counted.
+    pub(crate) fn list<'a>(
+        &mut self,
+        contenders: &Contenders,
+        view: View<'_>,
+        mut queue: impl Iterator<Item = (usize, &'a Ticket)>,
+    ) -> (Vec<Contender>, usize) {
+        let shown = queue.by_ref().take(self.shown);
+        let shown: Vec<Contender> = shown
+            .map(|(place, ticket)| listed(contenders, view, ticket, place))
+            .collect();
+        self.shown -= shown.len();
+        let others = queue.take(self.counted).count();
+        self.counted -= others;
+        let total = shown.len() + others;
+        (shown, total)
+    }
+}
+
 /// A contender as it is listed, at this time.
 pub(crate) fn contender(
     contenders: &Contenders,
@@ -369,10 +423,10 @@ pub(crate) fn done(reply: Reply, note: Note) -> Executed {
     }
 }
 
-/// A command that waits at this place, maybe for no time at all.
-pub(crate) fn waits_at(place: Place) -> Executed {
+/// A command that waits with its contender's key, maybe for no time at all.
+pub(crate) fn waits_with(record: &Record) -> Executed {
     Executed {
-        outcome: Outcome::Waiting(place),
+        outcome: Outcome::Waiting(Place::of(record)),
         note: Note::Kept,
     }
 }
@@ -380,13 +434,12 @@ pub(crate) fn waits_at(place: Place) -> Executed {
 /// What a contender finds that is there already and may wait there: its grant, or its
 /// place.
 pub(crate) fn found(contenders: &Contenders, lock: &Bytes, record: &Record) -> Executed {
-    let token = record.create_revision;
     match holds(contenders, lock, record) {
         true => {
-            let key = record.key.clone();
+            let (key, token) = (record.key.clone(), record.create_revision);
             done(Reply::Granted { key, token }, Note::Kept)
         }
-        false => waits_at(token),
+        false => waits_with(record),
     }
 }
 
@@ -453,15 +506,16 @@ fn beside(contenders: &Contenders, key: &Bytes) -> impl Iterator<Item = Bytes> {
     may.then(|| name::beside(key)).into_iter().flatten()
 }
 
-/// Puts a request beside the key of its contender, which has no room for it.
+/// Puts a request beside the key of its contender, which has no room for it, bound to
+/// what that is bound to.
 pub(crate) fn put_beside(
     context: &mut Context<'_>,
     beside: Bytes,
     campaign: &Campaign,
-    session: SessionId,
+    lease: Option<SessionId>,
 ) {
     let value = campaign.encode_to_vec();
-    context.overlay.put(beside, value.into(), Some(session));
+    context.overlay.put(beside, value.into(), lease);
 }
 
 /// By what a request is known: its number, or the tag that a server gave it.

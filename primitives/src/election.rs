@@ -33,10 +33,10 @@ use crate::{
     Answer, Invalid, Rejection, Reply,
     contenders::Contenders,
     contention::{
-        Contender, Executed, Note, done, entry_of, found, holds, listed, live, not_holder,
-        put_beside, remove, waits_at,
+        Contender, Executed, Note, Room, done, entry_of, found, holds, live, not_holder,
+        put_beside, remove, waits_with,
     },
-    name::{campaign_key, contender_key, owner_of},
+    name::{self, campaign_key, contender_key, owner_of},
     value,
 };
 
@@ -83,7 +83,8 @@ pub struct ElectionInfo {
     /// Everyone, the leader or whoever is in the way first; at most
     /// `limits::LIST_WAITERS_MAX` over all elections of an answer.
     pub candidates: Vec<Contender>,
-    /// How many there are in all.
+    /// How many there are in all, as far as `limits::LIST_COUNTED_MAX` over all elections
+    /// of an answer are counted beside those shown.
     pub candidates_total: usize,
 }
 
@@ -128,12 +129,13 @@ pub(crate) fn campaign(
         asked_ms: now,
     };
     context.overlay.put(key.clone(), value, Some(id));
-    put_beside(context, campaign_key(&key), &campaign, id);
-    Ok(waits_at(context.overlay.revision()))
+    put_beside(context, campaign_key(&key), &campaign, Some(id));
+    Ok(waits_with(live(context.overlay.get(&key))))
 }
 
-/// Goes on with a candidate that is there already, as etcd's election service does: it
-/// proclaims the value, whoever leads. The newest request can be withdrawn.
+/// Goes on with a candidate, or who contends for an etcd lock, that is there already, as
+/// etcd's election service does: it proclaims the value, whoever leads. Of those without a
+/// number, the newest can be withdrawn; one with a number stays as it is.
 fn campaign_on(
     contenders: &Contenders,
     context: &mut Context<'_>,
@@ -145,12 +147,15 @@ fn campaign_on(
     if record.value != value {
         context.overlay.put(record.key.clone(), value, record.lease);
     }
-    let beside = campaign_key(&record.key);
-    let before = context.overlay.get(&beside).and_then(value::campaign);
-    if let (Some(before), Some(session)) = (before, record.lease)
+    let noted = |beside: Bytes| {
+        let before = value::campaign(context.overlay.get(&beside)?)?;
+        (before.request > limits::REQUEST_NUMBER_MAX).then_some((beside, before))
+    };
+    if let Some((beside, before)) = name::beside(&record.key).into_iter().find_map(noted)
         && !holds(contenders, lock, record)
     {
-        put_beside(context, beside, &Campaign { request, ..before }, session);
+        let campaign = Campaign { request, ..before };
+        put_beside(context, beside, &campaign, record.lease);
     }
     found(contenders, lock, record)
 }
@@ -218,9 +223,10 @@ fn leading(
         .ok_or_else(|| not_holder(context, lock, token))
 }
 
-/// Whether the holder of a name is its leader, and not the holder of a native lock.
-pub(crate) fn leads(holder: &Record) -> bool {
-    value::native(holder).is_none()
+/// Whether whoever is first in the queue of a name leads: not with a native lock, nor
+/// with what is left of one.
+pub(crate) fn leads(first: &Record) -> bool {
+    value::native_or_lost(first).is_none()
 }
 
 /// What a candidate says never makes its key that of a lock. How long it is at most is
@@ -252,8 +258,8 @@ pub(crate) fn elections(
     after: String,
     limit: usize,
 ) -> Answer {
-    let mut shown_left = limits::LIST_WAITERS_MAX;
-    let mut info = |lock: Bytes| election_info(contenders, view, &lock, &mut shown_left);
+    let mut room = Room::new();
+    let mut info = |lock: Bytes| election_info(contenders, view, &lock, &mut room);
     if let Some(name) = name {
         let lock = Bytes::from(name);
         let is_contended = contenders.first(&lock).is_some();
@@ -290,19 +296,14 @@ fn election_info(
     contenders: &Contenders,
     view: View<'_>,
     lock: &Bytes,
-    shown_left: &mut usize,
+    room: &mut Room,
 ) -> ElectionInfo {
-    let mut queue = contenders.queue(lock).enumerate();
-    let candidates: Vec<Contender> = queue
-        .by_ref()
-        .take(*shown_left)
-        .map(|(place, ticket)| listed(contenders, view, ticket, place))
-        .collect();
-    *shown_left -= candidates.len();
+    let queue = contenders.queue(lock).enumerate();
+    let (candidates, candidates_total) = room.list(contenders, view, queue);
     ElectionInfo {
         name: String::from_utf8_lossy(lock).into_owned(),
         leader: leader_of(contenders, view, lock),
-        candidates_total: candidates.len() + queue.count(),
+        candidates_total,
         candidates,
     }
 }

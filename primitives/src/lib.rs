@@ -29,6 +29,7 @@ use bytes::Bytes;
 use conclave_core::{
     ids::{LogTime, Revision, SessionId},
     keyspace::{Change, Keyspace, Overlay, Record},
+    limits,
     machine::{Cause, Context, Executed, Machine, Settled, View},
     session::EndReason,
     system::ForcedRelease,
@@ -312,6 +313,31 @@ impl Machine for Primitives {
             }
             Query::Check { name, token } => contention::check(&self.contenders, name, token),
             Query::GrantsOf(session) => contention::grants_of(&self.contenders, view, session),
+        }
+    }
+
+    fn work(answer: &Answer) -> usize {
+        // Those that are not shown are counted, which takes less.
+        let work = |listed: usize, total: usize| {
+            listed * limits::READ_STEPS_LISTED + total.saturating_sub(listed) / 4
+        };
+        match answer {
+            Answer::Locks { locks, .. } => {
+                let of = |lock: &LockInfo| work(1 + lock.waiters.len(), 1 + lock.waiters_total);
+                locks.iter().map(of).sum()
+            }
+            Answer::Elections { elections, .. } => {
+                let of = |election: &ElectionInfo| {
+                    work(election.candidates.len(), election.candidates_total)
+                };
+                elections.iter().map(of).sum()
+            }
+            Answer::Grants {
+                grants,
+                waiting,
+                forced,
+            } => work(grants.len() + waiting.len() + forced.len(), 0),
+            Answer::Leader(_) | Answer::Checked(_) => 1,
         }
     }
 }

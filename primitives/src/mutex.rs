@@ -16,12 +16,14 @@
 //!   numbers are in its value, and the key goes with the last one.
 //! - The key of a holder that is lost with a lock-delay stays until the delay
 //!   ends, bound to no session, and is nobody's. It is in the way of all others
-//!   as any key is, so etcd clients wait for it too.
+//!   as any key is, so etcd clients wait for it too. One that overwrites it ends the
+//!   delay and contends anew: the token of the lost grant never comes again.
 //! - That a numbered command runs once is core's business, and so is the answer to
 //!   its copies. An acquire that is cancelled before it arrived has that for its
 //!   answer, so that it cannot hold a lock for nobody when it does.
 //! - A plain acquire, as etcd's lock service asks for it, has a key without a value,
-//!   and joins the lock or etcd client that contends under that key already.
+//!   and joins the lock or etcd client that contends under that key already,
+//!   but not a delay: nobody holds with that key again.
 //!
 //! **Invariants.** At any revision at most one key holds a lock. Tokens of one lock
 //! grow. Of two who wait, the one that came first is granted first. A lock that
@@ -45,8 +47,9 @@ use crate::{
     Answer, Rejection, Reply,
     contenders::{Contenders, Ticket},
     contention::{
-        Contender, Executed, Note, asked_by, contender, done, entry_of, found, holds, is_candidate,
-        is_first, leave, listed, live, not_holder, put_beside, remove, rewrite, waits_at,
+        Contender, Executed, Note, Room, asked_by, contender, done, entry_of, found, holds,
+        is_candidate, is_first, leave, listed, live, not_holder, put_beside, remove, rewrite,
+        waits_with,
     },
     name::{contender_key, lock_of, plain_wait_key, validate_name, validate_reason},
     value::{self, native},
@@ -61,7 +64,8 @@ pub struct LockInfo {
     pub holder: Contender,
     /// In order; at most `limits::LIST_WAITERS_MAX` over all locks of an answer.
     pub waiters: Vec<Contender>,
-    /// How many wait in all.
+    /// How many wait in all, as far as `limits::LIST_COUNTED_MAX` over all locks of an
+    /// answer are counted beside those shown.
     pub waiters_total: usize,
 }
 
@@ -108,8 +112,8 @@ pub(crate) fn acquire(
         ..LockContender::default()
     };
     let value = value.encode_to_vec().into();
-    context.overlay.put(key, value, Some(id));
-    Ok(waits_at(context.overlay.revision()))
+    context.overlay.put(key.clone(), value, Some(id));
+    Ok(waits_with(live(context.overlay.get(&key))))
 }
 
 /// Asks for the lock as etcd's lock service does: the key has no value, and is the
@@ -124,7 +128,7 @@ fn acquire_plain(
 ) -> Result<Executed, Rejection> {
     let before = context.overlay.get(&key).cloned();
     if let Some(record) = &before
-        && is_candidate(context.overlay.base(), &key)
+        && (value::delay(record).is_some() || is_candidate(context.overlay.base(), &key))
     {
         let token = record.create_revision;
         return Err(Rejection::AlreadyContending { token });
@@ -132,10 +136,9 @@ fn acquire_plain(
     let executed = match &before {
         Some(record) => found(contenders, lock, record),
         None => {
-            context
-                .overlay
-                .put(key.clone(), Bytes::new(), Some(session));
-            waits_at(context.overlay.revision())
+            let lease = Some(session);
+            context.overlay.put(key.clone(), Bytes::new(), lease);
+            waits_with(live(context.overlay.get(&key)))
         }
     };
     let is_plain = before
@@ -152,7 +155,8 @@ fn acquire_plain(
             asked_ms,
             ..Campaign::default()
         };
-        put_beside(context, plain_wait_key(&key), &campaign, session);
+        let lease = before.map_or(Some(session), |record| record.lease);
+        put_beside(context, plain_wait_key(&key), &campaign, lease);
     }
     Ok(executed)
 }
@@ -305,8 +309,8 @@ pub(crate) fn locks(
     after: String,
     limit: usize,
 ) -> Answer {
-    let mut waiters_left = limits::LIST_WAITERS_MAX;
-    let mut info = |first| lock_info(contenders, view, first, &mut waiters_left);
+    let mut room = Room::new();
+    let mut info = |first| lock_info(contenders, view, first, &mut room);
     if let Some(name) = name {
         let first = contenders.first(&Bytes::from(name));
         let locks = first.map(info).into_iter().collect();
@@ -324,24 +328,14 @@ pub(crate) fn locks(
     }
 }
 
-fn lock_info(
-    contenders: &Contenders,
-    view: View<'_>,
-    first: &Ticket,
-    waiters_left: &mut usize,
-) -> LockInfo {
+fn lock_info(contenders: &Contenders, view: View<'_>, first: &Ticket, room: &mut Room) -> LockInfo {
     let lock = first.lock();
-    let mut queue = contenders.queue(&lock).enumerate().skip(1);
-    let waiters: Vec<Contender> = queue
-        .by_ref()
-        .take(*waiters_left)
-        .map(|(place, ticket)| listed(contenders, view, ticket, place))
-        .collect();
-    *waiters_left -= waiters.len();
+    let queue = contenders.queue(&lock).enumerate().skip(1);
+    let (waiters, waiters_total) = room.list(contenders, view, queue);
     LockInfo {
         name: first.lock_name(),
         holder: listed(contenders, view, first, 0),
-        waiters_total: waiters.len() + queue.count(),
+        waiters_total,
         waiters,
     }
 }

@@ -16,7 +16,7 @@ use conclave_core::{
     keyspace::{Event, KeyRange, Record},
 };
 
-use crate::{Leader, election::leads, name::lock_of, value};
+use crate::{Leader, election::leads, name::lock_of};
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -59,8 +59,7 @@ impl Observer {
     /// Who leads now.
     pub fn leader(&self) -> Option<Leader> {
         let (_, first) = self.contenders.first_key_value()?;
-        let is_leader = value::delay(first).is_none() && leads(first);
-        is_leader.then(|| Leader::of(first))
+        leads(first).then(|| Leader::of(first))
     }
 
     /// Takes note of what happened, in order, all of a revision at once. What there is

@@ -59,7 +59,7 @@ fn acquire(
     };
     let outcomes = run(state, numbers.map(acquire)).into_iter();
     let places = outcomes.filter_map(|outcome| match outcome {
-        Outcome::Waiting(place) => Some(place),
+        Outcome::Waiting(place) => Some(place.revision),
         Outcome::Done(Answer {
             body: AnswerBody::Machine(Err(Rejection::TooManyLocks)),
             ..

@@ -6,18 +6,18 @@
 
 mod harness;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use conclave_core::{
     ids::{Revision, SessionId},
     keyspace::{Interest, KeyRange},
-    machine::{Machine as _, Outcome},
+    machine::{Machine as _, Outcome, Place as At},
     replica::{AnswerBody, EventBody},
     session::EndReason,
 };
 use conclave_primitives::{
-    Answer, Event, LossReason, Query, Rejection, Reply, command,
+    Answer, Event, Leader, LossReason, Query, Rejection, Reply, command,
     observer::{Observation, Observer},
 };
 use conclave_proto::internal::{
@@ -73,9 +73,9 @@ enum Action {
     Force {
         name: usize,
     },
-    /// As an etcd client, with or without a lease.
+    /// As an etcd client, with or without a lease, maybe several in one transaction.
     Put {
-        who: Who,
+        who: Vec<Who>,
         value: u8,
         lease: bool,
     },
@@ -114,9 +114,12 @@ struct Place {
     tag: u64,
 }
 
-/// Who led from a revision on, and what it said.
-type Reign = (Revision, Option<(Revision, Bytes)>);
-type Told = (Revision, Result<Reply, Rejection>);
+/// A term, the key that leads in it, what it said and when. One transaction may make
+/// several keys of a term.
+type Reign = (Revision, Bytes, Bytes, Revision);
+/// Who led from a revision on.
+type Reigns = Vec<(Revision, Option<Reign>)>;
+type Told = (At, Result<Reply, Rejection>);
 
 struct World {
     driver: Driver,
@@ -124,7 +127,7 @@ struct World {
     places: Vec<Place>,
     last_tag: u64,
     /// By name.
-    history: BTreeMap<usize, Vec<Reign>>,
+    history: BTreeMap<usize, Reigns>,
     opened: usize,
 }
 
@@ -132,7 +135,7 @@ struct World {
 #[derive(Debug, Default)]
 struct Expected {
     answer: Option<Result<Reply, Rejection>>,
-    waits_at: Option<Revision>,
+    waits_at: Option<At>,
     /// Keys that go, and why waiters and holders lose them.
     gone: Vec<String>,
     refusal: Option<Rejection>,
@@ -146,6 +149,15 @@ fn owner_suffix(owner: usize) -> &'static str {
 
 fn value_of(value: u8) -> Bytes {
     format!("v{value}").into()
+}
+
+impl Place {
+    fn at(&self) -> At {
+        At {
+            revision: self.token,
+            key: self.key.clone().into(),
+        }
+    }
 }
 
 impl World {
@@ -209,8 +221,8 @@ impl World {
 
     fn step(&mut self, action: &Action) {
         let before: Vec<Place> = self.places.clone();
-        let holders: Vec<Option<Revision>> = (0..NAMES.len())
-            .map(|name| self.holder(name).map(|holder| holder.token))
+        let holders: Vec<Option<At>> = (0..NAMES.len())
+            .map(|name| self.holder(name).map(Place::at))
             .collect();
         let (step, expected) = self.run(action);
         for key in &expected.gone {
@@ -219,10 +231,10 @@ impl World {
         let mut told: Vec<Told> = Vec::new();
         let mut events = Vec::new();
         for place in before.iter().filter(|p| expected.gone.contains(&p.key)) {
-            let held = holders[place.name] == Some(place.token);
+            let held = holders[place.name] == Some(place.at());
             match (held, place.session) {
                 (false, _) => told.push((
-                    place.token,
+                    place.at(),
                     Err(expected.refusal.clone().expect("waiters are told why")),
                 )),
                 (true, Some(session)) => {
@@ -235,11 +247,11 @@ impl World {
         }
         for (name, before) in holders.iter().enumerate() {
             if let Some(holder) = self.holder(name)
-                && Some(holder.token) != *before
+                && Some(holder.at()) != *before
             {
                 let key = holder.key.clone().into();
                 let token = holder.token;
-                told.push((token, Ok(Reply::Granted { key, token })));
+                told.push((holder.at(), Ok(Reply::Granted { key, token })));
             }
         }
         self.compare(step, expected, told, events);
@@ -284,7 +296,7 @@ impl World {
     }
 
     fn run(&mut self, action: &Action) -> (Step, Expected) {
-        match *action {
+        match action.clone() {
             Action::Campaign {
                 who,
                 wait_ms,
@@ -297,7 +309,7 @@ impl World {
             Action::Acquire { who, plain } => self.acquire(who, plain),
             Action::Release { who } => self.release(who),
             Action::Force { name } => self.force(name),
-            Action::Put { who, value, lease } => self.put(who, value, lease),
+            Action::Put { who, value, lease } => self.put(&who, value, lease),
             Action::Delete { who } => {
                 let delete = DeleteRange {
                     key: self.key(who).into(),
@@ -310,7 +322,7 @@ impl World {
                     loss: Some(LossReason::KeyDeleted),
                     ..Expected::default()
                 };
-                (self.txn(Kind::DeleteRange(delete)), expected)
+                (self.txn([Kind::DeleteRange(delete)]), expected)
             }
             Action::End { session, expires } => self.end(session, expires),
             Action::Pass { ms } => self.pass(ms),
@@ -321,12 +333,11 @@ impl World {
         self.driver.run(command(body))
     }
 
-    fn txn(&mut self, operation: Kind) -> Step {
-        let success = vec![Operation {
-            operation: Some(operation),
-        }];
+    fn txn(&mut self, operations: impl IntoIterator<Item = Kind>) -> Step {
+        let operations = operations.into_iter().map(Some);
+        let success = operations.map(|operation| Operation { operation });
         self.driver.run(Body::Txn(Txn {
-            success,
+            success: success.collect(),
             ..Txn::default()
         }))
     }
@@ -384,10 +395,11 @@ impl World {
                     let (key, token) = (place.key.clone().into(), place.token);
                     expected.answer = Some(Ok(Reply::Granted { key, token }));
                 } else {
-                    if matches!(mine.role, Role::Candidate { .. }) {
+                    // What an etcd client has made itself bears no note.
+                    if matches!(mine.role, Role::Candidate { .. }) || mine.tag != 0 {
                         mine.tag = tag;
                     }
-                    expected.waits_at = Some(place.token);
+                    expected.waits_at = Some(place.at());
                 }
             }
             Some(place) => {
@@ -407,7 +419,7 @@ impl World {
                     session,
                     tag,
                 );
-                expected.waits_at = Some(self.revision());
+                expected.waits_at = self.places.last().map(Place::at);
             }
         }
         (step, expected)
@@ -525,7 +537,7 @@ impl World {
                     let (key, token) = (place.key.into(), place.token);
                     expected.answer = Some(Ok(Reply::Granted { key, token }));
                 } else {
-                    expected.waits_at = Some(place.token);
+                    expected.waits_at = Some(place.at());
                     let key = place.key.clone();
                     let mine = self.places.iter_mut().find(|p| p.key == key);
                     let mine = mine.expect("it was found");
@@ -546,7 +558,7 @@ impl World {
                     (true, false) => (Role::Plain, tag),
                 };
                 self.insert(who, role, Bytes::new(), session, tag);
-                expected.waits_at = Some(self.revision());
+                expected.waits_at = self.places.last().map(Place::at);
             }
         }
         (step, expected)
@@ -591,34 +603,40 @@ impl World {
         (step, expected)
     }
 
-    fn put(&mut self, who: Who, value: u8, lease: bool) -> (Step, Expected) {
-        let key = self.key(who);
-        let session = lease.then(|| self.sessions[who.session]);
-        let step = self.txn(Kind::Put(Put {
-            key: key.clone().into(),
-            value: value_of(value),
-            lease: session.map_or(0, |session| session.0),
-            ..Put::default()
-        }));
-        let revision = self.revision();
-        match self.places.iter_mut().find(|place| place.key == key) {
-            Some(place) => {
-                place.value = value_of(value);
-                place.proclaimed = revision;
-                if place.session != session {
-                    // Nobody's request any more.
-                    place.role = Role::Plain;
-                    place.tag = 0;
-                }
-                if place.role == Role::Lock {
-                    place.role = Role::Plain;
-                    place.tag = 0;
-                }
-                place.session = session;
-            }
-            None => self.insert(who, Role::Plain, value_of(value), session, 0),
+    fn put(&mut self, who: &[Who], value: u8, lease: bool) -> (Step, Expected) {
+        let session = |who: &Who| lease.then(|| self.sessions[who.session]);
+        let puts = who.iter().map(|who| {
+            Kind::Put(Put {
+                key: self.key(*who).into(),
+                value: value_of(value),
+                lease: session(who).map_or(0, |session| session.0),
+                ..Put::default()
+            })
+        });
+        let puts: Vec<Kind> = puts.collect();
+        let step = self.txn(puts);
+        for who in who {
+            self.was_put(*who, value, lease);
         }
         (step, Expected::default())
+    }
+
+    fn was_put(&mut self, who: Who, value: u8, lease: bool) {
+        let key = self.key(who);
+        let session = lease.then(|| self.sessions[who.session]);
+        let revision = self.revision();
+        let Some(place) = self.places.iter_mut().find(|place| place.key == key) else {
+            self.insert(who, Role::Plain, value_of(value), session, 0);
+            return;
+        };
+        place.value = value_of(value);
+        place.proclaimed = revision;
+        if place.session != session || place.role == Role::Lock {
+            // Nobody's request any more.
+            place.role = Role::Plain;
+            place.tag = 0;
+        }
+        place.session = session;
     }
 
     fn end(&mut self, session: usize, expires: bool) -> (Step, Expected) {
@@ -677,11 +695,9 @@ impl World {
         let revision = self.revision();
         for name in 0..NAMES.len() {
             let leader = self.leader(name);
-            let now = leader.map(|leader| (leader.token, leader.value.clone(), leader.proclaimed));
-            let said = now.map(|(term, value, proclaimed)| {
-                let mut said = value.to_vec();
-                said.extend(proclaimed.to_be_bytes());
-                (term, Bytes::from(said))
+            let said = leader.map(|leader| {
+                let (key, value) = (leader.key.clone().into(), leader.value.clone());
+                (leader.token, key, value, leader.proclaimed)
             });
             let history = self.history.entry(name).or_default();
             if history.last().map(|(_, last)| last) != Some(&said) {
@@ -740,7 +756,7 @@ impl World {
     fn check_history(&self) {
         for (name, history) in &self.history {
             let terms = history.iter().filter_map(|(_, said)| said.as_ref());
-            let terms: Vec<Revision> = terms.map(|(term, _)| *term).collect();
+            let terms: Vec<Revision> = terms.map(|(term, ..)| *term).collect();
             assert!(terms.is_sorted(), "{terms:?}");
             for (at, (revision, said)) in history.iter().enumerate() {
                 let (first, rest) = self.observed(NAMES[*name], *revision);
@@ -750,15 +766,7 @@ impl World {
         }
     }
 
-    #[expect(clippy::type_complexity, reason = "as in the history")]
-    fn observed(
-        &self,
-        name: &str,
-        revision: Revision,
-    ) -> (
-        Option<(Revision, Bytes)>,
-        Vec<(Revision, Option<(Revision, Bytes)>)>,
-    ) {
+    fn observed(&self, name: &str, revision: Revision) -> (Option<Reign>, Reigns) {
         let keyspace = self.driver.state.keyspace();
         let range = Observer::range(name);
         let records = keyspace.range(&range, Some(revision)).cloned();
@@ -769,11 +777,7 @@ impl World {
             deletes: true,
         };
         let excerpt = keyspace.events_since(&of, revision + 1, usize::MAX, u64::MAX);
-        let said = |leader: conclave_primitives::Leader| {
-            let mut said = leader.value.to_vec();
-            said.extend(leader.proclaimed.to_be_bytes());
-            (leader.term, Bytes::from(said))
-        };
+        let said = |leader: Leader| (leader.term, leader.key, leader.value, leader.proclaimed);
         let first = observer.leader().map(said);
         let rest = observer.take(&excerpt.events).into_iter();
         let rest = rest.map(|Observation { revision, leader }| (revision, leader.map(said)));
@@ -786,6 +790,15 @@ fn who() -> impl Strategy<Value = Who> {
         session,
         name,
         owner,
+    })
+}
+
+/// One or more, each another.
+fn whos() -> impl Strategy<Value = Vec<Who>> {
+    prop::collection::vec(who(), 1..4).prop_map(|mut whos| {
+        let mut keys = BTreeSet::new();
+        whos.retain(|who| keys.insert((who.session, who.name, who.owner)));
+        whos
     })
 }
 
@@ -802,7 +815,7 @@ fn action() -> impl Strategy<Value = Action> {
         2 => (who(), any::<bool>()).prop_map(|(who, plain)| Action::Acquire { who, plain }),
         2 => who().prop_map(|who| Action::Release { who }),
         1 => (0..NAMES.len()).prop_map(|name| Action::Force { name }),
-        2 => (who(), 0u8..4, any::<bool>()).prop_map(|(who, value, lease)| Action::Put { who, value, lease }),
+        2 => (whos(), 0u8..4, any::<bool>()).prop_map(|(who, value, lease)| Action::Put { who, value, lease }),
         1 => who().prop_map(|who| Action::Delete { who }),
         1 => (0..SESSIONS, any::<bool>()).prop_map(|(session, expires)| Action::End { session, expires }),
         2 => (0u64..15).prop_map(|ms| Action::Pass { ms }),

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use conclave_core::{
     ids::{Revision, SessionId},
     limits,
-    machine::{Machine as _, Outcome},
+    machine::{Machine as _, Outcome, Place as At},
     replica::{AnswerBody, EventBody},
     requests::NotRun,
     session::EndReason,
@@ -114,7 +114,7 @@ enum Which {
 /// How a request stands, that of a session by its number.
 #[derive(Clone, Debug, PartialEq)]
 enum Slot {
-    Waiting(Revision),
+    Waiting(At),
     Answered(Result<Reply, Rejection>),
     Over,
 }
@@ -122,7 +122,7 @@ enum Slot {
 /// What a request comes to.
 #[derive(Debug, PartialEq)]
 enum Comes {
-    Waiting(Revision),
+    Waiting(At),
     Answered(Result<Reply, Rejection>),
     NotRun(NotRun),
 }
@@ -184,12 +184,16 @@ struct Model {
 }
 
 /// What a command led to, or should lead to.
-type Seen = (
-    Vec<(Revision, Result<Reply, Rejection>)>,
-    Vec<(SessionId, Event)>,
-);
+type Seen = (Vec<(At, Result<Reply, Rejection>)>, Vec<(SessionId, Event)>);
 
 impl Place {
+    fn at(&self) -> At {
+        At {
+            revision: self.token,
+            key: self.key.clone().into(),
+        }
+    }
+
     fn is_delay(&self) -> bool {
         self.delay_until != 0
     }
@@ -307,7 +311,7 @@ impl Model {
             }
         }
         Some(match self.slots.get(&(id, request.number))? {
-            Slot::Waiting(place) => Comes::Waiting(*place),
+            Slot::Waiting(at) => Comes::Waiting(at.clone()),
             Slot::Answered(answer) => Comes::Answered(answer.clone()),
             Slot::Over => Comes::NotRun(NotRun::Over),
         })
@@ -321,7 +325,7 @@ impl Model {
         }
         let comes = run(self);
         let slot = match &comes {
-            Comes::Waiting(place) => Slot::Waiting(*place),
+            Comes::Waiting(at) => Slot::Waiting(at.clone()),
             Comes::Answered(answer) => Slot::Answered(answer.clone()),
             Comes::NotRun(_) => return comes,
         };
@@ -332,10 +336,10 @@ impl Model {
     }
 
     /// Waits have ended.
-    fn resolve(&mut self, resolved: &[(Revision, Result<Reply, Rejection>)]) {
-        for (place, answer) in resolved {
+    fn resolve(&mut self, resolved: &[(At, Result<Reply, Rejection>)]) {
+        for (at, answer) in resolved {
             for slot in self.slots.values_mut() {
-                if *slot == Slot::Waiting(*place) {
+                if *slot == Slot::Waiting(at.clone()) {
                     *slot = Slot::Answered(answer.clone());
                 }
             }
@@ -398,9 +402,11 @@ impl Model {
             mark: MARK,
             ..LockContender::default()
         };
-        self.places.push(self.place(who, &value));
+        let place = self.place(who, &value);
+        let at = place.at();
+        self.places.push(place);
         self.revision += 1;
-        Comes::Waiting(self.revision)
+        Comes::Waiting(at)
     }
 
     fn release(&mut self, who: Who, token: Revision, entry: u64) -> Result<Reply, Rejection> {
@@ -523,10 +529,12 @@ impl Model {
         }
         match self.places.iter_mut().find(|there| there.key == place.key) {
             Some(there) => {
-                *there = Place {
-                    token: there.token,
-                    ..place
-                }
+                // What contends in the place of a delay is another.
+                let token = match there.is_delay() && !place.is_delay() {
+                    true => place.token,
+                    false => there.token,
+                };
+                *there = Place { token, ..place }
             }
             None => self.places.push(place),
         }
@@ -599,7 +607,7 @@ impl Model {
                 continue;
             }
             if !before.holds(gone) {
-                resolved.push((gone.token, Err(refusal.clone())));
+                resolved.push((gone.at(), Err(refusal.clone())));
             } else if let (Some(session), Some(reason)) = (gone.session, loss) {
                 let grant = conclave_primitives::Grant {
                     lock: gone.lock.clone(),
@@ -622,7 +630,7 @@ impl Model {
                 .holder(&holder.lock)
                 .is_some_and(|old| is(old, holder))
             {
-                resolved.push((holder.token, Ok(granted(holder))));
+                resolved.push((holder.at(), Ok(granted(holder))));
             }
         }
         (resolved, events)
@@ -921,7 +929,6 @@ impl World {
     }
 
     /// Grants of one lock grow: by token, and by key where one transaction made both.
-    /// A transaction may also make a grant of a delay, with the token that it had.
     fn note_grants(&mut self, applied: &Applied<Primitives>) {
         for resolved in &applied.resolved {
             if let Ok(Reply::Granted { key, token }) = &resolved.result {
@@ -929,7 +936,7 @@ impl World {
                 let grant = (*token, key.clone());
                 let before = self.told.insert(lock, grant.clone());
                 assert!(
-                    before.is_none_or(|before| before <= grant),
+                    before.is_none_or(|before| before < grant),
                     "{grant:?} is not newer"
                 );
             }
@@ -1062,7 +1069,7 @@ impl World {
 
 fn comes(step: &Step) -> Comes {
     match &step.outcome {
-        Outcome::Waiting(place) => Comes::Waiting(*place),
+        Outcome::Waiting(at) => Comes::Waiting(at.clone()),
         Outcome::Done(answer) => match &answer.body {
             AnswerBody::NotRun(why) => Comes::NotRun(*why),
             _ => Comes::Answered(self::answer(step)),
@@ -1076,7 +1083,7 @@ fn answer(step: &Step) -> Result<Reply, Rejection> {
             AnswerBody::Machine(result) => result.clone(),
             other => panic!("the machine answered {other:?}"),
         },
-        Outcome::Waiting(place) => panic!("waits at {place}"),
+        Outcome::Waiting(place) => panic!("waits at {place:?}"),
     }
 }
 

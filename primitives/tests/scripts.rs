@@ -37,7 +37,7 @@ use conclave_core::{
     ids::SessionId,
     keyspace::KeyRange,
     limits,
-    machine::{Machine as _, Outcome},
+    machine::{Machine as _, Outcome, Place},
     replica::{AnswerBody, EventBody},
     requests::NotRun,
     session::EndReason,
@@ -194,7 +194,7 @@ fn outcome(step: Step) -> Result<Reply, Rejection> {
             AnswerBody::Machine(result) => result,
             other => panic!("no answer of the mutex: {other:?}"),
         },
-        Outcome::Waiting(place) => panic!("waits at {place}"),
+        Outcome::Waiting(place) => panic!("waits at {place:?}"),
     }
 }
 
@@ -588,7 +588,7 @@ impl Script {
 
     fn report(&self, step: Step) -> String {
         let outcome = match step.outcome {
-            Outcome::Waiting(place) => format!("waits at {place}\n"),
+            Outcome::Waiting(place) => format!("waits at {}\n", place.revision),
             Outcome::Done(answer) => match answer.body {
                 AnswerBody::Machine(result) => format!("{}\n", self.result(result)),
                 AnswerBody::SessionEnded(reason) => format!("session {}\n", ended(reason)),
@@ -612,7 +612,15 @@ impl Script {
     fn follow_up(&self, applied: Applied<Primitives>) -> String {
         let mut out = String::new();
         for resolved in applied.resolved {
-            writeln!(out, "{}: {}", resolved.place, self.result(resolved.result)).unwrap();
+            let Place { revision, key } = resolved.place;
+            if let Ok(Reply::Granted {
+                key: granted,
+                token,
+            }) = &resolved.result
+            {
+                assert_eq!((granted, *token), (&key, revision));
+            }
+            writeln!(out, "{revision}: {}", self.result(resolved.result)).unwrap();
         }
         for event in applied.events {
             let name = self.name(event.session);

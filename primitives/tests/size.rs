@@ -193,7 +193,7 @@ fn released_locks() -> Made {
         let held = made.run(at.map(|(at, id)| acquire(name(at), *id, number + 1)));
         // Granted in the same entry, at the place where it would wait.
         let tokens = held.into_iter().map(|outcome| match outcome {
-            Outcome::Waiting(token) => token,
+            Outcome::Waiting(place) => place.revision,
             other => panic!("{other:?}"),
         });
         let tokens: Vec<_> = tokens.collect();

@@ -2,18 +2,13 @@
 
 use conclave_core::{
     ids::SessionId,
-    session::{EndReason, Session},
+    session::{EndReason, Face},
     system::ForcedRelease,
 };
 use conclave_primitives as primitives;
 use conclave_proto::v1;
 
-pub(crate) fn session_info(
-    id: SessionId,
-    session: Session,
-    keys: usize,
-    log_time_ms: u64,
-) -> v1::SessionInfo {
+pub(crate) fn session_info(id: SessionId, session: Face, log_time_ms: u64) -> v1::SessionInfo {
     v1::SessionInfo {
         session_id: id.0,
         name: session.name,
@@ -21,7 +16,7 @@ pub(crate) fn session_info(
         ttl_ms: session.ttl_ms,
         opened_revision: session.opened_revision,
         age_ms: log_time_ms.saturating_sub(session.opened_at),
-        keys: keys as u64,
+        keys: session.keys as u64,
     }
 }
 

@@ -207,7 +207,7 @@ async fn observe(
         after_revision,
     } = request;
     validate::lock_name(&name)?;
-    let observations = observe::observe(&gateway, &name, after_revision).await?;
+    let observations = observe::observe(&gateway, &name, after_revision, true).await?;
     let told = move |observation: Result<Observation, Refusal>| {
         let Observation { revision, leader } =
             observation.map_err(|refusal| gateway.status_of(refusal))?;

@@ -33,17 +33,25 @@ mod watch;
 
 use std::{future::Future, ops::Deref, sync::Arc, time::Duration};
 
-use conclave_core::ids::{Revision, Term};
-use conclave_proto::etcd::{
-    etcdserverpb::{
-        ResponseHeader, auth_server::AuthServer, cluster_server::ClusterServer,
-        kv_server::KvServer, lease_server::LeaseServer, maintenance_server::MaintenanceServer,
-        watch_server::WatchServer,
-    },
-    v3electionpb::election_server::ElectionServer,
-    v3lockpb::lock_server::LockServer,
+use conclave_core::{
+    ids::{Attachment, Revision, SessionId, Term},
+    keyspace::RevisionError,
+    replica::{Failure, Query},
 };
-use tokio::time;
+use conclave_primitives::Primitives;
+use conclave_proto::{
+    etcd::{
+        etcdserverpb::{
+            ResponseHeader, auth_server::AuthServer, cluster_server::ClusterServer,
+            kv_server::KvServer, lease_server::LeaseServer, maintenance_server::MaintenanceServer,
+            watch_server::WatchServer,
+        },
+        v3electionpb::election_server::ElectionServer,
+        v3lockpb::lock_server::LockServer,
+    },
+    internal::command::Body,
+};
+use tokio::time::{self, Instant};
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::Routes};
 
 pub(crate) use self::snapshot::Source as Snapshots;
@@ -52,14 +60,21 @@ use self::{
     lease::LeaseService, lock::LockService, maintenance::MaintenanceService, replies::Replies,
     status::Error, watch::WatchService,
 };
-use crate::{gateway::Gateway, metrics::Method, routes::REQUEST_OVERHEAD_BYTES};
+use crate::{
+    gateway::{Answer, Gateway},
+    metrics::{Counted, Method},
+    routes::REQUEST_OVERHEAD_BYTES,
+    status::Refusal,
+};
 
 /// The version of etcd whose API this is: clients choose by it what they ask for.
 pub(crate) const VERSION: &str = "3.6.0";
 /// What etcd's log puts around a request, and counts against the limit of its size.
 const ENTRY_OVERHEAD_BYTES: usize = 18;
-/// A stream that asked for it ends after so many election timeouts without a leader.
-const TIMEOUTS_WITHOUT_LEADER: u32 = 3;
+/// How long a request waits for a leader, as long as with etcd.
+const LEADER_WITHIN: Duration = Duration::from_secs(7);
+/// Between two attempts to reach it.
+const RETRY_AFTER: Duration = Duration::from_millis(50);
 
 /// The way to the replica, with what only this API needs.
 #[derive(Clone, Debug)]
@@ -94,6 +109,68 @@ pub(crate) fn add_services(routes: Routes, gateway: &Arc<Gateway>) -> Routes {
         .add_service(Replies(lock.max_decoding_message_size(bytes_max)))
         .add_service(Replies(election.max_decoding_message_size(bytes_max)))
         .add_service(Replies(auth.max_decoding_message_size(bytes_max)))
+}
+
+/// Requests to the replica: as those of the [`Gateway`], but each waits for a leader. So
+/// clients, which repeat no write, do not see elections and hand-overs.
+impl Etcd {
+    /// Has a command replicated.
+    async fn command(&self, body: Body) -> Result<Answer, Error> {
+        patiently(is_untaken, || self.0.command(body.clone())).await
+    }
+
+    /// Has a command replicated that gives something back, ahead of others.
+    async fn ending(&self, body: Body) -> Result<Answer, Error> {
+        patiently(is_untaken, || self.0.ending(body.clone())).await
+    }
+
+    /// Asks a linearizable question.
+    async fn read(&self, query: impl Fn() -> Query<Primitives>) -> Result<Answer, Error> {
+        patiently(is_unanswered, || self.0.read(query())).await
+    }
+
+    /// Asks how long a session has left.
+    async fn time_left(&self, session: SessionId) -> Result<Answer, Error> {
+        patiently(is_unanswered, || self.0.time_left(session)).await
+    }
+
+    /// Renews a session. A renewal counts from when it last set out.
+    async fn renew(&self, of: Attachment) -> Result<Answer, Error> {
+        patiently(is_unanswered, || self.0.renew(of)).await
+    }
+}
+
+/// Repeats what fails like this until there is a leader. An attempt takes the time that
+/// it takes: what was taken is not given up.
+async fn patiently<T, F>(
+    may_repeat: fn(&Refusal) -> bool,
+    attempt: impl Fn() -> F,
+) -> Result<T, Error>
+where
+    F: Future<Output = Result<T, Refusal>>,
+{
+    let until = Instant::now() + LEADER_WITHIN;
+    loop {
+        match attempt().await {
+            Err(refusal) if may_repeat(&refusal) => {
+                if Instant::now() >= until {
+                    return Err(Error::TimedOut);
+                }
+                time::sleep(RETRY_AFTER).await;
+            }
+            outcome => return Ok(outcome?),
+        }
+    }
+}
+
+/// Whether no member has taken it, nor ever will.
+fn is_untaken(refusal: &Refusal) -> bool {
+    matches!(refusal, Refusal::Failed(Failure::NotLeader { .. }))
+}
+
+/// Whether there is no answer: enough to ask again for what changes nothing.
+fn is_unanswered(refusal: &Refusal) -> bool {
+    is_untaken(refusal) || matches!(refusal, Refusal::Failed(Failure::OutcomeUnknown))
 }
 
 impl Etcd {
@@ -138,9 +215,36 @@ impl Etcd {
         }
     }
 
+    /// Opens a stream: checks what came with the call, and counts it until the stream
+    /// ends. `open` learns whether the client wants a leader to be known so long.
+    pub(crate) async fn stream<A, S, F>(
+        &self,
+        method: Method,
+        request: Request<A>,
+        open: impl FnOnce(A, bool) -> F,
+    ) -> Result<Response<Counted<S>>, Status>
+    where
+        F: Future<Output = Result<S, Error>>,
+    {
+        let call = self.metrics.begin(method);
+        let (metadata, _, request) = request.into_parts();
+        let opened = match self.admit(&metadata) {
+            Ok(wants_leader) => open(request, wants_leader).await,
+            Err(error) => Err(error),
+        };
+        match opened {
+            Ok(stream) => Ok(Response::new(call.stream(stream))),
+            Err(error) => {
+                let status = error.into_status();
+                call.end(status.code());
+                Err(status)
+            }
+        }
+    }
+
     /// Refuses a call that this member must not serve by what came with it; else says
     /// whether the client wants a leader to be known as long as the call lasts. A stream
-    /// then ends with [`Error::NoLeader`] when [`Etcd::leader_is_lost`] does.
+    /// then ends when [`Gateway::is_over`] does.
     pub(crate) fn admit(&self, metadata: &MetadataMap) -> Result<bool, Error> {
         if let Some(version) = metadata.get("client-api-version")
             && str::from_utf8(version.as_encoded_bytes()).is_err()
@@ -156,17 +260,11 @@ impl Etcd {
         Ok(wants_leader)
     }
 
-    /// Ends when no leader was known at each of three looks in a row, an election
-    /// timeout apart.
-    pub(crate) async fn leader_is_lost(&self) {
-        let timeout = Duration::from_millis(self.settings.election_ms);
-        let mut without = 0;
-        while without < TIMEOUTS_WITHOUT_LEADER {
-            time::sleep(timeout).await;
-            without = match self.handle.status().leader {
-                Some(_) => 0,
-                None => without + 1,
-            };
+    /// How a revision is refused that is below every compaction.
+    pub(crate) fn below_compaction(&self) -> RevisionError {
+        RevisionError::Compacted {
+            asked: 0,
+            compacted: self.handle.status().compacted,
         }
     }
 

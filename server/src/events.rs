@@ -259,9 +259,8 @@ impl Attachments {
                 let Answer { revision, body, .. } = outcome?;
                 match body {
                     AnswerBody::SessionEnded(end) => Ok(self.ended(session, revision, end)),
-                    AnswerBody::Session { session: found, .. } => {
-                        let present = found.requests.attachment();
-                        Ok(self.superseded(session, revision, present))
+                    AnswerBody::Session(found) => {
+                        Ok(self.superseded(session, revision, found.attachment))
                     }
                     _ => Ok(None),
                 }

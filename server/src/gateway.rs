@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use conclave_core::{
@@ -16,7 +17,7 @@ use conclave_core::{
 };
 use conclave_primitives::Primitives;
 use conclave_proto::{internal::command, v1};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time};
 use tonic::{Code, Response};
 
 use crate::{
@@ -33,6 +34,9 @@ use crate::{
 
 /// What the replica answers.
 pub(crate) type Answer = replica::Answer<Primitives>;
+
+/// A stream that needs a leader ends after so many election timeouts without one.
+const TIMEOUTS_WITHOUT_LEADER: u32 = 3;
 
 /// The gateway of one thread. See the module.
 #[derive(Debug)]
@@ -184,6 +188,29 @@ impl Gateway {
                 ..
             } => Err(Refusal::NoSpace),
             answer => Ok(answer),
+        }
+    }
+
+    /// Why a stream ends although its client does not end it: this member stops, or has
+    /// lost the leader, if the client wants one to be known as long as the stream lasts.
+    pub(crate) async fn is_over(self: Arc<Self>, wants_leader: bool) -> Failure {
+        tokio::select! {
+            () = self.hub.closed() => Failure::ShuttingDown,
+            () = self.leader_is_lost(), if wants_leader => Failure::NotLeader { leader: None },
+        }
+    }
+
+    /// Ends when no leader was known at each of three looks in a row, an election
+    /// timeout apart.
+    async fn leader_is_lost(&self) {
+        let timeout = Duration::from_millis(self.settings.election_ms);
+        let mut without = 0;
+        while without < TIMEOUTS_WITHOUT_LEADER {
+            time::sleep(timeout).await;
+            without = match self.handle.status().leader {
+                Some(_) => 0,
+                None => without + 1,
+            };
         }
     }
 

@@ -33,16 +33,19 @@ pub(crate) fn routes(gateway: Arc<Gateway>) -> Router {
 
 /// What is not there: gRPC clients and people are told in their own terms.
 pub(crate) async fn unknown(uri: Uri, headers: HeaderMap) -> Response {
-    let kind = headers
-        .get(header::CONTENT_TYPE)
-        .map_or(&b""[..], |kind| kind.as_bytes());
-    if kind.starts_with(b"application/grpc") {
+    if is_grpc(&headers) {
         let service = uri.path().trim_start_matches('/').rsplit_once('/');
         let service = service.map_or("", |(service, _)| service);
         let status = Status::unimplemented(format!("unknown service {service}"));
         return status.into_http::<axum::body::Body>();
     }
     (StatusCode::NOT_FOUND, "not found\n").into_response()
+}
+
+/// Whether a request with these headers is a gRPC call.
+pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE);
+    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// Whether a linearizable read succeeds.

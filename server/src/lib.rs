@@ -28,6 +28,7 @@
 mod channel;
 mod cluster;
 mod convert;
+mod deadline;
 mod election;
 mod etcd;
 mod events;

@@ -4,11 +4,17 @@
 
 use std::{
     fmt::Write as _,
-    sync::atomic::{AtomicU64, Ordering},
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use conclave_core::replica::{Role, Status};
+use futures_util::Stream;
 use tonic::Code;
 
 /// One series, or several that differ in labels.
@@ -41,7 +47,7 @@ const REQUESTS: Metric = counter(
 );
 const IN_FLIGHT: Metric = gauge(
     "conclave_requests_in_flight",
-    "Requests that wait for their answer, by method.",
+    "Requests that wait for their answer, and streams that are open, by method.",
 );
 const CONNECTIONS: Metric = counter(
     "conclave_client_connections_total",
@@ -364,11 +370,12 @@ impl Metrics {
     }
 
     /// Counts a request from now on until what is returned is dropped.
-    pub(crate) fn begin(&self, method: Method) -> InFlight<'_> {
+    pub(crate) fn begin(self: &Arc<Self>, method: Method) -> InFlight {
         let counters = &self.methods[method as usize];
         counters.in_flight.fetch_add(1, Ordering::Relaxed);
         InFlight {
-            counters,
+            metrics: Arc::clone(self),
+            method,
             code: Code::Cancelled,
         }
     }
@@ -376,21 +383,54 @@ impl Metrics {
 
 /// A request that is being served. One that is dropped was cancelled.
 #[derive(Debug)]
-pub(crate) struct InFlight<'a> {
-    counters: &'a MethodCounters,
+pub(crate) struct InFlight {
+    metrics: Arc<Metrics>,
+    method: Method,
     code: Code,
 }
 
-impl InFlight<'_> {
+impl InFlight {
     pub(crate) fn end(mut self, code: Code) {
         self.code = code;
     }
+
+    /// Goes on as long as this stream does, and ends with its code.
+    pub(crate) fn stream<S>(self, stream: S) -> Counted<S> {
+        let call = Some(self);
+        Counted { stream, call }
+    }
 }
 
-impl Drop for InFlight<'_> {
+impl Drop for InFlight {
     fn drop(&mut self) {
-        self.counters.in_flight.fetch_sub(1, Ordering::Relaxed);
-        self.counters.answered[self.code as usize].fetch_add(1, Ordering::Relaxed);
+        let counters = &self.metrics.methods[self.method as usize];
+        counters.in_flight.fetch_sub(1, Ordering::Relaxed);
+        counters.answered[self.code as usize].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A stream that is being served.
+#[derive(Debug)]
+pub(crate) struct Counted<S> {
+    stream: S,
+    /// Until it has ended.
+    call: Option<InFlight>,
+}
+
+impl<T, S: Stream<Item = Result<T, tonic::Status>> + Unpin> Stream for Counted<S> {
+    type Item = S::Item;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<S::Item>> {
+        let next = ready!(Pin::new(&mut self.stream).poll_next(context));
+        let code = match &next {
+            Some(Ok(_)) => return Poll::Ready(next),
+            Some(Err(status)) => status.code(),
+            None => Code::Ok,
+        };
+        if let Some(call) = self.call.take() {
+            call.end(code);
+        }
+        Poll::Ready(next)
     }
 }
 
@@ -563,6 +603,8 @@ fn escape(label: &str) -> String {
 mod tests {
     use std::collections::BTreeSet;
 
+    use futures_util::{FutureExt as _, StreamExt as _, stream};
+
     use super::*;
 
     fn rendered(metrics: &Metrics) -> String {
@@ -605,8 +647,37 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_is_counted_until_its_end() {
+        let metrics = Arc::new(Metrics::new());
+        let open = |told: Vec<Result<(), tonic::Status>>| {
+            let call = metrics.begin(Method::Watch);
+            call.stream(stream::iter(told))
+        };
+        let next = |stream: &mut Counted<_>| stream.next().now_or_never().flatten();
+        let (mut ended, mut failed) = (
+            open(vec![Ok(())]),
+            open(vec![Ok(()), Err(tonic::Status::unavailable(""))]),
+        );
+        let dropped = open(vec![Ok(())]);
+        for stream in [&mut ended, &mut failed] {
+            assert!(next(stream).is_some_and(|told| told.is_ok()));
+        }
+        let line = "conclave_requests_in_flight{method=\"etcdserverpb.Watch/Watch\"}";
+        assert!(rendered(&metrics).contains(&format!("{line} 3\n")));
+        assert!(next(&mut ended).is_none());
+        assert!(next(&mut failed).is_some_and(|told| told.is_err()));
+        drop((dropped, ended, failed));
+        let text = rendered(&metrics);
+        assert!(text.contains(&format!("{line} 0\n")), "{text}");
+        for code in ["Ok", "Unavailable", "Cancelled"] {
+            let line = format!("{{method=\"etcdserverpb.Watch/Watch\",code=\"{code}\"}} 1\n");
+            assert!(text.contains(&line), "{code}: {text}");
+        }
+    }
+
+    #[test]
     fn requests_are_counted_by_method_and_code() {
-        let metrics = Metrics::new();
+        let metrics = Arc::new(Metrics::new());
         metrics.begin(Method::LockAcquire).end(Code::Ok);
         metrics.begin(Method::LockAcquire).end(Code::Ok);
         drop(metrics.begin(Method::LockAcquire));

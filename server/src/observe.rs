@@ -25,15 +25,17 @@ struct Observing {
     /// Up to where it has been told everything.
     told: Revision,
     ready: VecDeque<Observation>,
-    closed: Pin<Box<dyn Future<Output = ()> + Send>>,
+    is_over: Pin<Box<dyn Future<Output = Failure> + Send>>,
 }
 
 /// Tells how an election stands, and every change from then on; or the changes behind a
-/// revision, if that is not 0. Ends with an error only.
+/// revision, if that is not 0. Ends with an error only; if the client wants a leader to be
+/// known, also when it is lost: cut off from the others, this member hears of nothing.
 pub(crate) async fn observe(
     gateway: &Arc<Gateway>,
     name: &str,
     after: Revision,
+    wants_leader: bool,
 ) -> Result<impl Stream<Item = Result<Observation, Refusal>> + Send + use<>, Refusal> {
     let revision = (after != 0).then_some(after);
     let range = Observer::range(name);
@@ -63,7 +65,7 @@ pub(crate) async fn observe(
         reader,
         told,
         ready,
-        closed: Box::pin(gateway.hub.closed()),
+        is_over: Box::pin(Arc::clone(gateway).is_over(wants_leader)),
     };
     Ok(stream::unfold(Some(observing), |observing| async {
         let mut observing = observing?;
@@ -113,7 +115,7 @@ impl Observing {
                 return Ok(observation);
             }
             let notice = tokio::select! {
-                () = &mut self.closed => return Err(Failure::ShuttingDown.into()),
+                failure = &mut self.is_over => return Err(failure.into()),
                 notice = self.reader.next() => notice,
             };
             self.take(notice)?;

@@ -31,9 +31,11 @@ use tonic_health::{
     pb::health_server::{Health, HealthServer},
     server::{HealthReporter, health_reporter},
 };
+use tower_layer::layer_fn;
 
 use crate::{
     cluster::role_name,
+    deadline::Deadlines,
     etcd::Snapshots,
     events::Hub,
     gateway::Gateway,
@@ -464,6 +466,7 @@ async fn serve_connections(
         .http2_max_pending_accept_reset_streams(Some(RESETS_MAX))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .layer(layer_fn(Deadlines))
         .add_routes(routes)
         .serve_with_incoming_shutdown(
             net::incoming(connections),

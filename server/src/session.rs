@@ -217,7 +217,7 @@ async fn list(
     };
     let sessions = sessions
         .into_iter()
-        .map(|(id, session, keys)| convert::session_info(id, session, keys, log_time_ms))
+        .map(|(id, session)| convert::session_info(id, session, log_time_ms))
         .collect();
     let header = gateway.header(answer.revision, answer.term);
     Ok(v1::ListSessionsResponse {

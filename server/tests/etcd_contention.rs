@@ -10,7 +10,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use conclave_proto::{
     etcd::{
-        etcdserverpb::{PutRequest, RangeRequest, kv_client::KvClient},
+        etcdserverpb::{
+            LeaseTimeToLiveRequest, PutRequest, RangeRequest, kv_client::KvClient,
+            lease_client::LeaseClient,
+        },
         mvccpb::KeyValue,
         v3electionpb::{
             CampaignRequest, LeaderKey, LeaderRequest, LeaderResponse, ProclaimRequest,
@@ -417,4 +420,75 @@ async fn observed(stream: &mut Streaming<v1::ObserveResponse>) -> (u64, Option<(
     let told = message.expect("nothing is told").unwrap().unwrap();
     let leader = told.leader.map(|leader| (leader.term, leader.value));
     (told.revision, leader)
+}
+
+#[tokio::test]
+async fn what_is_too_large_or_would_be_a_native_lock_is_refused() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let key = Bytes::from(vec![b'k'; 1_572_864]);
+    let too_large = unknown("etcdserver: request is too large");
+    let refused = unlock(&client, key.clone()).await.unwrap_err();
+    assert_eq!(told(refused), too_large);
+    let leader = LeaderKey {
+        key,
+        ..LeaderKey::default()
+    };
+    let refused = proclaim(&client, leader.clone(), "v").await.unwrap_err();
+    assert_eq!(told(refused), too_large);
+    let request = ResignRequest {
+        leader: Some(leader),
+    };
+    let refused = elections(&client).resign(request).await.unwrap_err();
+    assert_eq!(told(refused), too_large);
+
+    let a = client.open("a").await;
+    client.acquire(acquire("l", a, None)).await.unwrap();
+    let native = queue(&client, "l").await.remove(0).value;
+    let request = CampaignRequest {
+        name: "e".into(),
+        lease: a,
+        value: native,
+    };
+    let refused = elections(&client).campaign(request).await.unwrap_err();
+    let text = "etcdserver: the value is that of a native lock";
+    assert_eq!(told(refused), unknown(text));
+}
+
+#[tokio::test]
+async fn who_proclaims_without_a_lease_keeps_the_one_that_its_key_has() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let a = client.open("a").await;
+    let key = campaign(&client, a, "1").await.unwrap();
+    let without = LeaderKey {
+        lease: 0,
+        ..key.clone()
+    };
+    proclaim(&client, without, "2").await.unwrap();
+    let now = leader(&client).await.unwrap();
+    assert_eq!((&now.value[..], now.lease), (&b"2"[..], a));
+    close(&client, a).await;
+    let gone = proclaim(&client, key, "3").await.unwrap_err();
+    assert_eq!(told(gone), unknown("election: not leader"));
+}
+
+#[tokio::test]
+async fn the_keys_of_a_lease_are_those_that_clients_know() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let (a, b) = (client.open("a").await, client.open("b").await);
+    lock(&client, "l", a).await.unwrap();
+    let waiting = waiting_lock(&client, b);
+    until_queued(&client, "l", 2).await;
+    let request = LeaseTimeToLiveRequest { id: b, keys: true };
+    let life = LeaseClient::new(client.channel.clone())
+        .lease_time_to_live(request)
+        .await;
+    let keys = life.unwrap().into_inner().keys;
+    assert_eq!(keys, [format!("l/{b:x}")]);
+    waiting.abort();
 }

@@ -15,7 +15,7 @@ use conclave_proto::{
     },
     v1,
 };
-use harness::{Client, Directory, Node, acquire, alone};
+use harness::{Client, Directory, Node, acquire, alone, three};
 use tonic::{Code, Status, client::Grpc, codegen::http::uri::PathAndQuery, transport::Channel};
 
 fn kv(client: &Client) -> KvClient<Channel> {
@@ -631,7 +631,7 @@ async fn a_deleted_holders_grant_ends_and_the_next_one_holds() {
 #[tokio::test]
 async fn without_a_leader_who_wants_one_is_refused_and_local_reads_go_on() {
     let directory = Directory::new();
-    let mut nodes: Vec<Node> = harness::three(&directory)
+    let mut nodes: Vec<Node> = three(&directory)
         .iter()
         .map(|options| Node::start(options).unwrap())
         .collect();
@@ -665,6 +665,42 @@ async fn without_a_leader_who_wants_one_is_refused_and_local_reads_go_on() {
     };
     let found = kv(&client).range(local).await.unwrap().into_inner();
     assert_eq!(found.kvs[0].value, "1");
-    let refused = kv(&client).range(from("a", "")).await.unwrap_err();
+    // Others wait for one, for as long as they do with etcd.
+    let (mut one, mut other) = (kv(&client), kv(&client));
+    let (read, written) = tokio::join!(one.range(from("a", "")), other.put(put("a", "2")));
+    let timed_out = (Code::Unavailable, "etcdserver: request timed out");
+    assert_eq!(told(&read.unwrap_err()), timed_out);
+    assert_eq!(told(&written.unwrap_err()), timed_out);
+}
+
+#[tokio::test]
+async fn a_request_waits_for_a_leader() {
+    let directory = Directory::new();
+    let members = three(&directory);
+    let first = Node::start(&members[0]).unwrap();
+    let client = first.connect().await;
+    let mut wants_leader = tonic::Request::new(put("a", "1"));
+    wants_leader
+        .metadata_mut()
+        .insert("hasleader", "true".parse().unwrap());
+    let refused = kv(&client).put(wants_leader).await.unwrap_err();
     assert_eq!(told(&refused), (Code::Unavailable, "etcdserver: no leader"));
+
+    let (to_put, to_read) = (client.clone(), client.clone());
+    let written = tokio::spawn(async move { kv(&to_put).put(put("a", "1")).await });
+    let request = RangeRequest {
+        key: "b".into(),
+        ..RangeRequest::default()
+    };
+    let read = tokio::spawn(async move { kv(&to_read).range(request).await });
+    // Longer than a request that is refused takes.
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    assert!(!written.is_finished() && !read.is_finished());
+    let others: Vec<Node> = members[1..]
+        .iter()
+        .map(|member| Node::start(member).unwrap())
+        .collect();
+    written.await.unwrap().unwrap();
+    read.await.unwrap().unwrap();
+    drop(others);
 }

@@ -107,6 +107,20 @@ async fn members_are_listed_and_not_changed() {
     refused(answer, Code::FailedPrecondition, "Peer URLs already exists");
     let answer = members.member_add(add(&["http://127.0.0.1:1"])).await;
     refused(answer, Code::Unimplemented, fixed);
+    // Of an update, etcd does not look at the addresses, only at whose they are.
+    let update = |id: u64, url: &str| MemberUpdateRequest {
+        id,
+        peer_ur_ls: vec![url.to_owned()],
+    };
+    let others = &listed.members[1].peer_ur_ls[0];
+    let answer = members.member_update(update(known.id, others)).await;
+    refused(answer, Code::FailedPrecondition, "Peer URLs already exists");
+    for url in [&known.peer_ur_ls[0], "no address"] {
+        let answer = members.member_update(update(known.id, url)).await;
+        refused(answer, Code::Unimplemented, fixed);
+    }
+    let answer = members.member_update(update(5, others)).await;
+    refused(answer, Code::NotFound, "member not found");
     for (id, code, text, promoted) in [
         (5, Code::NotFound, "member not found", Code::NotFound),
         (

@@ -13,7 +13,7 @@ use conclave_proto::{
     v1,
 };
 use conclave_server::{Options, ServerError};
-use harness::{Directory, Node, PATIENCE, acquire, eventually, get, three};
+use harness::{Directory, Node, PATIENCE, acquire, eventually, get, reason, three};
 use tokio::time::timeout;
 use tonic::{Code, transport::Channel};
 
@@ -137,6 +137,33 @@ async fn a_member_without_a_majority_says_so_and_does_not_hang() {
             .1
             .contains(r#""health":"false""#)
     );
+}
+
+#[tokio::test]
+async fn a_member_without_a_leader_ends_the_streams_of_observers() {
+    let directory = Directory::new();
+    let options = three(&directory);
+    let mut nodes = start_all(&options);
+    let left = nodes.pop().unwrap();
+    let client = left.connect().await;
+    let observe = v1::ObserveRequest {
+        name: "db".to_owned(),
+        after_revision: 0,
+    };
+    let mut observed = client
+        .elections()
+        .observe(observe)
+        .await
+        .unwrap()
+        .into_inner();
+    let first = timeout(PATIENCE, observed.message()).await.unwrap();
+    assert!(first.unwrap().unwrap().leader.is_none());
+    for node in nodes {
+        node.stop().unwrap();
+    }
+    let ended = timeout(PATIENCE, observed.message()).await;
+    let ended = ended.expect("it would be silent for ever").unwrap_err();
+    assert_eq!(reason(&ended), "NOT_LEADER");
 }
 
 #[tokio::test]

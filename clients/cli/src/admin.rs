@@ -11,7 +11,8 @@ use crate::{
     cli::{CompactArgs, DEFAULT_ENDPOINT, ElectionsArgs, Global, LocksArgs, UnlockArgs},
     duration,
     failure::{Failure, GENERAL, UNREACHED},
-    output::{self, Format, hex, session_hex},
+    kv::show,
+    output::{self, Format, hex, session_hex, session_value},
 };
 
 /// A client of the servers that the command line names.
@@ -209,8 +210,7 @@ fn lock(lock: &LockInfo) -> Value {
 
 fn contender(contender: &Contender) -> Value {
     let mut shown = json!({
-        "key": String::from_utf8_lossy(&contender.key),
-        "session_id": session_hex(contender.session_id),
+        "session_id": session_value(contender.session_id),
         "session_name": contender.session_name,
         "owner": contender.owner,
         "token": contender.token,
@@ -219,6 +219,7 @@ fn contender(contender: &Contender) -> Value {
         "entries": contender.entries,
         "candidate": contender.candidate,
     });
+    show::put_bytes(&mut shown, "key", &contender.key);
     if let Some(left_ms) = contender.delay_left_ms {
         shown["delay_left_ms"] = left_ms.into();
     }
@@ -257,14 +258,15 @@ fn election(election: &ElectionInfo) -> Value {
 
 /// A leader as programs see it. What it proclaims is text where it can be.
 pub(crate) fn leader(leader: &Leader) -> Value {
-    json!({
-        "key": String::from_utf8_lossy(&leader.key),
+    let mut shown = json!({
         "term": leader.term,
-        "value": String::from_utf8_lossy(&leader.value),
         "proclaimed_revision": leader.proclaimed_revision,
-        "session_id": session_hex(leader.session_id),
+        "session_id": session_value(leader.session_id),
         "owner": leader.owner,
-    })
+    });
+    show::put_bytes(&mut shown, "key", &leader.key);
+    show::put_bytes(&mut shown, "value", &leader.value);
+    shown
 }
 
 fn election_rows(election: &ElectionInfo) -> Vec<Vec<String>> {
@@ -275,7 +277,7 @@ fn election_rows(election: &ElectionInfo) -> Vec<Vec<String>> {
             (0, None) => "no leader".to_owned(),
             (place, _) => place.to_string(),
         };
-        let value = leader.map(|leader| String::from_utf8_lossy(&leader.value).into_owned());
+        let value = leader.map(|leader| show::shown(&leader.value));
         vec![
             election.name.clone(),
             place,
@@ -363,5 +365,31 @@ fn server_row(server: &ServerStatus) -> Vec<String> {
             "-".to_owned(),
             "unreachable".to_owned(),
         ],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_shown_every_byte() {
+        let shown = leader(&Leader {
+            key: "db/\u{fffd}".into(),
+            value: b"\xff"[..].into(),
+            ..Leader::default()
+        });
+        assert_eq!(shown["value_base64"], "/w==");
+        assert_eq!(
+            (&shown["value"], &shown["session_id"]),
+            (&Value::Null, &Value::Null)
+        );
+        let shown = contender(&Contender {
+            key: b"a/\xff"[..].into(),
+            session_id: 31,
+            ..Contender::default()
+        });
+        assert_eq!(shown["key_base64"], "YS//");
+        assert_eq!(shown["session_id"], "1f");
     }
 }

@@ -198,7 +198,8 @@ Examples:
 
 const SESSIONS_HELP: &str = "\
 A session ends when it was not renewed for its TTL, and its locks end with it.
-KEYS counts the locks that it holds or waits for.
+KEYS counts the keys that are bound to it: locks that it holds or waits for, elections,
+and all that was put with it as a lease.
 
 Examples:
   conclave sessions
@@ -262,8 +263,8 @@ Examples:
 
 #[derive(Debug, Args)]
 pub(crate) struct DevArgs {
-    /// How many servers.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=7))]
+    /// How many servers; at most 6, since there are no ports for more.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=6))]
     pub(crate) nodes: u16,
     /// Keep the data here, and go on with what is there.
     #[arg(long, value_name = "DIR")]
@@ -528,6 +529,7 @@ mod tests {
             "unlock deploy --force",
             "unlock deploy --reason maintenance",
             "dev --nodes 0",
+            "dev --nodes 7",
             "dev --port 70000",
             "check-data",
             "compact all",

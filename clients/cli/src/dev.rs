@@ -5,6 +5,7 @@
 //! ends.
 
 use std::{
+    collections::BTreeSet,
     env,
     ffi::OsString,
     fs::{self, File},
@@ -21,7 +22,7 @@ use tokio::{
     net::TcpStream,
     process::{Child, ChildStdin, Command},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 
 use crate::{
@@ -237,18 +238,43 @@ fn start(plan: &Plan, members: &str) -> Result<Server, Failure> {
 }
 
 /// Waits until every server serves linearizable reads. One that ends before is
-/// an error.
+/// an error, whichever it is.
 async fn ready(servers: &mut [Server]) -> Result<(), Failure> {
-    for server in servers {
-        let Server { plan, child, .. } = server;
+    let mut asked = JoinSet::new();
+    for (n, server) in servers.iter().enumerate() {
+        let address = server.plan.client.clone();
+        asked.spawn(async move {
+            until_ready(&address).await;
+            n
+        });
+    }
+    let mut waiting: BTreeSet<usize> = (0..servers.len()).collect();
+    let deadline = Instant::now() + READY;
+    while let Some(first) = waiting.first() {
         tokio::select! {
-            result = timeout(READY, until_ready(&plan.client)) => {
-                result.map_err(|_| not_ready(plan, "is not ready in time"))?;
+            Some(Ok(ready)) = asked.join_next() => {
+                waiting.remove(&ready);
             }
-            status = child.wait() => {
-                server.has_ended = true;
-                return Err(not_ready(plan, &format!("ended: {}", status?)));
+            () = sleep(LOOK) => none_has_ended(servers)?,
+            () = sleep_until(deadline) => {
+                return Err(not_ready(&servers[*first].plan, "is not ready in time"));
             }
+        }
+    }
+    Ok(())
+}
+
+fn none_has_ended(servers: &mut [Server]) -> Result<(), Failure> {
+    for Server {
+        plan,
+        child,
+        has_ended,
+        ..
+    } in servers
+    {
+        if let Some(status) = child.try_wait()? {
+            *has_ended = true;
+            return Err(not_ready(plan, &format!("ended: {status}")));
         }
     }
     Ok(())

@@ -1,5 +1,7 @@
 //! `conclave elect`: leads while a command runs, or observes who does.
 
+use std::pin::pin;
+
 use conclave_client::Observed;
 use serde_json::json;
 
@@ -8,6 +10,7 @@ use crate::{
     cli::{ElectArgs, Global},
     failure::Failure,
     hold::{self, Held},
+    kv::show,
     output::{self, Format, session_hex},
     process::{Signals, signal_code},
 };
@@ -25,18 +28,34 @@ pub(crate) async fn run(args: ElectArgs, global: Global) -> Result<u8, Failure> 
             (false, Some(limit)) => campaign.wait(limit),
             (false, None) => campaign,
         };
-        async { campaign.await.map(Held::Leadership) }
+        async move {
+            let granted = campaign.await.map(Held::Leadership);
+            granted.map_err(|error| hold::in_time(args.try_now, error))
+        }
     })
     .await
 }
 
-/// Prints one line for each change, until a signal.
+/// Prints one line for each change, until a signal, or until nobody reads them.
 async fn observe(name: &str, global: &Global) -> Result<u8, Failure> {
     let mut signals = Signals::new()?;
     let mut observer = connect(global)?.observe(name);
+    let mut unread = pin!(output::unread());
+    let mut was_told = false;
     loop {
         tokio::select! {
-            observed = observer.next() => show(&observed?, global.output)?,
+            observed = observer.next() => match observed {
+                Ok(observed) => {
+                    show(&observed, global.output)?;
+                    was_told = true;
+                }
+                // It goes on where it was, when there is a cluster again.
+                Err(error) if was_told && error.is_retryable() => {
+                    output::complain(&error.to_string());
+                }
+                Err(error) => return Err(error.into()),
+            },
+            () = &mut unread => return Ok(0),
             signal = signals.end() => return Ok(signal_code(signal.as_raw())),
         }
     }
@@ -48,27 +67,28 @@ fn show(observed: &Observed, format: Format) -> Result<(), Failure> {
         leader,
         missed,
     } = observed;
-    match format {
-        Format::Json => output::json(&json!({
+    match (format, leader) {
+        (Format::Json, leader) => output::json(&json!({
             "revision": revision,
             "leader": leader.as_ref().map(admin::leader),
             "missed": missed,
         }))?,
-        Format::Table => {
-            let told = match leader {
-                Some(leader) => {
-                    let value = String::from_utf8_lossy(&leader.value);
-                    let session = session_hex(leader.session_id);
-                    format!(
-                        "term {}  session {session}  {}",
-                        leader.term,
-                        output::plain(&value)
-                    )
-                }
-                None => "no leader".to_owned(),
-            };
-            output::text(&format!("{told}\n"))?;
+        (Format::Table, Some(leader)) => {
+            let value = show::shown(&leader.value);
+            let session = session_hex(leader.session_id);
+            let term = leader.term;
+            let gap = gap(*missed);
+            output::text(&format!("term {term}  session {session}  {value}{gap}\n"))?;
         }
+        (Format::Table, None) => output::text(&format!("no leader{}\n", gap(*missed)))?,
     }
     Ok(())
+}
+
+/// What people are told if something may have happened since the line before.
+fn gap(missed: bool) -> &'static str {
+    match missed {
+        true => "  (changes before this were missed)",
+        false => "",
+    }
 }

@@ -52,7 +52,13 @@ impl From<Error> for Failure {
             Error::SessionLost(_) | Error::PlaceLost { .. } => LOST,
             _ => GENERAL,
         };
-        Failure::new(code, error.to_string())
+        let hint = match &error {
+            Error::Unreachable { .. } => {
+                "; --endpoints, or CONCLAVE_ENDPOINTS, says where they are"
+            }
+            _ => "",
+        };
+        Failure::new(code, format!("{error}{hint}"))
     }
 }
 

@@ -19,6 +19,7 @@ use crate::{
     admin::connect,
     cli::Global,
     failure::{Failure, LOST, UNREACHED},
+    kv::show,
     output::{self, Format},
     process::{Signals, command, exit_code, not_started, signal_code, signal_group},
     watchdog::Watchdog,
@@ -87,26 +88,32 @@ impl Held {
             Self::Lock(guard) => (guard.key(), guard.token()),
             Self::Leadership(leadership) => (leadership.key(), leadership.term()),
         };
-        let key = String::from_utf8_lossy(key);
+        let text = show::shown(key);
         match (self, format) {
             (Self::Lock(_), Format::Table) => {
-                output::text(&format!("key    {key}\ntoken  {number}\n"))?;
+                output::text(&format!("key    {text}\ntoken  {number}\n"))?;
             }
             (Self::Leadership(_), Format::Table) => {
-                output::text(&format!("key   {key}\nterm  {number}\n"))?;
+                output::text(&format!("key   {text}\nterm  {number}\n"))?;
             }
-            (Self::Lock(guard), Format::Json) => output::json(&json!({
-                "lock": guard.name(),
-                "key": key,
-                "token": number,
-                "session_id": session,
-            }))?,
-            (Self::Leadership(leadership), Format::Json) => output::json(&json!({
-                "election": leadership.name(),
-                "key": key,
-                "term": number,
-                "session_id": session,
-            }))?,
+            (Self::Lock(guard), Format::Json) => {
+                let mut shown = json!({
+                    "lock": guard.name(),
+                    "token": number,
+                    "session_id": session,
+                });
+                show::put_bytes(&mut shown, "key", key);
+                output::json(&shown)?;
+            }
+            (Self::Leadership(leadership), Format::Json) => {
+                let mut shown = json!({
+                    "election": leadership.name(),
+                    "term": number,
+                    "session_id": session,
+                });
+                show::put_bytes(&mut shown, "key", key);
+                output::json(&shown)?;
+            }
         }
         Ok(())
     }
@@ -195,6 +202,15 @@ async fn hold(
     tokio::select! {
         reason = held.lost() => Err(lost(&held, &reason)),
         _ = signals.end() => give_up(held, 0).await,
+    }
+}
+
+/// What a request fails with: one that may wait for no time at all comes too late where
+/// one that would not wait is refused.
+pub(crate) fn in_time(try_now: bool, error: Error) -> Error {
+    match error {
+        Error::LockHeld if !try_now => Error::WaitTimedOut,
+        error => error,
     }
 }
 
@@ -330,6 +346,12 @@ fn margin(ttl: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wait_of_no_time_is_no_try() {
+        let code = |try_now| Failure::from(in_time(try_now, Error::LockHeld)).code;
+        assert_eq!((code(true), code(false)), (73, 124));
+    }
 
     #[test]
     fn there_is_room_for_grace_and_margin_after_suspicion_of_every_ttl() {

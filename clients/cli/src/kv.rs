@@ -8,6 +8,7 @@ use std::{
     ffi::OsString,
     io::{self, IsTerminal as _, Read as _},
     os::unix::ffi::OsStringExt as _,
+    pin::pin,
 };
 
 use conclave_client::{
@@ -124,8 +125,13 @@ async fn txn(client: &Client, args: TxnArgs, format: Format) -> Result<u8, Failu
 async fn watch(client: &Client, watched: Watched, format: Format) -> Result<u8, Failure> {
     let mut watching = client.watch(watch_of(&watched)).await?;
     let mut left = watched.events.unwrap_or(u64::MAX);
+    let mut unread = pin!(output::unread());
     while left > 0 {
-        for event in watching.next().await.map_err(gone)? {
+        let events = tokio::select! {
+            events = watching.next() => events.map_err(gone)?,
+            () = &mut unread => return Ok(0),
+        };
+        for event in events {
             match format {
                 Format::Json => output::json(&show::event(&event))?,
                 Format::Table => output::text(&show::event_line(&event))?,

@@ -1,6 +1,6 @@
 //! `conclave lease`: leases by their ids.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use conclave_client::{Error, Status};
 use serde_json::{Value, json};
@@ -72,9 +72,10 @@ pub(crate) async fn run(args: LeaseArgs, global: Global) -> Result<u8, Failure> 
     Ok(0)
 }
 
-/// Tells how the lease stands until it is lost.
+/// Tells how the lease stands until it is lost, or nobody listens.
 async fn keep(lease: conclave_client::Lease, format: Format) -> Result<u8, Failure> {
     let mut changes = lease.changes();
+    let mut unread = pin!(output::unread());
     loop {
         let status = changes.borrow_and_update().clone();
         let word = match &status {
@@ -93,8 +94,11 @@ async fn keep(lease: conclave_client::Lease, format: Format) -> Result<u8, Failu
             let id = session_hex(lease.id());
             return Err(Failure::new(LOST, format!("lease {id} lost: {reason}")));
         }
-        if changes.changed().await.is_err() {
-            return Err(Failure::new(GENERAL, "nothing renews the lease any more"));
+        tokio::select! {
+            changed = changes.changed() => changed.map_err(|_| {
+                Failure::new(GENERAL, "nothing renews the lease any more")
+            })?,
+            () = &mut unread => return Ok(0),
         }
     }
 }

@@ -19,7 +19,10 @@ pub(crate) async fn run(args: LockArgs, global: Global) -> Result<u8, Failure> {
             Some(delay) => request.lock_delay(delay),
             None => request,
         };
-        async { request.await.map(Held::Lock) }
+        async move {
+            let granted = request.await.map(Held::Lock);
+            granted.map_err(|error| hold::in_time(args.try_now, error))
+        }
     })
     .await
 }

@@ -1,9 +1,18 @@
 //! What is printed: tables for people, JSON for programs, one line for errors.
-//! A reader that has seen enough (`| head`) is no error.
+//! A reader that has seen enough (`| head`) is no error; what would print for ever ends
+//! then ([`unread`]).
 
-use std::io::{self, Write as _};
+use std::{
+    io::{self, Write as _},
+    time::Duration,
+};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
+use tokio::time::sleep;
+
+/// How often it is looked whether anybody reads.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -25,6 +34,20 @@ pub(crate) fn bytes(bytes: &[u8]) -> io::Result<()> {
     match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result,
+    }
+}
+
+/// Resolves when nobody can read stdout any more; never if it is no pipe.
+pub(crate) async fn unread() {
+    let at_once = Timespec::default();
+    loop {
+        let stdout = io::stdout();
+        let mut polled = [PollFd::new(&stdout, PollFlags::empty())];
+        if poll(&mut polled, Some(&at_once)).is_ok() && polled[0].revents().contains(PollFlags::ERR)
+        {
+            return;
+        }
+        sleep(LOOK).await;
     }
 }
 
@@ -59,6 +82,14 @@ pub(crate) fn session_hex(id: i64) -> String {
         "-".to_owned()
     } else {
         format!("{id:x}")
+    }
+}
+
+/// The same for programs, to which it is null.
+pub(crate) fn session_value(id: i64) -> Value {
+    match id {
+        0 => Value::Null,
+        id => session_hex(id).into(),
     }
 }
 

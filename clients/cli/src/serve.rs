@@ -45,6 +45,7 @@ const OWN: &[&str] = &[
     "auto-compaction-retention",
     "quota-backend-bytes",
     "snapshot-count",
+    "log-retention-bytes",
     "watch-progress-notify-interval",
     "listen-metrics-urls",
     "log-level",
@@ -519,6 +520,15 @@ mod tests {
         assert!(prepared("conclave serve", &[("ETCD_TRUSTED_CA_FILE", "/ca")]).is_err());
         let off = "conclave serve --force-new-cluster=false --auth-token=simple";
         assert_eq!(prepared(off, &[]).unwrap(), "conclave serve");
+    }
+
+    #[test]
+    fn every_flag_of_serve_has_its_variable() {
+        let serve = ServeArgs::augment_args(clap::Command::new("serve"));
+        let mut flags: Vec<&str> = serve.get_arguments().filter_map(|a| a.get_long()).collect();
+        // For programs, which set no variables.
+        flags.retain(|flag| *flag != "stop-on-stdin-eof");
+        assert_eq!(flags, OWN);
     }
 
     #[test]

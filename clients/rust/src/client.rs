@@ -89,8 +89,7 @@ impl Client {
     /// [`Session::credentials`], within the TTL after that ended. What the session
     /// holds comes as guards. Of what it waits for, `keep` is asked with the lock and
     /// the owner; the rest is cancelled. If several requests of one lock and owner
-    /// shared a grant, there is one guard for the newest, and the lock is free when
-    /// the session ends.
+    /// share a grant, there is a guard for each.
     ///
     /// The earlier start must be gone: whatever it still sends is refused from then
     /// on, but it may believe in its locks until it hears of this, for as long as its
@@ -174,10 +173,7 @@ impl Client {
             let request = v1::LeaderRequest { name: name.clone() };
             async move { ElectionClient::new(channel).leader(request).await }
         };
-        let answer = self
-            .transport
-            .repeat(PATIENCE, ATTEMPT_TIMEOUT, call)
-            .await?;
+        let answer = self.transport.read(PATIENCE, ATTEMPT_TIMEOUT, call).await?;
         Ok(answer.leader)
     }
 
@@ -213,9 +209,9 @@ impl Client {
         Ok(page.elections.into_iter().next())
     }
 
-    /// Takes a lock from its holder, or leadership from its leader, who is told the reason. With a token,
-    /// only that grant; then the call may safely be repeated. If the holder asked
-    /// for a lock-delay, it begins now.
+    /// Takes a lock from its holder, or leadership from its leader, who is told the
+    /// reason. With a token, only that grant; then the call may safely be repeated. If the
+    /// holder asked for a lock-delay, it begins now.
     ///
     /// # Errors
     /// [`Error::NotHeld`], [`Error::NotHolder`] if another grant holds now, and
@@ -265,11 +261,7 @@ impl Client {
                 .repeat(PATIENCE, ATTEMPT_TIMEOUT, call)
                 .await?
         } else {
-            let attempt = self.transport.attempt(PATIENCE, call).await;
-            attempt.map_err(|failed| {
-                let sent = matches!(failed.failure, Failure::Unknown { .. });
-                failed.failure.into_error(sent)
-            })?
+            self.transport.once(PATIENCE, call).await?
         };
         answer.released.ok_or_else(|| incomplete("released"))
     }
@@ -284,10 +276,7 @@ impl Client {
             let request = request.clone();
             async move { LockClient::new(channel).check(request).await }
         };
-        let answer = self
-            .transport
-            .repeat(PATIENCE, ATTEMPT_TIMEOUT, call)
-            .await?;
+        let answer = self.transport.read(PATIENCE, ATTEMPT_TIMEOUT, call).await?;
         Ok(answer.held)
     }
 
@@ -305,7 +294,7 @@ impl Client {
                     SessionClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
                 client.list(request).await
             };
-            let page = self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await?;
+            let page = self.transport.read(PATIENCE, LIST_TIMEOUT, call).await?;
             let is_empty = page.sessions.is_empty();
             sessions.extend(page.sessions);
             if !page.more || is_empty {
@@ -390,7 +379,7 @@ impl Client {
                 client.list(request).await
             }
         };
-        self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await
+        self.transport.read(PATIENCE, LIST_TIMEOUT, call).await
     }
 
     async fn list_locks(
@@ -411,7 +400,7 @@ impl Client {
                 client.list(request).await
             }
         };
-        self.transport.repeat(PATIENCE, LIST_TIMEOUT, call).await
+        self.transport.read(PATIENCE, LIST_TIMEOUT, call).await
     }
 }
 

@@ -2,6 +2,8 @@
 //! while the machine is suspended, so that a laptop that wakes up knows that
 //! its sessions are gone.
 
+use std::time::Duration;
+
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::session_state::Micros;
@@ -13,3 +15,7 @@ pub(crate) fn now() -> Micros {
     let nanoseconds = u64::try_from(time.tv_nsec).expect("a part of a second is not negative");
     seconds * 1_000_000 + nanoseconds / 1_000
 }
+
+/// How often those who wait for a loss look at this clock: timers of tokio stand still
+/// while the machine is suspended.
+pub(crate) const LOOK: Duration = Duration::from_secs(1);

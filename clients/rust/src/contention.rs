@@ -12,10 +12,12 @@ use conclave_proto::v1::{
     AcquireRequest, AcquireResponse, CampaignRequest, CampaignResponse, CancelRequest,
     ReleaseRequest, ResignRequest, ResponseHeader,
 };
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
+use tonic::Status;
 
 use crate::{
     calls::Call,
+    client::PATIENCE,
     error::{Error, Failure},
     requests::{Acquire, Granted, Next, Outcome},
     session::{Core, Session},
@@ -26,6 +28,8 @@ use crate::{
 /// How long a waiting call stays with a server that the rest of the client has left:
 /// it may come back to it.
 const STAYS_WITHIN: Duration = Duration::from_secs(1);
+/// A wait that has a limit ends here so long after it should have ended there.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
 
 /// Which lock or election, for whom.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -148,18 +152,27 @@ impl Pending {
         let mut backoff = Backoff::default();
         loop {
             let left = wait.map(|wait| wait.saturating_sub(started.elapsed()));
-            let (outcome, moved) = tokio::select! {
+            let attempted = tokio::select! {
                 biased;
-                attempted = self.ask(wait, left) => split(attempted),
+                attempted = self.ask(wait, left) => attempted,
                 reason = core.lost() => return Err(Error::SessionLost(reason)),
             };
+            let cause = attempted.as_ref().err().map(|it| it.failure.message());
+            let (outcome, moved) = split(attempted);
             match self.acquire.acquire_ended(outcome) {
                 Next::Done(Ok(granted)) => return Ok(self.granted(session, granted)),
                 Next::Done(Err(error)) => return Err(self.refused(error)),
                 Next::Repeat => {}
             }
-            if wait.is_some_and(|wait| !wait.is_zero() && started.elapsed() >= wait) {
-                return Err(Error::WaitTimedOut);
+            match wait {
+                Some(Duration::ZERO) if started.elapsed() >= PATIENCE => {
+                    let message = cause.unwrap_or_default();
+                    return Err(core.transport().unreachable(message));
+                }
+                Some(wait) if !wait.is_zero() && started.elapsed() >= wait => {
+                    return Err(Error::WaitTimedOut);
+                }
+                _ => {}
             }
             backoff.pause(moved).await;
         }
@@ -183,7 +196,7 @@ impl Pending {
                     lock_delay_ms: terms.lock_delay_ms,
                     reentrant: terms.is_reentrant,
                 };
-                let answer = self.attempt(wait, request).await?;
+                let answer = self.attempt(wait, left, request).await?;
                 let AcquireResponse { header, key, token } = answer;
                 Ok(granted(header, key, token))
             }
@@ -196,18 +209,20 @@ impl Pending {
                     wait_ms,
                     value: value.clone(),
                 };
-                let answer = self.attempt(wait, request).await?;
+                let answer = self.attempt(wait, left, request).await?;
                 let CampaignResponse { header, key, term } = answer;
                 Ok(granted(header, key, term))
             }
         }
     }
 
-    /// One call. While it waits for the grant, it has no time limit of its own, but
-    /// goes elsewhere when the rest of the client does.
+    /// One call. While it waits for the grant, its limit is that of the wait, which the
+    /// server keeps unless it hangs; and it goes elsewhere when the rest of the client
+    /// does.
     async fn attempt<C: Call<Answer: Answer>>(
         &self,
         wait: Option<Duration>,
+        left: Option<Duration>,
         request: C,
     ) -> Result<C::Answer, Failed> {
         let transport = self.core.transport();
@@ -216,11 +231,17 @@ impl Pending {
         }
         let (index, calls) = transport.calls();
         let mut call = pin!(calls.call(request));
+        let limit = left.map(|left| left.saturating_add(ANSWERS_WITHIN));
+        let mut late = pin!(sleep(limit.unwrap_or(Duration::MAX)));
         loop {
             tokio::select! {
                 biased;
                 result = &mut call => return transport.settle(index, result),
                 () = transport.left(index) => {}
+                () = &mut late, if limit.is_some() => {
+                    let silent = Status::deadline_exceeded("no answer");
+                    return transport.settle(index, Err(silent));
+                }
             }
             match timeout(STAYS_WITHIN, &mut call).await {
                 Ok(result) => return transport.settle(index, result),

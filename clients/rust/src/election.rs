@@ -77,14 +77,15 @@ impl Campaign {
         self
     }
 
-    /// Waits this long at most, by the cluster's clock: perhaps longer while the
-    /// cluster has no leader.
+    /// Waits this long at most, by the cluster's clock: perhaps some seconds longer
+    /// while the cluster has no leader, or a server hangs.
     pub fn wait(mut self, limit: Duration) -> Campaign {
         self.wait = Some(limit);
         self
     }
 
-    /// Leads at once or fails with [`Error::LockHeld`].
+    /// Leads at once or fails with [`Error::LockHeld`]; with [`Error::Unreachable`] if no
+    /// server answers in five seconds, and then it is withdrawn.
     pub fn try_now(self) -> Campaign {
         self.wait(Duration::ZERO)
     }
@@ -155,7 +156,8 @@ impl Leadership {
 
     /// Tells this to everyone who observes, and waits for the word of the cluster.
     /// Calls are carried out one after another; one that is dropped half-way is carried
-    /// out all the same. At most 64 KiB.
+    /// out all the same. At most 64 KiB. It goes on as long as the session lives: wrap it
+    /// in a timeout to wait for less.
     ///
     /// # Errors
     /// [`Error::NotHolder`] or [`Error::SessionLost`] if leadership was lost.
@@ -178,7 +180,8 @@ impl Leadership {
         told.await.expect("it neither panics nor is stopped")
     }
 
-    /// Gives leadership up and waits for the word of the cluster.
+    /// Gives leadership up and waits for the word of the cluster, as long as the session
+    /// lives. Dropped half-way, it goes on in the background.
     ///
     /// # Errors
     /// [`Error::NotHolder`] or [`Error::SessionLost`] if it had been lost before.
@@ -212,7 +215,7 @@ impl Proclamation {
 
 /// Runs a service on one of several processes at a time: campaigns, runs `active` while
 /// it leads, and campaigns again when leadership is lost. When `active` ends by itself,
-/// leadership is given up, and its result returned.
+/// leadership is given up, and its result returned, also if leadership went meanwhile.
 ///
 /// When leadership is lost, the future that `active` made is dropped: what it has
 /// spawned it must stop itself. Between the loss and that drop lies what the executor
@@ -250,8 +253,10 @@ where
             }
             done = &mut active => {
                 // If `active` has kept it, it is resigned when that lets it go.
-                if let Some(leadership) = Arc::into_inner(leadership) {
-                    leadership.resign().await?;
+                if let Some(leadership) = Arc::into_inner(leadership)
+                    && let Err(error) = leadership.resign().await
+                {
+                    tracing::debug!(%error, "leadership went before it was resigned");
                 }
                 return Ok(done);
             }

@@ -68,10 +68,7 @@ pub enum Error {
     #[error("there is no such lease; it was revoked, has expired, or never was")]
     LeaseNotFound,
     /// The history that was asked for has been given up.
-    #[error(
-        "what happened before revision {compacted} is given up: read what is there now, and \
-         watch from the revision after that"
-    )]
+    #[error("{}", given_up(*.compacted))]
     Compacted {
         /// The lowest revision that can be read, or watched from; 0 if the server did
         /// not say.
@@ -103,6 +100,14 @@ pub enum Error {
         /// The same in words.
         message: String,
     },
+}
+
+fn given_up(compacted: i64) -> String {
+    let what = match compacted {
+        0 => "the history of that revision".to_owned(),
+        compacted => format!("what happened before revision {compacted}"),
+    };
+    format!("{what} is given up: read what is there now, and watch from the revision after that")
 }
 
 impl Error {
@@ -155,6 +160,16 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// What went wrong, for people.
+    pub(crate) fn message(&self) -> String {
+        match self {
+            Failure::Refused(error) => error.to_string(),
+            Failure::NotApplied { message, .. }
+            | Failure::Overloaded { message }
+            | Failure::Unknown { message, .. } => message.clone(),
+        }
+    }
+
     /// The error that the caller gets if this was the last attempt.
     pub(crate) fn into_error(self, may_have_applied: bool) -> Error {
         match self {
@@ -218,7 +233,8 @@ fn refusal(reason: String, message: String) -> Error {
     }
 }
 
-/// A status of the etcd services, which have texts instead of reasons. Those of errors
+/// A status of etcd, which has texts instead of reasons: servers of ours give a reason,
+/// too, wherever a call may or may not have had its effect. Those of errors
 /// that tell nothing about the call itself are left to [`unexplained`].
 fn etcd(status: &Status) -> Option<Failure> {
     let text = status.message().strip_prefix("etcdserver: ")?;
@@ -277,6 +293,11 @@ fn unexplained(status: &Status) -> Failure {
         | Code::DeadlineExceeded
         | Code::Aborted
         | Code::Internal => Failure::Unknown {
+            message,
+            is_reached: false,
+        },
+        // A stream that was cut (ENHANCE_YOUR_CALM): the server may have done it.
+        Code::ResourceExhausted if causes(status).next().is_some() => Failure::Unknown {
             message,
             is_reached: false,
         },
@@ -350,6 +371,13 @@ mod tests {
                 ..
             }
         ));
+        // Of a server of ours, by its reason; the text of another is no promise.
+        let text = "etcdserver: server stopped";
+        let details = ErrorDetails::with_error_info("SHUTTING_DOWN", ERROR_DOMAIN, []);
+        let stopped = Status::with_error_details(Code::Unavailable, text, details);
+        assert!(matches!(stopped.into(), Failure::NotApplied { .. }));
+        let stopped = failure(Code::Unavailable, text);
+        assert!(matches!(stopped, Failure::Unknown { .. }));
         let late = failure(Code::Unavailable, "etcdserver: request timed out");
         assert!(matches!(
             late,
@@ -365,6 +393,7 @@ mod tests {
         let full = "etcdserver: mvcc: database space exceeded";
         let full = failure(Code::ResourceExhausted, full).into_error(true);
         assert!(!full.is_retryable() && !full.may_have_applied());
+        assert!(!given_up(0).contains('0') && given_up(7).contains("revision 7"));
         let compacted = "etcdserver: mvcc: required revision has been compacted";
         let compacted = failure(Code::OutOfRange, compacted);
         assert!(matches!(
@@ -379,6 +408,11 @@ mod tests {
     fn a_status_without_a_reason_counts_as_perhaps_applied_unless_it_says_otherwise() {
         let lost: Failure = Status::unavailable("connection reset").into();
         assert!(matches!(lost, Failure::Unknown { .. }));
+        let full = Status::resource_exhausted("too many connections");
+        let mut cut = full.clone();
+        assert!(matches!(full.into(), Failure::Overloaded { .. }));
+        cut.set_source(std::sync::Arc::new(std::io::Error::other("calm down")));
+        assert!(matches!(cut.into(), Failure::Unknown { .. }));
         let foreign: Failure = Status::unimplemented("no such service").into();
         assert!(matches!(foreign, Failure::Refused(Error::Server { .. })));
         let refused = tonic::ConnectError("refused".into());

@@ -76,7 +76,8 @@ impl Events {
         while let Some(requests) = self.requests_of_new_stream() {
             let (index, channel) = transport.server();
             let client = SessionClient::new(channel);
-            let Err(status) = self.stream(&transport, index, client, requests).await else {
+            let streamed = self.stream(&transport, index, client, requests, &mut backoff);
+            let Err(status) = streamed.await else {
                 backoff = Backoff::default();
                 continue;
             };
@@ -87,7 +88,7 @@ impl Events {
         }
     }
 
-    /// Reads one stream to its end. `Ok`: it was left because there is a
+    /// Reads one stream to its end; pauses begin anew once it has told something. `Ok`: it was left because there is a
     /// better server or nothing to follow.
     async fn stream(
         &self,
@@ -95,6 +96,7 @@ impl Events {
         index: usize,
         mut client: SessionClient<tonic::transport::Channel>,
         requests: mpsc::UnboundedReceiver<WatchSessionsRequest>,
+        backoff: &mut Backoff,
     ) -> Result<(), Status> {
         let opening = client.watch(UnboundedReceiverStream::new(requests));
         let opened = timeout(ATTEMPT_TIMEOUT, opening).await;
@@ -103,7 +105,10 @@ impl Events {
         loop {
             tokio::select! {
                 event = events.message() => match event? {
-                    Some(event) => self.deliver(event),
+                    Some(event) => {
+                        *backoff = Backoff::default();
+                        self.deliver(event);
+                    }
                     None => return Err(Status::unavailable("the server ended the stream")),
                 },
                 () = sleep(LOOK_AROUND) => {

@@ -5,7 +5,7 @@
 //! ([`Error::OutcomeUnknown`]), since a second put is a second change. A transaction
 //! that compares the revision which it read before may be repeated by its caller.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use conclave_proto::etcd::etcdserverpb::{
@@ -16,8 +16,11 @@ use crate::{
     client::PATIENCE,
     error::Error,
     keys::{KeyRange, KeyValue},
-    transport::{ANSWER_BYTES_MAX, Transport},
+    transport::{ANSWER_BYTES_MAX, READ_TIMEOUT, Transport},
 };
+
+/// A read of more keys may take longer than others.
+const KEYS_MANY: i64 = 1_000;
 
 /// The keys and values of a cluster. Made by [`crate::Client::kv`].
 ///
@@ -161,7 +164,8 @@ impl Kv {
             let request = request.clone();
             async move { client(channel).range(request).await }
         };
-        let answer = self.transport.repeat(PATIENCE, PATIENCE, call).await?;
+        let limit = read_within(&request);
+        let answer = self.transport.read(PATIENCE, limit, call).await?;
         Ok(answer.into())
     }
 
@@ -204,7 +208,7 @@ impl Kv {
             async move { client(channel).txn(request).await }
         };
         if is_read_only(&request) {
-            let answer = self.transport.repeat(PATIENCE, PATIENCE, call).await?;
+            let answer = self.transport.read(PATIENCE, PATIENCE, call).await?;
             return Ok(answer.into());
         }
         Ok(self.transport.once(PATIENCE, call).await?.into())
@@ -214,13 +218,19 @@ impl Kv {
     /// `physical` it waits until the server that is asked has let go of it.
     ///
     /// # Errors
-    /// [`Error::Compacted`] if that was done before, also by an attempt of this call;
-    /// [`Error::Server`] with `OUT_OF_RANGE` for a revision that was not reached yet.
+    /// [`Error::Compacted`] if that was done before, unless it may have been by an attempt
+    /// of this call; [`Error::Server`] with `OUT_OF_RANGE` for a revision that was not reached yet.
     pub async fn compact(&self, revision: i64, physical: bool) -> Result<(), Error> {
         let request = pb::CompactionRequest { revision, physical };
         let call = |channel| async move { client(channel).compact(request).await };
-        let answer = self.transport.repeat(PATIENCE, PATIENCE, call).await;
-        answer.map(drop)
+        let is_done = |error: &Error| matches!(error, Error::Compacted { .. });
+        let limit = match physical {
+            true => PATIENCE,
+            false => READ_TIMEOUT,
+        };
+        self.transport
+            .complete(PATIENCE, limit, is_done, call)
+            .await
     }
 }
 
@@ -534,6 +544,15 @@ impl Op {
         Op(pb::RequestOp {
             request: Some(request),
         })
+    }
+}
+
+/// How long a server may take for a read: a large one needs time.
+fn read_within(read: &pb::RangeRequest) -> Duration {
+    let is_bounded = (1..=KEYS_MANY).contains(&read.limit);
+    match read.range_end.is_empty() || read.count_only || is_bounded {
+        true => READ_TIMEOUT,
+        false => PATIENCE,
     }
 }
 

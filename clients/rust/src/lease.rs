@@ -3,7 +3,10 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -25,7 +28,7 @@ use crate::{
     clock,
     error::Error,
     session_state::{Attempt, LossReason, Micros, SessionState, Status},
-    transport::{ANSWER_BYTES_MAX, Transport},
+    transport::{ANSWER_BYTES_MAX, READ_TIMEOUT, Transport},
 };
 
 /// A lease that is kept alive in the background until it is lost, or this value goes.
@@ -93,13 +96,24 @@ impl Leases {
     /// [`Error::Server`] if the id is taken; [`Error::OutcomeUnknown`] if nobody
     /// answered.
     pub async fn grant(&self, ttl: Duration, id: i64) -> Result<(i64, Duration), Error> {
+        let (_, id, ttl) = self.granted(ttl, id).await?;
+        Ok((id, ttl))
+    }
+
+    /// Also when the attempt that was answered was sent: those before it had no effect.
+    async fn granted(&self, ttl: Duration, id: i64) -> Result<(Micros, i64, Duration), Error> {
         let request = LeaseGrantRequest {
             ttl: i64::try_from(ttl.as_secs_f64().ceil() as u64).unwrap_or(i64::MAX),
             id,
         };
-        let call = |channel| async move { client(channel).lease_grant(request).await };
+        let sent = AtomicU64::new(0);
+        let call = |channel| {
+            sent.store(clock::now(), Ordering::Relaxed);
+            async move { client(channel).lease_grant(request).await }
+        };
         let granted = self.transport.once(PATIENCE, call).await?;
-        Ok((granted.id, seconds(granted.ttl)))
+        let sent = sent.load(Ordering::Relaxed);
+        Ok((sent, granted.id, seconds(granted.ttl)))
     }
 
     /// Keeps a lease alive that is there.
@@ -122,27 +136,32 @@ impl Leases {
     }
 
     async fn renewed(&self, id: i64) -> Result<(Micros, Duration), Error> {
-        // Before all attempts, since any of them may be the one that counted.
-        let sent = clock::now();
-        let call = |channel| keep_alive(channel, id);
-        let renewed = self.transport.repeat(PATIENCE, PATIENCE, call).await?;
+        // Of the attempt that was answered: it counts from when it arrived.
+        let sent = AtomicU64::new(0);
+        let call = |channel| {
+            sent.store(clock::now(), Ordering::Relaxed);
+            keep_alive(channel, id)
+        };
+        let renewed = self.transport.repeat(PATIENCE, READ_TIMEOUT, call).await?;
         match renewed.ttl {
             ..=0 => Err(Error::LeaseNotFound),
-            ttl => Ok((sent, seconds(ttl))),
+            ttl => Ok((sent.load(Ordering::Relaxed), seconds(ttl))),
         }
     }
 
     /// Ends a lease, and with it the keys that are bound to it.
     ///
     /// # Errors
-    /// [`Error::LeaseNotFound`], also if an attempt of this call ended it.
+    /// [`Error::LeaseNotFound`], unless an attempt of this call may have ended it.
     pub async fn revoke(&self, id: i64) -> Result<(), Error> {
         let call = |channel| async move {
             let request = LeaseRevokeRequest { id };
             client(channel).lease_revoke(request).await
         };
-        let revoked = self.transport.repeat(PATIENCE, PATIENCE, call).await;
-        revoked.map(drop)
+        let is_done = |error: &Error| matches!(error, Error::LeaseNotFound);
+        self.transport
+            .complete(PATIENCE, READ_TIMEOUT, is_done, call)
+            .await
     }
 
     /// A lease as the cluster has it, with its keys if `with_keys`; `None` if there is
@@ -153,7 +172,7 @@ impl Leases {
             keys: with_keys,
         };
         let call = |channel| async move { client(channel).lease_time_to_live(request).await };
-        let answer = self.transport.repeat(PATIENCE, PATIENCE, call).await?;
+        let answer = self.transport.read(PATIENCE, READ_TIMEOUT, call).await?;
         Ok((answer.ttl >= 0).then(|| LeaseInfo {
             id: answer.id,
             left: seconds(answer.ttl),
@@ -168,16 +187,15 @@ impl Leases {
             let request = LeaseLeasesRequest {};
             client(channel).lease_leases(request).await
         };
-        let answer = self.transport.repeat(PATIENCE, PATIENCE, call).await?;
+        let answer = self.transport.read(PATIENCE, READ_TIMEOUT, call).await?;
         Ok(answer.leases.iter().map(|lease| lease.id).collect())
     }
 }
 
 impl Lease {
     pub(crate) async fn open(transport: Arc<Transport>, ttl: Duration) -> Result<Lease, Error> {
-        let sent = clock::now();
         let leases = Leases::new(Arc::clone(&transport));
-        let (id, ttl) = leases.grant(ttl, 0).await?;
+        let (sent, id, ttl) = leases.granted(ttl, 0).await?;
         let state = SessionState::opened(sent, micros(ttl));
         Ok(Lease::start(transport, id, ttl, state, true))
     }
@@ -227,7 +245,10 @@ impl Lease {
 
     /// Follows the changes of [`Lease::status`]: active, suspect, lost.
     pub fn changes(&self) -> watch::Receiver<Status> {
-        self.core.status.subscribe()
+        let changes = self.core.status.subscribe();
+        // From now on the clock is looked at more often.
+        self.core.changed.notify_one();
+        changes
     }
 
     /// Resolves when it is lost, with the reason.
@@ -294,7 +315,10 @@ impl Core {
             let Some(wake_at) = poll.wake_at else {
                 return;
             };
-            let pause = Duration::from_micros(wake_at.saturating_sub(clock::now()));
+            let mut pause = Duration::from_micros(wake_at.saturating_sub(clock::now()));
+            if self.status.receiver_count() > 0 {
+                pause = pause.min(clock::LOOK);
+            }
             tokio::select! {
                 () = sleep(pause) => {}
                 () = self.changed.notified() => {}

@@ -60,14 +60,15 @@ impl LockRequest {
         self
     }
 
-    /// Waits this long at most, by the cluster's clock: perhaps longer while
-    /// the cluster has no leader.
+    /// Waits this long at most, by the cluster's clock: perhaps some seconds longer
+    /// while the cluster has no leader, or a server hangs.
     pub fn wait(mut self, limit: Duration) -> LockRequest {
         self.wait = Some(limit);
         self
     }
 
-    /// Does not wait for the lock.
+    /// Does not wait for the lock. Fails with [`Error::Unreachable`] if no server answers
+    /// in five seconds; the request is withdrawn then.
     pub fn try_now(self) -> LockRequest {
         self.wait(Duration::ZERO)
     }
@@ -148,7 +149,8 @@ impl LockGuard {
         self.0.lost().await
     }
 
-    /// Gives the lock up and waits for the word of the cluster.
+    /// Gives the lock up and waits for the word of the cluster, as long as the session
+    /// lives. Dropped half-way, it goes on in the background.
     ///
     /// # Errors
     /// [`Error::NotHolder`] or [`Error::SessionLost`] if it had been lost

@@ -2,9 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use conclave_proto::v1::{Leader, ObserveRequest, election_client::ElectionClient};
+use conclave_proto::v1::{
+    Leader, LeaderRequest, ObserveRequest, ObserveResponse, election_client::ElectionClient,
+};
 use tokio::time::{Instant, timeout};
-use tonic::{Status, Streaming};
+use tonic::{Status, Streaming, transport::Channel};
 
 use crate::{
     client::PATIENCE,
@@ -14,6 +16,11 @@ use crate::{
 
 /// How often it is looked whether the rest of the client uses another server.
 const LOOK_AROUND: Duration = Duration::from_secs(1);
+/// After so long without a word the server is asked whether it still serves: one whose
+/// disk hangs keeps its connections, and tells nothing.
+const QUIET: Duration = Duration::from_secs(5);
+/// How long it may take to answer.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
 
 /// Follows an election; made by [`crate::Client::observe`].
 ///
@@ -35,7 +42,18 @@ pub struct Observer {
     /// The last revision that was told; 0 before the first.
     told: u64,
     missed: bool,
-    stream: Option<(usize, Streaming<conclave_proto::v1::ObserveResponse>)>,
+    stream: Option<Open>,
+}
+
+/// A stream on which a server tells.
+#[derive(Debug)]
+struct Open {
+    /// Which server's.
+    index: usize,
+    channel: Channel,
+    told: Streaming<ObserveResponse>,
+    /// When the server was certainly there.
+    heard: Instant,
 }
 
 /// How an election stands from a revision on.
@@ -69,24 +87,28 @@ impl Observer {
     /// If no server can be asked for some seconds, or the name is none. It may be called
     /// again, and goes on where it was.
     pub async fn next(&mut self) -> Result<Observed, Error> {
-        let give_up = Instant::now() + PATIENCE;
+        // A stream may have been quiet for hours: patience begins when it breaks.
+        let mut give_up: Option<Instant> = None;
         let mut backoff = Backoff::default();
         loop {
             let (index, status) = match self.step().await {
                 Ok(observed) => return Ok(observed),
                 Err(broken) => broken,
             };
-            self.stream = None;
+            if self.stream.take().is_some() {
+                give_up = None;
+            }
             let Some(status) = status else {
                 continue;
             };
+            let until = *give_up.get_or_insert_with(|| Instant::now() + PATIENCE);
             let failure = Failure::from(status);
             let moved = self.transport.note_failure(index, &failure);
             match failure.into_error(false) {
                 Error::Server { reason, .. } if reason == "REVISION_COMPACTED" => {
                     (self.told, self.missed) = (0, true);
                 }
-                error if !error.is_retryable() || Instant::now() >= give_up => return Err(error),
+                error if !error.is_retryable() || Instant::now() >= until => return Err(error),
                 _ => backoff.pause(moved).await,
             }
         }
@@ -95,12 +117,12 @@ impl Observer {
     /// What the stream says next. The server and the reason, if it broke; without one,
     /// there is a better server.
     async fn step(&mut self) -> Result<Observed, (usize, Option<Status>)> {
-        let (index, stream) = match &mut self.stream {
-            Some((index, stream)) => (*index, stream),
+        let open = match &mut self.stream {
+            Some(open) => open,
             None => {
                 let (index, channel) = self.transport.server();
-                let mut client =
-                    ElectionClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+                let mut client = ElectionClient::new(channel.clone())
+                    .max_decoding_message_size(ANSWER_BYTES_MAX);
                 let opening = client.observe(ObserveRequest {
                     name: self.name.clone(),
                     after_revision: self.told,
@@ -108,13 +130,19 @@ impl Observer {
                 let opened = timeout(ATTEMPT_TIMEOUT, opening).await;
                 let opened = opened.unwrap_or_else(|_| Err(Status::unavailable("no answer")));
                 let opened = opened.map_err(|status| (index, Some(status)))?;
-                let (index, stream) = self.stream.insert((index, opened.into_inner()));
-                (*index, stream)
+                self.stream.insert(Open {
+                    index,
+                    channel,
+                    told: opened.into_inner(),
+                    heard: Instant::now(),
+                })
             }
         };
+        let index = open.index;
         loop {
-            match timeout(LOOK_AROUND, stream.message()).await {
+            match timeout(LOOK_AROUND, open.told.message()).await {
                 Ok(Ok(Some(told))) => {
+                    open.heard = Instant::now();
                     self.told = told.revision;
                     return Ok(Observed {
                         revision: told.revision,
@@ -127,9 +155,29 @@ impl Observer {
                     return Err((index, Some(ended)));
                 }
                 Ok(Err(status)) => return Err((index, Some(status))),
-                Err(_) if self.transport.is_current(index) => {}
-                Err(_) => return Err((index, None)),
+                Err(_) if !self.transport.is_current(index) => return Err((index, None)),
+                Err(_) if open.heard.elapsed() < QUIET => {}
+                Err(_) => {
+                    let serves = serves(open.channel.clone(), &self.name).await;
+                    serves.map_err(|status| (index, Some(status)))?;
+                    open.heard = Instant::now();
+                }
             }
         }
+    }
+}
+
+/// Whether a server that tells nothing still serves.
+async fn serves(channel: Channel, name: &str) -> Result<(), Status> {
+    let name = name.to_owned();
+    let mut client = ElectionClient::new(channel);
+    let asked = timeout(ANSWERS_WITHIN, client.leader(LeaderRequest { name })).await;
+    match asked.unwrap_or_else(|_| Err(Status::deadline_exceeded("the server is silent"))) {
+        Ok(_) => Ok(()),
+        // A word is a word.
+        Err(status) => match Failure::from(status.clone()) {
+            Failure::Refused(_) | Failure::Overloaded { .. } => Ok(()),
+            Failure::NotApplied { .. } | Failure::Unknown { .. } => Err(status),
+        },
     }
 }

@@ -16,7 +16,7 @@ use conclave_proto::v1::{
 use tokio::{
     sync::{Notify, watch},
     task::JoinSet,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use crate::{
@@ -248,7 +248,10 @@ impl Session {
 
     /// Follows the changes of [`Session::status`]: active, suspect, lost.
     pub fn changes(&self) -> watch::Receiver<Status> {
-        self.core().status.subscribe()
+        let changes = self.core().status.subscribe();
+        // From now on the clock is looked at more often.
+        self.core().changed.notify_one();
+        changes
     }
 
     /// Resolves when the session is lost, with the reason.
@@ -448,7 +451,8 @@ impl Core {
             if let Some(reason) = loss(self) {
                 return reason;
             }
-            notified.await;
+            // Not told in time, if the machine was suspended.
+            timeout(clock::LOOK, notified).await.ok();
         }
     }
 
@@ -464,7 +468,10 @@ impl Core {
             let Some(wake_at) = poll.wake_at else {
                 break;
             };
-            let pause = Duration::from_micros(wake_at.saturating_sub(clock::now()));
+            let mut pause = Duration::from_micros(wake_at.saturating_sub(clock::now()));
+            if self.status.receiver_count() > 0 {
+                pause = pause.min(clock::LOOK);
+            }
             tokio::select! {
                 () = sleep(pause) => {}
                 () = self.changed.notified() => {}

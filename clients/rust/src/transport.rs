@@ -4,7 +4,10 @@
 
 use std::{
     mem,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -32,6 +35,8 @@ use crate::{
 /// A server that has not answered an ordinary call for this long is taken for
 /// dead, and another is asked.
 pub(crate) const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
+/// The same for reads of keys and for leases, of which some take longer.
+pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 /// Finds connections that died silently under a waiting call.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
@@ -267,6 +272,51 @@ impl Transport {
         self.settle(index, result.map(Response::into_inner))
     }
 
+    /// As [`Transport::repeat`], for calls that change nothing: no attempt had an effect.
+    pub(crate) async fn read<T: Answer, F>(
+        self: &Arc<Self>,
+        patience: Duration,
+        limit: Duration,
+        call: impl Fn(Channel) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let read = self.repeat(patience, limit, call).await;
+        read.map_err(|error| match error {
+            Error::OutcomeUnknown { message } => self.unreachable(message),
+            error => error,
+        })
+    }
+
+    /// As [`Transport::repeat`], for what is refused once it is done: if the answer of an
+    /// attempt was lost, such a refusal means that it was done.
+    pub(crate) async fn complete<T: Answer, F>(
+        self: &Arc<Self>,
+        patience: Duration,
+        limit: Duration,
+        is_done: impl Fn(&Error) -> bool,
+        call: impl Fn(Channel) -> F,
+    ) -> Result<(), Error>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let may_be_done = AtomicBool::new(false);
+        let attempt = || async {
+            let attempted = self.attempt(limit, &call).await;
+            if let Err(failed) = &attempted
+                && matches!(failed.failure, Failure::Unknown { .. })
+            {
+                may_be_done.store(true, Ordering::Relaxed);
+            }
+            attempted
+        };
+        match self.until_answered(patience, attempt).await {
+            Err(error) if may_be_done.load(Ordering::Relaxed) && is_done(&error) => Ok(()),
+            completed => completed.map(drop),
+        }
+    }
+
     /// Attempts until there is an answer, or `patience` is over. For calls
     /// that may safely be repeated.
     pub(crate) async fn repeat<T: Answer, F>(
@@ -305,7 +355,7 @@ impl Transport {
                 Failure::Refused(_) | Failure::Unknown { .. }
             );
             if is_final || Instant::now() >= give_up {
-                return Err(failed.failure.into_error(false));
+                return Err(self.given_up(failed.failure, false));
             }
             backoff.pause(failed.moved).await;
         }
@@ -322,6 +372,7 @@ impl Transport {
         let give_up = Instant::now() + patience;
         let mut backoff = Backoff::default();
         let mut may_have_applied = false;
+        let mut is_first = true;
         loop {
             let failed = match attempt().await {
                 Ok(answer) => return Ok(answer),
@@ -329,11 +380,29 @@ impl Transport {
             };
             may_have_applied |= matches!(failed.failure, Failure::Unknown { .. });
             let is_final = matches!(failed.failure, Failure::Refused(_));
-            if is_final || Instant::now() >= give_up {
-                return Err(failed.failure.into_error(may_have_applied));
+            // One server that hangs may take all the patience: another one is asked, too.
+            let is_over = Instant::now() >= give_up && !(is_first && failed.moved);
+            if is_final || is_over {
+                return Err(self.given_up(failed.failure, may_have_applied));
             }
+            is_first = false;
             backoff.pause(failed.moved).await;
         }
+    }
+
+    fn given_up(&self, last: Failure, may_have_applied: bool) -> Error {
+        match last.into_error(may_have_applied) {
+            Error::Unreachable { message } => self.unreachable(message),
+            error => error,
+        }
+    }
+
+    /// No server could be reached; `cause` is what became of the last attempt.
+    pub(crate) fn unreachable(&self, cause: String) -> Error {
+        let servers = self.servers();
+        let tried: Vec<&str> = servers.routes.addresses().collect();
+        let message = format!("{cause} (servers: {})", tried.join(", "));
+        Error::Unreachable { message }
     }
 
     /// Draws the conclusions from what the server at `index` answered.

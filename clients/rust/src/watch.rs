@@ -1,13 +1,16 @@
 //! Watches: changes of keys as they happen. The decisions are those of
 //! [`crate::watch_state`]; here they meet the network.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use conclave_proto::etcd::etcdserverpb::{
-    WatchCreateRequest, WatchRequest, WatchResponse, watch_client::WatchClient,
-    watch_create_request::FilterType, watch_request::RequestUnion,
+    WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse,
+    watch_client::WatchClient, watch_create_request::FilterType, watch_request::RequestUnion,
 };
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout, timeout_at},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status, Streaming, metadata::MetadataValue};
 
@@ -22,6 +25,12 @@ use crate::{
 /// Asks a server to end the stream when it has lost the leader, so that the watch goes
 /// on at one that has not.
 const REQUIRE_LEADER: &str = "hasleader";
+
+/// After so long without a word the server is asked whether it is still there: one whose
+/// disk hangs keeps its connections, and tells nothing.
+const QUIET: Duration = Duration::from_secs(5);
+/// How long it may take to answer, and to begin a watch.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
 
 /// What to watch.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,6 +77,9 @@ impl Watch {
 /// server if need be: no event is lost or told twice, and those of one revision come
 /// together. Dropped, it ends.
 ///
+/// A server that says nothing is asked for a sign of life now and then (etcd: since 3.4),
+/// and left if it gives none.
+///
 /// What is not asked for is not kept here: a reader that is slow is waited for by the
 /// server, as long as that has the history.
 ///
@@ -100,6 +112,8 @@ pub struct Watching {
     state: WatchState,
     stream: Option<Open>,
     backoff: Backoff,
+    /// Why the last stream broke.
+    broken: Option<String>,
     ended: Option<Error>,
 }
 
@@ -109,8 +123,43 @@ struct Open {
     /// Which server's.
     index: usize,
     /// Kept open: some servers take its end for that of the watch.
-    _requests: mpsc::Sender<WatchRequest>,
+    requests: mpsc::Sender<WatchRequest>,
     answers: Streaming<WatchResponse>,
+    /// If nothing is heard until then, something must be done.
+    deadline: Instant,
+    /// Questions since the last word of the server.
+    unanswered: u32,
+}
+
+impl Open {
+    /// The next word of the server, which may leave so many questions unanswered.
+    async fn hear(&mut self, unanswered_max: u32) -> Result<WatchResponse, Status> {
+        loop {
+            match timeout_at(self.deadline, self.answers.message()).await {
+                Ok(heard) => {
+                    self.deadline = Instant::now() + QUIET;
+                    self.unanswered = 0;
+                    return heard?.ok_or_else(|| Status::unavailable("the stream has ended"));
+                }
+                Err(_) if self.unanswered >= unanswered_max => {
+                    return Err(Status::deadline_exceeded("the server is silent"));
+                }
+                Err(_) => self.ask(),
+            }
+        }
+    }
+
+    fn ask(&mut self) {
+        let progress = RequestUnion::ProgressRequest(WatchProgressRequest {});
+        let progress = WatchRequest {
+            request_union: Some(progress),
+        };
+        if self.requests.try_send(progress).is_err() {
+            tracing::trace!("the last question was not even sent");
+        }
+        self.unanswered += 1;
+        self.deadline = Instant::now() + ANSWERS_WITHIN;
+    }
 }
 
 impl Watching {
@@ -126,19 +175,19 @@ impl Watching {
             state: WatchState::new(watch.0),
             stream: None,
             backoff: Backoff::default(),
+            broken: None,
             ended: None,
         };
         let live = async {
             while watching.step().await? != Step::Live {}
             Ok(())
         };
-        let silent = || Error::Unreachable {
-            message: "no server has begun the watch".to_owned(),
-        };
-        timeout(PATIENCE, live)
-            .await
-            .unwrap_or_else(|_| Err(silent()))?;
-        Ok(watching)
+        if let Ok(begun) = timeout(PATIENCE, live).await {
+            return begun.map(|()| watching);
+        }
+        let cause = watching.broken.as_deref().unwrap_or("no answer");
+        let message = format!("no server has begun the watch: {cause}");
+        Err(watching.transport.unreachable(message))
     }
 
     /// The next events: at least one, in order, all of their revision or revisions.
@@ -169,14 +218,13 @@ impl Watching {
             return Err(error.clone());
         }
         let heard = match &mut self.stream {
-            Some(open) => match open.answers.message().await {
-                Ok(Some(answer)) => {
+            Some(open) => match open.hear(self.state.unanswered_max()).await {
+                Ok(answer) => {
                     if let (true, Some(sender)) = (answer.created, answer.sender()) {
                         self.transport.note_sender(open.index, sender);
                     }
                     Ok(self.state.received(answer))
                 }
-                Ok(None) => Err((open.index, Status::unavailable("the stream has ended"))),
                 Err(status) => Err((open.index, status)),
             },
             None => self.connect().await.map(|()| Step::Nothing),
@@ -197,6 +245,7 @@ impl Watching {
                     return Err(self.end(error));
                 }
                 tracing::debug!(?failure, "a watch goes on with another stream");
+                self.broken = Some(failure.message());
                 self.backoff.pause(moved).await;
                 Ok(Step::Nothing)
             }
@@ -226,8 +275,10 @@ impl Watching {
         let opened = opened.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer")));
         self.stream = Some(Open {
             index,
-            _requests: requests,
+            requests,
             answers: opened.map_err(|status| (index, status))?.into_inner(),
+            deadline: Instant::now() + ANSWERS_WITHIN,
+            unanswered: 0,
         });
         Ok(())
     }

@@ -5,6 +5,8 @@
 //! every event behind the revision at which the watch began is told once, in order,
 //! all of a revision together. Until it ends, and then it says from where.
 
+use std::cmp::Ordering;
+
 use conclave_proto::etcd::{
     etcdserverpb::{WatchCreateRequest, WatchResponse},
     mvccpb,
@@ -21,7 +23,26 @@ pub struct WatchState {
     next: Option<i64>,
     /// Parts of a revision, or of several, of which more are to come.
     parts: Vec<mvccpb::Event>,
+    stage: Stage,
 }
+
+/// How far the server of the present stream has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Asked,
+    /// It has not reached yet where the watch begins.
+    Ahead,
+    /// It may still be telling the past.
+    Begun,
+    /// It has told the past.
+    CaughtUp,
+}
+
+/// In place of the name of a watch: of an answer that is about none.
+const NO_WATCH: i64 = -1;
+/// A server answers no questions about its progress while it tells the past. That takes
+/// moments, but nobody promises how many.
+const UNANSWERED_MEANWHILE: u32 = 20;
 
 /// What follows from an answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,12 +88,14 @@ impl WatchState {
             },
             next,
             parts: Vec::new(),
+            stage: Stage::Asked,
         }
     }
 
     /// What to ask on a new stream; what came of the one before in parts is forgotten.
     pub fn begin(&mut self) -> WatchCreateRequest {
         self.parts.clear();
+        self.stage = Stage::Asked;
         WatchCreateRequest {
             start_revision: self.next.unwrap_or(0),
             ..self.request.clone()
@@ -85,6 +108,18 @@ impl WatchState {
         self.next.map(|next| next - 1)
     }
 
+    /// So many questions in a row about its progress may the server leave unanswered
+    /// before it is taken for dead: none before it has begun, and any number before it
+    /// has reached the revision at which the watch begins.
+    pub fn unanswered_max(&self) -> u32 {
+        match self.stage {
+            Stage::Asked => 0,
+            Stage::Ahead => u32::MAX,
+            Stage::Begun => UNANSWERED_MEANWHILE,
+            Stage::CaughtUp => 1,
+        }
+    }
+
     /// The server has answered.
     pub fn received(&mut self, answer: WatchResponse) -> Step {
         let revision = answer.header.map_or(0, |header| header.revision);
@@ -93,8 +128,19 @@ impl WatchState {
         }
         if answer.created {
             // Of one from a given revision this says nothing: its events follow.
-            self.next.get_or_insert(revision + 1);
+            let next = *self.next.get_or_insert(revision + 1);
+            self.stage = match next.cmp(&(revision + 1)) {
+                Ordering::Less => Stage::Begun,
+                Ordering::Equal => Stage::CaughtUp,
+                Ordering::Greater => Stage::Ahead,
+            };
             return Step::Live;
+        }
+        if answer.watch_id == NO_WATCH {
+            // A sign of life. Its revision is no promise: older versions of etcd give one
+            // whose events are still to come.
+            self.stage = Stage::CaughtUp;
+            return Step::Nothing;
         }
         self.parts.extend(answer.events);
         if answer.fragment {
@@ -196,6 +242,28 @@ mod tests {
             (state.begin().start_revision, state.revision()),
             (21, Some(20))
         );
+    }
+
+    #[test]
+    fn a_server_that_tells_the_past_may_be_silent_for_longer() {
+        let mut state = state(3);
+        state.begin();
+        assert_eq!(state.unanswered_max(), 0);
+        state.received(created(9));
+        assert!(state.unanswered_max() > 1);
+        let sign_of_life = WatchResponse {
+            watch_id: NO_WATCH,
+            ..answer(9)
+        };
+        assert_eq!(state.received(sign_of_life), Step::Nothing);
+        assert_eq!(state.unanswered_max(), 1);
+        assert_eq!(state.begin().start_revision, 3, "9 is no promise");
+        assert_eq!(state.unanswered_max(), 0);
+        state.received(created(2));
+        assert_eq!(state.unanswered_max(), 1, "there is no past");
+        state.begin();
+        state.received(created(1));
+        assert_eq!(state.unanswered_max(), u32::MAX);
     }
 
     #[test]

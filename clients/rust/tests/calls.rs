@@ -155,6 +155,21 @@ async fn a_forced_release_reaches_the_guard_with_its_reason() {
 }
 
 #[tokio::test]
+async fn a_forced_release_without_a_token_is_sent_again_if_it_certainly_was_not_done() {
+    let servers = Servers::start(2).await;
+    let session = patient_session(&servers).await;
+    let _guard = session.lock("a").await.unwrap();
+    // Of this client the first server does not lead.
+    servers.lead(1);
+    let client = Client::connect(servers.addresses()).unwrap();
+    client
+        .force_release("a", "maintenance", None)
+        .await
+        .unwrap();
+    assert!(servers.holder("a").is_none());
+}
+
+#[tokio::test]
 async fn without_renewals_the_session_becomes_suspect_and_is_lost_for_good() {
     let servers = Servers::start(1).await;
     let session = session(&servers, Duration::from_millis(600)).await;
@@ -174,6 +189,24 @@ async fn without_renewals_the_session_becomes_suspect_and_is_lost_for_good() {
         again,
         Err(Error::SessionLost(LossReason::SessionExpired))
     ));
+}
+
+#[tokio::test]
+async fn a_wait_ends_although_the_server_hangs() {
+    let servers = Servers::start(1).await;
+    let session = patient_session(&servers).await;
+    servers.hang(0);
+    let wait = session.lock("a").wait(Duration::from_millis(100));
+    let ended = timeout(LONG, wait.into_future()).await.unwrap();
+    assert!(matches!(ended, Err(Error::WaitTimedOut)), "{ended:?}");
+    let ended = timeout(LONG, session.lock("b").try_now().into_future()).await;
+    let error = ended.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }), "{error}");
+    // Both are withdrawn as soon as somebody listens.
+    servers.recover(0);
+    servers.until(|state| state.cancelled.len() == 2).await;
+    servers.until(|state| state.holders.is_empty()).await;
+    assert_eq!(session.status(), Status::Active);
 }
 
 #[tokio::test]

@@ -7,9 +7,9 @@
 
 mod fake_etcd;
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
-use conclave_client::{Client, Error, Event, Get, LossReason, Put, Status, Watch};
+use conclave_client::{Client, Error, Event, Get, KeyRange, LossReason, Put, Status, Watch};
 use fake_etcd::{Fault, Servers};
 use tokio::time::timeout;
 
@@ -42,6 +42,99 @@ async fn a_read_is_repeated() {
     servers.compact(5);
     let old = kv.get(Get::new("a").at_revision(3)).await;
     assert!(matches!(old, Err(Error::Compacted { .. })));
+}
+
+#[tokio::test]
+async fn a_write_goes_on_while_servers_stop_one_after_the_other() {
+    let servers = Servers::start(2).await;
+    let kv = client(&servers).kv();
+    servers.inject(&[Fault::Stopping, Fault::Stopping]);
+    kv.put(Put::new("a", "1")).await.unwrap();
+    assert_eq!(servers.state().history.len(), 1);
+}
+
+#[tokio::test]
+async fn a_read_goes_to_another_server_when_one_hangs() {
+    let servers = Servers::start(2).await;
+    servers.hang(0);
+    for read in [Get::new("a"), Get::new(KeyRange::prefix("a"))] {
+        // Each begins with the server that hangs.
+        let kv = client(&servers).kv();
+        timeout(LONG, kv.get(read)).await.unwrap().unwrap();
+    }
+    let leases = client(&servers).leases();
+    let renewed = timeout(LONG, leases.renew(1)).await.unwrap();
+    assert!(matches!(renewed, Err(Error::LeaseNotFound)));
+}
+
+#[tokio::test]
+async fn a_read_that_nobody_answers_had_no_effect() {
+    let servers = Servers::start(1).await;
+    servers.hang(0);
+    let kv = client(&servers).kv();
+    let error = timeout(LONG, kv.get("a")).await.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }), "{error}");
+    assert!(error.to_string().contains(&servers.addresses[0]), "{error}");
+}
+
+#[tokio::test]
+async fn a_watch_leaves_a_server_that_says_nothing() {
+    let servers = Servers::start(2).await;
+    // Before it has begun ...
+    servers.mute(&[0]);
+    let client = client(&servers);
+    let watching = timeout(LONG, client.watch(Watch::new("k"))).await;
+    let mut watching = watching.unwrap().unwrap();
+    servers.change(1);
+    let events = timeout(LONG, watching.next()).await.unwrap().unwrap();
+    assert_eq!(places(&events), [(2, 0)]);
+    // ... and long after, when nothing has happened for a while.
+    servers.mute(&[1]);
+    let (told, ()) = tokio::join!(timeout(LONG, watching.next()), async {
+        servers.until(|state| state.watches[&0] == 2).await;
+        servers.change(1);
+    });
+    assert_eq!(places(&told.unwrap().unwrap()), [(3, 0)]);
+}
+
+#[tokio::test]
+async fn a_watch_stays_with_a_server_that_has_nothing_to_tell() {
+    let servers = Servers::start(2).await;
+    let mut watching = client(&servers).watch(Watch::new("k")).await.unwrap();
+    // Longer than a server may be silent.
+    let nothing = timeout(Duration::from_secs(9), watching.next()).await;
+    assert!(nothing.is_err());
+    assert_eq!(servers.state().watches, BTreeMap::from([(0, 1)]));
+}
+
+#[tokio::test]
+async fn what_an_attempt_without_an_answer_has_done_is_done() {
+    let servers = Servers::start(2).await;
+    let client = client(&servers);
+    let (kv, leases) = (client.kv(), client.leases());
+    servers.inject(&[Fault::Unknown]);
+    kv.compact(3, false).await.unwrap();
+    let again = kv.compact(3, false).await;
+    assert!(matches!(again, Err(Error::Compacted { .. })), "{again:?}");
+    let (id, _) = leases.grant(Duration::from_secs(60), 0).await.unwrap();
+    servers.inject(&[Fault::Unknown]);
+    leases.revoke(id).await.unwrap();
+    let again = leases.revoke(id).await;
+    assert!(matches!(again, Err(Error::LeaseNotFound)), "{again:?}");
+}
+
+#[tokio::test]
+async fn a_lease_lives_from_the_attempt_that_granted_it() {
+    let servers = Servers::start(1).await;
+    servers.state().may_grant = false;
+    let client = client(&servers);
+    let granting = client.lease(Duration::from_secs(1));
+    let (granted, ()) = tokio::join!(granting, async {
+        // Longer than the lease.
+        tokio::time::sleep(Duration::from_millis(1_200)).await;
+        servers.state().may_grant = true;
+    });
+    assert_eq!(granted.unwrap().status(), Status::Active);
 }
 
 /// Where each event is, and of which key.

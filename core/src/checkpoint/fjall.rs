@@ -7,6 +7,8 @@
 //! not makes no difference to us: the records say whether they are whole.
 
 use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    fmt,
     fs::{self, DirBuilder, File},
     io,
     os::unix::fs::DirBuilderExt as _,
@@ -34,8 +36,23 @@ const INCOMING: &str = "incoming";
 #[derive(Clone, Debug)]
 pub struct FjallCheckpoints {
     path: PathBuf,
-    /// Those that are being read.
-    read: Arc<Mutex<Vec<Slot>>>,
+    /// Those that are being read. A database can be opened once at a time, so all who
+    /// read one share it.
+    read: Arc<Mutex<BTreeMap<Slot, Shared>>>,
+}
+
+/// A database that is being read.
+struct Shared {
+    readings: usize,
+    records: Keyspace,
+    _database: Database,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shared = formatter.debug_struct("Shared");
+        shared.field("readings", &self.readings).finish()
+    }
 }
 
 /// While it is there, a checkpoint stays.
@@ -45,10 +62,15 @@ struct Reading<'a> {
 }
 
 impl Drop for Reading<'_> {
+    /// The last one closes the database, before anybody could open it again.
     fn drop(&mut self) {
         let mut read = self.store.being_read();
-        if let Some(place) = read.iter().position(|slot| *slot == self.slot) {
-            read.swap_remove(place);
+        let Some(shared) = read.get_mut(&self.slot) else {
+            return;
+        };
+        shared.readings -= 1;
+        if shared.readings == 0 {
+            read.remove(&self.slot);
         }
     }
 }
@@ -75,12 +97,29 @@ impl FjallCheckpoints {
         }
     }
 
-    fn reading(&self, slot: Slot) -> Reading<'_> {
-        self.being_read().push(slot);
-        Reading { store: self, slot }
+    /// Begins to read a checkpoint.
+    fn reading(&self, slot: Slot) -> io::Result<(Reading<'_>, Keyspace)> {
+        let mut read = self.being_read();
+        let shared = match read.entry(slot) {
+            Entry::Occupied(shared) => shared.into_mut(),
+            Entry::Vacant(place) => {
+                let directory = self.directory(slot);
+                // fjall would make it anew.
+                fs::metadata(&directory)?;
+                let (database, records) = open(&directory).map_err(plain)?;
+                place.insert(Shared {
+                    readings: 0,
+                    records,
+                    _database: database,
+                })
+            }
+        };
+        shared.readings += 1;
+        let records = shared.records.clone();
+        Ok((Reading { store: self, slot }, records))
     }
 
-    fn being_read(&self) -> MutexGuard<'_, Vec<Slot>> {
+    fn being_read(&self) -> MutexGuard<'_, BTreeMap<Slot, Shared>> {
         // Nothing in here can stop half way.
         self.read.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -103,11 +142,8 @@ impl CheckpointStore for FjallCheckpoints {
     }
 
     fn read(&self, slot: Slot, take: &mut dyn FnMut(&[u8]) -> bool) -> io::Result<()> {
-        let _reading = self.reading(slot);
-        let directory = self.directory(slot);
-        // fjall would make it anew.
-        fs::metadata(&directory)?;
-        let (_database, records) = open(&directory).map_err(plain)?;
+        // What is declared later goes first: the records, then the last handle on them.
+        let (_reading, records) = self.reading(slot)?;
         for record in records.iter() {
             let value = record.value().map_err(plain)?;
             if !take(&value) {
@@ -145,7 +181,7 @@ impl CheckpointStore for FjallCheckpoints {
 
     fn remove(&mut self, slot: Slot) -> io::Result<()> {
         let read = self.being_read();
-        match read.contains(&slot) {
+        match read.contains_key(&slot) {
             true => Ok(()),
             false => remove_directory(&self.directory(slot)),
         }
@@ -281,6 +317,27 @@ mod tests {
         assert_eq!(store.0.list().unwrap(), [8]);
         assert!(!store.0.path.join(UNFINISHED).exists());
         assert_eq!(store.read(8).unwrap().len(), RECORDS as usize);
+    }
+
+    #[test]
+    fn one_that_is_being_read_can_be_read_by_others() {
+        let mut store = Scratch::new("shared");
+        store.write(7);
+        let mut whole = 0;
+        let read = |_: &[u8]| {
+            whole += usize::from(
+                store
+                    .read(7)
+                    .is_ok_and(|read| read.len() == RECORDS as usize),
+            );
+            whole < 2
+        };
+        store.0.read(7.into(), &mut { read }).unwrap();
+        assert_eq!(whole, 2);
+        assert_eq!(store.read(7).unwrap().len(), RECORDS as usize);
+        assert!(store.0.being_read().is_empty());
+        store.0.remove(7.into()).unwrap();
+        assert_eq!(store.0.list().unwrap(), []);
     }
 
     #[test]

@@ -3,20 +3,23 @@
 //! Whatever is taken apart here is taken apart in full, so that a part of the
 //! state that is added later, and forgotten here, does not compile.
 
+use std::iter;
+
 use bytes::Bytes;
 use conclave_proto::internal::{
-    self, CheckpointEnded, CheckpointManifest, CheckpointMember, CheckpointPair, CheckpointRecord,
-    CheckpointRequest, CheckpointSession, CheckpointSystem, CheckpointVersion, checkpoint_ended,
-    checkpoint_record::Record as Body, checkpoint_request,
+    self, CheckpointEnded, CheckpointManifest, CheckpointMember, CheckpointPair, CheckpointPlace,
+    CheckpointRecord, CheckpointRequest, CheckpointSession, CheckpointSystem, CheckpointVersion,
+    checkpoint_ended, checkpoint_record::Record as Body, checkpoint_request,
 };
 use prost::Message as _;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::Image;
+use super::{Image, Part, Versions};
 use crate::{
     APPLY_VERSION,
     ids::{NodeId, Revision, SessionId},
     keyspace::{Picture, Record},
+    machine::Place,
     requests::{Answered, KeptReply, Requests, Slot},
     session::{EndReason, Secret, Session, Sessions},
     system::{Ended, ForcedRelease, PublishedMember, System},
@@ -54,9 +57,49 @@ pub enum Invalid {
     },
 }
 
+/// The row of records of an image, the manifest last, from its parts. Each is encoded when
+/// it is asked for. Without the last part, the row is not whole.
+pub fn records(mut parts: impl Iterator<Item = Part>) -> impl Iterator<Item = Bytes> {
+    let mut sum = Sum::default();
+    let mut bodies: Box<dyn Iterator<Item = Body>> = Box::new(iter::empty());
+    let mut manifest = None;
+    iter::from_fn(move || {
+        loop {
+            if let Some(body) = bodies.next() {
+                let bytes = encode(body);
+                sum.add(&bytes);
+                return Some(bytes);
+            }
+            if let Some(manifest) = manifest.take() {
+                return Some(encode(Body::Manifest(sum.seal(manifest))));
+            }
+            match parts.next()? {
+                Part::Versions(some) => bodies = Box::new(versions(some)),
+                Part::Rest(image) => {
+                    let (rest, last) = image.into_bodies();
+                    bodies = Box::new(rest);
+                    manifest = Some(last);
+                }
+            }
+        }
+    })
+}
+
+fn versions(versions: Versions) -> impl Iterator<Item = Body> {
+    let Versions { live, past } = versions;
+    let live = live.into_iter().map(|record| (0, record));
+    live.chain(past)
+        .map(|(ended, record)| Body::Version(version(ended, record)))
+}
+
 impl Image {
-    /// The row of records, the manifest last. Each is encoded when it is asked for.
+    /// See [`records`].
     pub fn into_records(self) -> impl Iterator<Item = Bytes> {
+        records(iter::once(Part::Rest(Box::new(self))))
+    }
+
+    /// What goes before the manifest, and that.
+    fn into_bodies(self) -> (impl Iterator<Item = Body>, CheckpointManifest) {
         let Self {
             cluster,
             applied,
@@ -73,14 +116,10 @@ impl Image {
             live,
             past,
         } = keyspace;
-        let live = live.into_iter().map(|record| (0, record));
-        let mut bodies = live
-            .chain(past)
-            .map(|(ended, record)| Body::Version(version(ended, record)))
+        let bodies = versions(Versions { live, past })
             .chain(sessions.into_iter().map(|(id, s)| session(id, s)))
             .chain(system_records(system));
-        let mut sum = Sum::default();
-        let mut manifest = Some(CheckpointManifest {
+        let manifest = CheckpointManifest {
             format: FORMAT,
             cluster_id: cluster,
             applied,
@@ -91,16 +130,8 @@ impl Image {
             keyspace_digest,
             records: 0,
             hash: 0,
-        });
-        std::iter::from_fn(move || {
-            if let Some(body) = bodies.next() {
-                let bytes = encode(body);
-                sum.add(&bytes);
-                return Some(bytes);
-            }
-            let manifest = manifest.take().map(|manifest| sum.seal(manifest));
-            manifest.map(|manifest| encode(Body::Manifest(manifest)))
-        })
+        };
+        (bodies, manifest)
     }
 }
 
@@ -406,7 +437,9 @@ fn request((number, slot): (u64, Slot)) -> CheckpointRequest {
     use checkpoint_request::Slot as Code;
     let (slot, revision) = match slot {
         Slot::Expected => (Code::Expected(true), 0),
-        Slot::Waiting(place) => (Code::WaitingAt(place), 0),
+        Slot::Waiting(Place { revision, key }) => {
+            (Code::Waiting(CheckpointPlace { revision, key }), 0)
+        }
         Slot::Answered(Answered { revision, reply }) => match reply {
             KeptReply::Machine(reply) => (Code::Reply(reply), revision),
             KeptReply::NoSpace => (Code::NoSpace(true), revision),
@@ -429,7 +462,7 @@ fn slot_of(request: CheckpointRequest) -> Option<(u64, Slot)> {
     let answered = |reply| Slot::Answered(Answered { revision, reply });
     let slot = match slot? {
         Code::Expected(_) => Slot::Expected,
-        Code::WaitingAt(place) => Slot::Waiting(place),
+        Code::Waiting(CheckpointPlace { revision, key }) => Slot::Waiting(Place { revision, key }),
         Code::Reply(reply) => answered(KeptReply::Machine(reply)),
         Code::NoSpace(_) => answered(KeptReply::NoSpace),
     };
@@ -498,10 +531,7 @@ fn system_records(system: System) -> impl Iterator<Item = Body> {
         })
     });
     let forced = forced.into_values().map(forced_record);
-    std::iter::once(counts)
-        .chain(members)
-        .chain(ended)
-        .chain(forced)
+    iter::once(counts).chain(members).chain(ended).chain(forced)
 }
 
 fn forced_record(release: ForcedRelease) -> Body {
@@ -570,7 +600,11 @@ mod tests {
         };
         let answered = |reply| Slot::Answered(Answered { revision: 4, reply });
         requests.set(2, Slot::Expected);
-        requests.set(4, Slot::Waiting(3));
+        let place = Place {
+            revision: 3,
+            key: "n/7".into(),
+        };
+        requests.set(4, Slot::Waiting(place));
         requests.set(5, answered(KeptReply::Machine("reply".into())));
         requests.set(7, answered(KeptReply::NoSpace));
         requests

@@ -5,7 +5,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc::{
             Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError, channel, sync_channel,
         },
@@ -16,7 +16,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{CheckpointStore, Image, Invalid, ReadError, Slot, read, verify};
+use super::{CheckpointStore, Invalid, Part, ReadError, Slot, read, records, verify};
 use crate::{ids::Index, limits, machine::Machine, state::State};
 
 /// How often a thread that waits for records looks whether it is to end.
@@ -31,6 +31,10 @@ pub type Sink = SyncSender<Vec<Bytes>>;
 pub struct Writer<M: Machine> {
     /// `None` once it is to end.
     orders: Option<Sender<Order>>,
+    /// Where the parts of the checkpoint go that is being written.
+    parts: Option<Sender<Part>>,
+    /// How many of them wait.
+    waiting: Arc<AtomicUsize>,
     results: Receiver<Result<Done<M>, WriteError>>,
     is_given_up: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -40,11 +44,19 @@ pub struct Writer<M: Machine> {
 enum Order {
     /// A checkpoint that follows the newest one that is whole.
     Write {
-        image: Box<Image>,
+        at: Index,
         newest: Index,
+        parts: Parts,
     },
     Receive(Receiver<Vec<Bytes>>),
     Adopt(Index),
+}
+
+/// The parts of a checkpoint, as they come.
+#[derive(Debug)]
+struct Parts {
+    parts: Receiver<Part>,
+    waiting: Arc<AtomicUsize>,
 }
 
 /// What the thread has done.
@@ -71,18 +83,44 @@ impl<M: Machine + Send + 'static> Writer<M> {
             .spawn(run)?;
         Ok(Self {
             orders: Some(orders),
+            parts: None,
+            waiting: Arc::default(),
             results,
             is_given_up,
             thread: Some(thread),
         })
     }
 
-    /// Orders a checkpoint that follows `newest`, the newest one that is whole; 0 for
-    /// none. That one and the one before it stay while this one is written, and that
-    /// one alone when it is durable.
-    pub fn write(&self, image: Image, newest: Index) {
-        let image = Box::new(image);
-        self.order(Order::Write { image, newest });
+    /// Orders a checkpoint of the entry `at` that follows `newest`, the newest one that
+    /// is whole; 0 for none. That one and the one before it stay while this one is
+    /// written, and that one alone when it is durable. Its parts are to follow.
+    pub fn begin(&mut self, at: Index, newest: Index) {
+        let (sender, parts) = channel();
+        self.parts = Some(sender);
+        self.waiting = Arc::default();
+        let parts = Parts {
+            parts,
+            waiting: Arc::clone(&self.waiting),
+        };
+        self.order(Order::Write { at, newest, parts });
+    }
+
+    /// Whether few parts wait to be written.
+    pub fn has_room(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) < limits::CHECKPOINT_PARTS_WAITING_MAX
+    }
+
+    /// Takes the next part of the checkpoint that was begun.
+    pub fn take(&mut self, part: Part) {
+        let is_last = matches!(part, Part::Rest(_));
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        if let Some(parts) = &self.parts {
+            // If the thread has ended, it has said why.
+            parts.send(part).ok();
+        }
+        if is_last {
+            self.parts = None;
+        }
     }
 
     /// Orders that records which come from another member be written to the incoming
@@ -141,7 +179,10 @@ fn run<M: Machine>(
     }
     while let Ok(order) = orders.recv() {
         let result = match order {
-            Order::Write { image, newest } => write(&mut store, *image, newest, is_given_up),
+            Order::Write { at, newest, parts } => {
+                let parts = std::iter::from_fn(|| parts.next(is_given_up));
+                write(&mut store, at, parts, newest, is_given_up)
+            }
             Order::Receive(records) => receive(&mut store, &records, is_given_up),
             Order::Adopt(at) => adopt(&mut store, at)
                 .map(|()| Done::Adopted(at))
@@ -158,17 +199,16 @@ fn run<M: Machine>(
 
 fn write<M: Machine>(
     store: &mut impl CheckpointStore,
-    image: Image,
+    at: Index,
+    parts: impl Iterator<Item = Part>,
     newest: Index,
     is_given_up: &AtomicBool,
 ) -> Result<Done<M>, WriteError> {
-    let at = image.applied();
     keep_two(store, newest)?;
-    let mut records = 0u64;
-    let mut rows = image
-        .into_records()
+    let mut written = 0u64;
+    let mut rows = records(parts)
         .take_while(|_| !is_given_up.load(Ordering::Relaxed))
-        .inspect(|_| records += 1);
+        .inspect(|_| written += 1);
     store.write(at.into(), &mut rows)?;
     drop(rows);
     if is_given_up.load(Ordering::Relaxed) {
@@ -177,7 +217,7 @@ fn write<M: Machine>(
     }
     verify(store, at).map_err(WriteError::NotReadBack)?;
     keep_two(store, at)?;
-    tracing::info!(checkpoint = at, records, "wrote a checkpoint");
+    tracing::info!(checkpoint = at, records = written, "wrote a checkpoint");
     Ok(Done::Written(at))
 }
 
@@ -186,7 +226,7 @@ fn receive<M: Machine>(
     records: &Receiver<Vec<Bytes>>,
     is_given_up: &AtomicBool,
 ) -> Result<Done<M>, WriteError> {
-    let chunks = std::iter::from_fn(|| next_chunk(records, is_given_up));
+    let chunks = std::iter::from_fn(|| next(records, is_given_up));
     store.write(Slot::Incoming, &mut chunks.flatten())?;
     if is_given_up.load(Ordering::Relaxed) {
         return Err(WriteError::Ended);
@@ -202,10 +242,19 @@ fn receive<M: Machine>(
     Ok(Done::Received(received))
 }
 
-fn next_chunk(records: &Receiver<Vec<Bytes>>, is_given_up: &AtomicBool) -> Option<Vec<Bytes>> {
+impl Parts {
+    fn next(&self, is_given_up: &AtomicBool) -> Option<Part> {
+        let part = next(&self.parts, is_given_up)?;
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        Some(part)
+    }
+}
+
+/// What comes next; none if it is given up, or nobody sends any more.
+fn next<T>(incoming: &Receiver<T>, is_given_up: &AtomicBool) -> Option<T> {
     while !is_given_up.load(Ordering::Relaxed) {
-        match records.recv_timeout(GIVEN_UP_EVERY) {
-            Ok(chunk) => return Some(chunk),
+        match incoming.recv_timeout(GIVEN_UP_EVERY) {
+            Ok(item) => return Some(item),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
         }
@@ -274,7 +323,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        checkpoint::SimCheckpoints,
+        checkpoint::{Image, SimCheckpoints, Versions},
         ids::{LogTime, SessionId},
         keyspace::{Change, Keyspace, Overlay, Picture, Record},
         machine::{Cause, Context, Executed, Settled, View},
@@ -382,6 +431,10 @@ mod tests {
         fn query(&self, _: View<'_>, query: Infallible) -> Infallible {
             match query {}
         }
+
+        fn work(answer: &Infallible) -> usize {
+            match *answer {}
+        }
     }
 
     const WAIT: Duration = Duration::from_secs(60);
@@ -409,9 +462,12 @@ mod tests {
             let mut rows = image(*at).into_records();
             watched.store.write((*at).into(), &mut rows).unwrap();
         }
-        let writer = Writer::start(watched.clone()).unwrap();
-        writer.write(image(200), newest);
+        let mut writer = Writer::start(watched.clone()).unwrap();
+        writer.begin(200, newest);
+        writer.take(Part::Versions(Versions::default()));
+        writer.take(Part::Rest(Box::new(image(200))));
         assert!(matches!(done(&writer), Done::Written(200)));
+        assert!(writer.has_room());
         let during = watched.seen.lock().unwrap().remove(0);
         (during, watched.store.list().unwrap())
     }
@@ -453,6 +509,22 @@ mod tests {
         // A sink that nobody fills does not keep it from ending.
         let _sink = writer.receive();
         drop(writer);
+    }
+
+    #[test]
+    fn so_many_parts_wait_and_one_without_its_end_is_given_up() {
+        let store = SimCheckpoints::new();
+        let mut writer = Writer::<Nothing>::start(store.clone()).unwrap();
+        // The thread is busy with this.
+        let _sink = writer.receive();
+        writer.begin(200, 0);
+        for _ in 0..limits::CHECKPOINT_PARTS_WAITING_MAX {
+            assert!(writer.has_room());
+            writer.take(Part::Versions(Versions::default()));
+        }
+        assert!(!writer.has_room());
+        drop(writer);
+        assert_eq!(store.list().unwrap(), [0; 0]);
     }
 
     #[test]

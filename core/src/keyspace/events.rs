@@ -53,11 +53,10 @@ impl Interest {
 
     /// Whether an event of a key in the range is asked for.
     pub fn takes_event(&self, event: &Event) -> bool {
-        if event.after.is_some() {
-            self.puts
-        } else {
-            self.deletes
-        }
+        self.takes(match event.after {
+            Some(_) => Kind::Put,
+            None => Kind::Delete,
+        })
     }
 }
 
@@ -99,7 +98,8 @@ impl Keyspace {
         entries.map(|entry| self.event(entry))
     }
 
-    /// The same as keys, some of them twice, each with a way to its event.
+    /// The keys that a revision changed, some of them twice, each with a way to its event.
+    /// All of them must be known.
     pub(crate) fn changed_by(
         &self,
         revision: Revision,
@@ -170,6 +170,23 @@ impl Keyspace {
                 let (_, record) = self.past.first_of(key, revision + 1)?;
                 (record.mod_revision == revision).then_some(record)
             })
+    }
+
+    /// What a revision did to one key, whatever it did to others: the same as its entries
+    /// in the list of changes. It must be behind the compacted one.
+    fn changes_of(&self, key: &Bytes, revision: Revision) -> impl Iterator<Item = Entry> {
+        let made = self.made_at(key, revision);
+        let has_ended = self.past.ended_at(key, revision).is_some();
+        let is_deleted = has_ended && made.is_none_or(|made| made.create_revision == revision);
+        let kinds = [
+            is_deleted.then_some(Kind::Delete),
+            made.is_some().then_some(Kind::Put),
+        ];
+        kinds.into_iter().flatten().map(move |kind| Entry {
+            revision,
+            kind,
+            key: key.clone(),
+        })
     }
 
     /// The first revision from `from` on that changed a key, if what it did is known.
@@ -245,10 +262,16 @@ impl Taking<'_> {
                 self.excerpt.next = revision;
                 return false;
             }
-            self.excerpt.looked_at += 1;
-            for entry in keyspace.changes.of(revision) {
-                self.look_at(entry);
+            if revision == keyspace.compacted() {
+                for entry in keyspace.changes.of(revision) {
+                    self.look_at(entry);
+                }
+            } else {
+                for entry in keyspace.changes_of(key, revision) {
+                    self.look_at(&entry);
+                }
             }
+            self.excerpt.looked_at += 1;
             from = revision + 1;
         }
     }

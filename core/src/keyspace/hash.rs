@@ -1,8 +1,9 @@
 //! A hash over all that can be read at one revision, made little by little.
 //!
 //! It goes over the versions of keys as a picture does, and for the same reason meets
-//! each version that was made by its revision once, whatever is written meanwhile. A
-//! compaction changes what can be read: then it begins anew.
+//! each version that was made by its revision once, whatever is written meanwhile. What
+//! can be read is as of when it began: what a compaction drops since, ahead of the walk,
+//! is taken when it goes. So the order differs from node to node, and does not count.
 
 use xxhash_rust::xxh3::Xxh3;
 
@@ -17,76 +18,101 @@ pub struct Hashed {
     pub hash: u32,
     /// As of when.
     pub revision: Revision,
-    /// The lowest revision that can be read; 0 if all can.
+    /// The lowest revision that could be read when it began; 0 if all could.
     pub compacted: Revision,
 }
 
 /// A hash, as far as it is made.
-pub(crate) struct Hashing {
-    revision: Revision,
-    compacted: Revision,
+#[derive(Clone, Debug)]
+pub(super) struct Hashing {
     walk: Walk,
-    sum: Xxh3,
+    sum: Sum,
 }
 
-impl std::fmt::Debug for Hashing {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Hashing")
-            .field("revision", &self.revision)
-            .field("walk", &self.walk)
-            .finish_non_exhaustive()
-    }
+/// Of the versions met so far.
+#[derive(Clone, Debug)]
+struct Sum {
+    revision: Revision,
+    compacted: Revision,
+    sum: u64,
 }
 
 impl Hashing {
-    /// Begins one as of a revision; `None`: the newest.
-    pub(crate) fn new(
-        keyspace: &Keyspace,
-        revision: Option<Revision>,
-    ) -> Result<Self, RevisionError> {
-        let revision = revision.unwrap_or_else(|| keyspace.revision());
+    fn new(keyspace: &Keyspace, revision: Option<Revision>) -> Result<Self, RevisionError> {
+        let revision = revision.unwrap_or(keyspace.revision);
         keyspace.check_readable(revision)?;
         Ok(Self {
-            revision,
-            compacted: keyspace.compacted(),
             walk: Walk::default(),
-            sum: Xxh3::new(),
+            sum: Sum {
+                revision,
+                compacted: keyspace.compacted(),
+                sum: 0,
+            },
         })
     }
 
-    /// Goes on over `max` versions, or so many as have `max_bytes` of values; gives the
-    /// hash out when it is whole.
-    pub(crate) fn go_on(
-        &mut self,
-        keyspace: &Keyspace,
-        max: usize,
-        max_bytes: usize,
-    ) -> Result<Option<Hashed>, RevisionError> {
-        if self.compacted != keyspace.compacted() {
-            *self = Self::new(keyspace, Some(self.revision))?;
+    /// A version that has ended goes for good.
+    pub(super) fn rescue(&mut self, ended: Revision, record: &Record) {
+        if self.walk.is_ahead(ended, record) {
+            self.sum.add(ended, record);
         }
-        let (live, past) = (&keyspace.live, &keyspace.past);
-        let (revision, compacted) = (self.revision, self.compacted);
-        let sum = &mut self.sum;
+    }
+}
+
+impl Sum {
+    /// Adds a version, if it can be read.
+    fn add(&mut self, ended: Revision, record: &Record) {
+        if record.mod_revision > self.revision || ended <= self.compacted {
+            return;
+        }
+        let ended = if ended > self.revision { 0 } else { ended };
+        self.sum = self.sum.wrapping_add(of_version(ended, record));
+    }
+}
+
+impl Keyspace {
+    /// Begins a hash as of a revision; `None`: the newest. One that was under way is
+    /// given up.
+    pub(crate) fn begin_hash(&mut self, revision: Option<Revision>) -> Result<(), RevisionError> {
+        self.hashing.0 = None;
+        self.hashing.0 = Some(Hashing::new(self, revision)?);
+        Ok(())
+    }
+
+    /// Goes on with the hash over `max` versions, or so many as have `max_bytes` of
+    /// values; gives it out when it is whole.
+    pub(crate) fn go_on_hashing(&mut self, max: usize, max_bytes: usize) -> Option<Hashed> {
+        let Hashing { walk, sum } = self.hashing.0.as_mut()?;
         let mut left = max_bytes;
-        let is_whole = self.walk.go_on(live, past, max, |ended, record| {
-            if record.mod_revision <= revision && ended > compacted {
-                add(sum, if ended > revision { 0 } else { ended }, record);
-            }
+        let is_whole = walk.go_on(&self.live, &self.past, max, |ended, record| {
+            sum.add(ended, record);
             left = left.saturating_sub(record.value.len());
             left > 0
         });
-        Ok(is_whole.then(|| Hashed {
-            hash: folded(self.sum.digest()),
+        let Sum {
             revision,
             compacted,
-        }))
+            sum,
+        } = *sum;
+        is_whole.then(|| {
+            self.hashing.0 = None;
+            Hashed {
+                hash: folded(sum),
+                revision,
+                compacted,
+            }
+        })
+    }
+
+    /// Gives up the hash that is under way.
+    pub(crate) fn give_up_hash(&mut self) {
+        self.hashing.0 = None;
     }
 }
 
 /// Each field has a fixed width or its length before it, so that no two versions read
 /// the same.
-fn add(sum: &mut Xxh3, ended: Revision, record: &Record) {
+fn of_version(ended: Revision, record: &Record) -> u64 {
     let Record {
         key,
         value,
@@ -95,6 +121,7 @@ fn add(sum: &mut Xxh3, ended: Revision, record: &Record) {
         version,
         lease,
     } = record;
+    let mut hash = Xxh3::new();
     for number in [
         key.len() as u64,
         value.len() as u64,
@@ -104,10 +131,11 @@ fn add(sum: &mut Xxh3, ended: Revision, record: &Record) {
         lease.map_or(0, |session| session.0.cast_unsigned()),
         ended,
     ] {
-        sum.update(&number.to_le_bytes());
+        hash.update(&number.to_le_bytes());
     }
-    sum.update(key);
-    sum.update(value);
+    hash.update(key);
+    hash.update(value);
+    hash.digest()
 }
 
 /// As wide as the API has it.
@@ -135,11 +163,9 @@ mod tests {
     }
 
     fn hash(keyspace: &Keyspace, revision: Option<Revision>) -> Hashed {
-        let mut hashing = Hashing::new(keyspace, revision).unwrap();
-        hashing
-            .go_on(keyspace, usize::MAX, usize::MAX)
-            .unwrap()
-            .unwrap()
+        let mut keyspace = keyspace.clone();
+        keyspace.begin_hash(revision).unwrap();
+        keyspace.go_on_hashing(usize::MAX, usize::MAX).unwrap()
     }
 
     fn some_history() -> Keyspace {
@@ -158,10 +184,10 @@ mod tests {
         let mut keyspace = some_history();
         let revision = keyspace.revision();
         let expected = hash(&keyspace, None);
-        let mut hashing = Hashing::new(&keyspace, Some(revision)).unwrap();
+        keyspace.begin_hash(Some(revision)).unwrap();
         let mut round = 0;
         let hashed = loop {
-            if let Some(hashed) = hashing.go_on(&keyspace, 3, usize::MAX).unwrap() {
+            if let Some(hashed) = keyspace.go_on_hashing(3, usize::MAX) {
                 break hashed;
             }
             round += 1;
@@ -190,18 +216,42 @@ mod tests {
     }
 
     #[test]
-    fn a_hash_that_a_compaction_meets_begins_anew_or_is_refused() {
+    fn compactions_meanwhile_neither_change_nor_delay_it() {
+        let mut keyspace = Keyspace::new();
+        for round in 0..5 {
+            for key in 0..200 {
+                write(&mut keyspace, &format!("{key:03}"), &format!("{round}"));
+            }
+        }
+        keyspace.compact(100).unwrap();
+        let revision = keyspace.revision() - 300;
+        let expected = hash(&keyspace, Some(revision));
+        assert_eq!(expected.compacted, 100);
+        keyspace.begin_hash(Some(revision)).unwrap();
+        let mut rounds = 0;
+        let hashed = loop {
+            if let Some(hashed) = keyspace.go_on_hashing(10, usize::MAX) {
+                break hashed;
+            }
+            rounds += 1;
+            write(&mut keyspace, "100", "later");
+            let compacted = keyspace.compacted();
+            keyspace.compact(compacted + 10).unwrap();
+            // Some of it stays for later, and some is dropped before it is met.
+            keyspace.sweep(7);
+        };
+        assert_eq!(hashed, expected);
+        assert!(rounds <= 101, "each version is met once: {rounds}");
+        assert!(keyspace.compacted() > revision);
+    }
+
+    #[test]
+    fn what_is_compacted_when_it_begins_is_refused() {
         let mut keyspace = some_history();
-        let revision = keyspace.revision();
-        let mut newest = Hashing::new(&keyspace, Some(revision)).unwrap();
-        let mut old = Hashing::new(&keyspace, Some(5)).unwrap();
-        assert_eq!(newest.go_on(&keyspace, 4, usize::MAX).unwrap(), None);
-        assert_eq!(old.go_on(&keyspace, 4, usize::MAX).unwrap(), None);
         keyspace.compact(12).unwrap();
-        keyspace.sweep(usize::MAX);
-        let hashed = newest.go_on(&keyspace, usize::MAX, usize::MAX).unwrap();
-        assert_eq!(hashed, Some(hash(&keyspace, None)));
-        assert!(old.go_on(&keyspace, 4, usize::MAX).is_err());
+        assert!(keyspace.begin_hash(Some(11)).is_err());
+        assert!(keyspace.begin_hash(Some(keyspace.revision() + 1)).is_err());
+        assert_eq!(keyspace.go_on_hashing(9, 9), None, "nothing is under way");
     }
 
     #[test]
@@ -210,12 +260,9 @@ mod tests {
         for key in ["a", "b", "c"] {
             write(&mut keyspace, key, &"x".repeat(100));
         }
-        let mut hashing = Hashing::new(&keyspace, None).unwrap();
-        assert_eq!(hashing.go_on(&keyspace, 9, 150).unwrap(), None);
-        assert_eq!(
-            hashing.go_on(&keyspace, 9, 150).unwrap(),
-            Some(hash(&keyspace, None))
-        );
+        keyspace.begin_hash(None).unwrap();
+        assert_eq!(keyspace.go_on_hashing(9, 150), None);
+        assert_eq!(keyspace.go_on_hashing(9, 150), Some(hash(&keyspace, None)));
     }
 
     #[test]

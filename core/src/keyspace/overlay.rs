@@ -105,16 +105,6 @@ impl<'a> Overlay<'a> {
         true
     }
 
-    /// Deletes a range; how many were there.
-    pub fn delete_range(&mut self, range: &KeyRange) -> usize {
-        let records: Vec<Record> = self.range(range).cloned().collect();
-        let deleted = records.len();
-        for record in records {
-            self.write(record.key.clone(), Some(record), None);
-        }
-        deleted
-    }
-
     /// What was written so far, in order.
     pub fn changes(&self) -> &[Change] {
         &self.changes
@@ -216,23 +206,5 @@ mod tests {
             (2, 2, 1)
         );
         assert_eq!(keyspace.revision(), 2);
-    }
-
-    #[test]
-    fn deleting_a_range_counts_what_was_there() {
-        let keyspace = Keyspace::new();
-        let mut overlay = keyspace.overlay();
-        put(&mut overlay, "a", "1");
-        put(&mut overlay, "b", "1");
-        put(&mut overlay, "c", "1");
-        assert_eq!(
-            overlay.delete_range(&KeyRange::new("a".into(), "c".into())),
-            2
-        );
-        assert_eq!(
-            overlay.delete_range(&KeyRange::new("a".into(), "c".into())),
-            0
-        );
-        assert_eq!(overlay.range(&KeyRange::prefix(b"")).count(), 1);
     }
 }

@@ -7,7 +7,7 @@
 //! met once, where it is by then, whatever is written meanwhile. Only what a
 //! compaction drops ahead of the walk would be missed, and is taken when it goes.
 
-use std::{collections::BTreeSet, ops::Bound};
+use std::{collections::BTreeSet, mem, ops::Bound};
 
 use bytes::Bytes;
 
@@ -15,7 +15,7 @@ use super::{
     History, Record,
     order::{Live, Past},
 };
-use crate::ids::Revision;
+use crate::{checkpoint::Versions, ids::Revision};
 
 /// All versions of all keys at one moment.
 #[derive(Clone, Debug, Default)]
@@ -83,7 +83,7 @@ impl Walk {
     }
 
     /// Whether a version that has ended is yet to be met.
-    fn is_ahead(&self, ended: Revision, record: &Record) -> bool {
+    pub(super) fn is_ahead(&self, ended: Revision, record: &Record) -> bool {
         let (key, end) = &self.at;
         (key, *end) < (&record.key, ended)
     }
@@ -97,14 +97,12 @@ pub(super) struct Drawing {
 }
 
 impl Drawing {
-    /// Begins one. The vectors never grow: that would copy them in one go.
-    pub(super) fn new(revision: Revision, digest: u64, live: usize, past: &History) -> Self {
+    pub(super) fn new(revision: Revision, digest: u64, past: &History) -> Self {
         let picture = Picture {
             revision,
             compacted: past.compacted(),
             digest,
-            live: Vec::with_capacity(live),
-            past: Vec::with_capacity(past.len()),
+            ..Picture::default()
         };
         Self {
             picture,
@@ -125,6 +123,14 @@ impl Drawing {
     pub(super) fn rescue(&mut self, ended: Revision, record: &Record) {
         if self.walk.is_ahead(ended, record) {
             self.picture.take(ended, record);
+        }
+    }
+
+    /// What it has come by since this was asked last; the picture will lack it.
+    pub(super) fn take_drawn(&mut self) -> Versions {
+        Versions {
+            live: mem::take(&mut self.picture.live),
+            past: mem::take(&mut self.picture.past),
         }
     }
 

@@ -55,7 +55,8 @@ pub enum TxnError {
     /// A branch puts a key twice, or puts one that it also deletes.
     #[error("duplicate key in one branch")]
     DuplicateKey,
-    /// More operations than allowed, or transactions too deep inside others.
+    /// More operations than allowed, or transactions too deep inside others, or ranges
+    /// that together are too long.
     #[error("too many operations")]
     TooManyOperations,
     /// A put that keeps the value gives one.
@@ -241,7 +242,9 @@ fn not_reserved(key: &[u8]) -> Result<(), TxnError> {
 ///
 /// As in etcd, all compares are made against the state before it; what an operation
 /// needs of that state is looked at before any of them runs; and operations see the
-/// writes before them, except a range at a given revision, which sees that one.
+/// writes before them, except a range at a given revision, which sees that one. If more
+/// than one compare or operation is over a range, all of them may look at
+/// [`limits::TXN_VISITS_MAX`] records together.
 /// `answers` says whether anybody is to see what operations read: if not, ranges are
 /// not walked.
 pub fn execute(
@@ -251,15 +254,20 @@ pub fn execute(
     answers: bool,
 ) -> Result<TxnReply, TxnError> {
     check(&txn, usize::MAX)?;
-    let (mut chosen, mut ranges) = (Vec::new(), Vec::new());
-    choose(overlay.base(), sessions, &txn, &mut chosen, &mut ranges)?;
-    for range in ranges {
-        check_state_for_range(overlay.base(), range)?;
-    }
+    let mut chosen = Chosen {
+        keyspace: overlay.base(),
+        sessions,
+        visits: Visits::of(wide_parts(&txn)),
+        branches: Vec::new(),
+        ranges: Vec::new(),
+        spans: Vec::new(),
+    };
+    chosen.choose(&txn)?;
+    let branches = chosen.checked()?;
     let mut run = Run {
         overlay,
         answers,
-        chosen: chosen.into_iter(),
+        chosen: branches.into_iter(),
     };
     Ok(run.txn(txn))
 }
@@ -271,7 +279,8 @@ pub fn execute_put(
     put: Put,
 ) -> Result<OperationReply, TxnError> {
     check_put(&put)?;
-    check_state_for_put(overlay.base(), sessions, &put)?;
+    check_session(sessions, &put)?;
+    check_kept(overlay.base(), &put)?;
     Ok(OperationReply::Put(run_put(overlay, put)))
 }
 
@@ -287,51 +296,141 @@ pub fn execute_delete(
 
 /// Whether all compares hold, each as [`execute`] has it.
 pub fn compare(keyspace: &Keyspace, compares: &[Compare]) -> Result<bool, TxnError> {
+    let wide = compares.iter().filter(|compare| is_wide(compare));
+    all_hold(keyspace, compares, &mut Visits::of(wide.count()))
+}
+
+fn all_hold(
+    keyspace: &Keyspace,
+    compares: &[Compare],
+    visits: &mut Visits,
+) -> Result<bool, TxnError> {
     for compare in compares {
-        if !holds(keyspace, compare)? {
+        if !holds(keyspace, compare, visits)? {
             return Ok(false);
         }
     }
     Ok(true)
 }
 
-/// Notes which branch runs, of each transaction that does, in the order in which they
-/// do; and refuses puts that cannot run on this state. What is wrong with a range comes
-/// after that, as in etcd.
-fn choose<'a>(
-    keyspace: &Keyspace,
-    sessions: &Sessions,
-    txn: &'a Txn,
-    chosen: &mut Vec<bool>,
-    ranges: &mut Vec<&'a Range>,
-) -> Result<(), TxnError> {
-    let succeeded = compare(keyspace, &txn.compares)?;
-    chosen.push(succeeded);
-    let branch = if succeeded {
-        &txn.success
-    } else {
-        &txn.failure
-    };
-    for operation in branch {
-        match operation.operation.as_ref() {
-            Some(Kind::Put(put)) => check_state_for_put(keyspace, sessions, put)?,
-            Some(Kind::Range(range)) => ranges.push(range),
-            Some(Kind::Txn(txn)) => choose(keyspace, sessions, txn, chosen, ranges)?,
-            Some(Kind::DeleteRange(_)) | None => {}
-        }
-    }
-    Ok(())
+/// How many compares and operations of a transaction, and of all inside it, are over
+/// ranges.
+fn wide_parts(txn: &Txn) -> usize {
+    let compares = txn.compares.iter().filter(|compare| is_wide(compare));
+    let operations = txn.success.iter().chain(&txn.failure);
+    let of_operations = operations.map(|operation| match &operation.operation {
+        Some(Kind::Range(range)) => usize::from(!range.end.is_empty()),
+        Some(Kind::DeleteRange(delete)) => usize::from(!delete.end.is_empty()),
+        Some(Kind::Txn(txn)) => wide_parts(txn),
+        Some(Kind::Put(_)) | None => 0,
+    });
+    compares.count() + of_operations.sum::<usize>()
 }
 
-fn check_state_for_put(
-    keyspace: &Keyspace,
-    sessions: &Sessions,
-    put: &Put,
-) -> Result<(), TxnError> {
+fn is_wide(compare: &Compare) -> bool {
+    !compare.end.is_empty()
+}
+
+/// How many records the ranges of a transaction may still look at. Every member counts
+/// them, as it has to come to the same end, whether it walks all of the ranges or not:
+/// so what counts is what there is before the transaction.
+struct Visits {
+    left: usize,
+}
+
+impl Visits {
+    /// One range is as long as it may be outside of a transaction.
+    fn of(wide_parts: usize) -> Self {
+        let left = match wide_parts {
+            0 | 1 => usize::MAX,
+            _ => limits::TXN_VISITS_MAX,
+        };
+        Self { left }
+    }
+
+    fn one(&mut self) -> Result<(), TxnError> {
+        let left = self.left.checked_sub(1);
+        self.left = left.ok_or(TxnError::TooManyOperations)?;
+        Ok(())
+    }
+}
+
+/// What of a transaction runs.
+struct Chosen<'a> {
+    keyspace: &'a Keyspace,
+    sessions: &'a Sessions,
+    visits: Visits,
+    /// Which branch, of each transaction that runs, in the order in which they do.
+    branches: Vec<bool>,
+    ranges: Vec<&'a Range>,
+    /// What its operations look at.
+    spans: Vec<KeyRange>,
+}
+
+impl<'a> Chosen<'a> {
+    /// Notes what runs, and refuses puts that cannot run on this state. What is wrong
+    /// with a range comes after that, as in etcd.
+    fn choose(&mut self, txn: &'a Txn) -> Result<(), TxnError> {
+        let succeeded = all_hold(self.keyspace, &txn.compares, &mut self.visits)?;
+        self.branches.push(succeeded);
+        let branch = if succeeded {
+            &txn.success
+        } else {
+            &txn.failure
+        };
+        for operation in branch {
+            match operation.operation.as_ref() {
+                Some(Kind::Put(put)) => {
+                    // As in etcd the other way round than for a put alone.
+                    check_kept(self.keyspace, put)?;
+                    check_session(self.sessions, put)?;
+                }
+                Some(Kind::Range(range)) => {
+                    self.ranges.push(range);
+                    self.will_walk(&range.key, &range.end);
+                }
+                Some(Kind::Txn(txn)) => self.choose(txn)?,
+                Some(Kind::DeleteRange(delete)) => self.will_walk(&delete.key, &delete.end),
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn will_walk(&mut self, key: &Bytes, end: &Bytes) {
+        if !end.is_empty() {
+            self.spans.push(KeyRange::new(key.clone(), end.clone()));
+        }
+    }
+
+    /// The branches, if the rest can run on this state, too.
+    fn checked(mut self) -> Result<Vec<bool>, TxnError> {
+        for range in &self.ranges {
+            check_state_for_range(self.keyspace, range)?;
+        }
+        // Most often there is no need to count.
+        let at_most = self.spans.len().saturating_mul(self.keyspace.len());
+        if at_most > self.visits.left {
+            for span in &self.spans {
+                for _ in self.keyspace.range(span, None) {
+                    self.visits.one()?;
+                }
+            }
+        }
+        Ok(self.branches)
+    }
+}
+
+fn check_session(sessions: &Sessions, put: &Put) -> Result<(), TxnError> {
     let session = SessionId(put.lease);
     if put.lease != 0 && sessions.get(session).is_none() {
         return Err(TxnError::SessionNotAlive(session));
     }
+    Ok(())
+}
+
+/// Whether there is what a put is to keep.
+fn check_kept(keyspace: &Keyspace, put: &Put) -> Result<(), TxnError> {
     if (put.ignore_value || put.ignore_lease) && keyspace.get(&put.key).is_none() {
         return Err(TxnError::KeyNotFound);
     }
@@ -353,10 +452,10 @@ pub fn check_state_for_range(keyspace: &Keyspace, range: &Range) -> Result<(), T
 
 /// Whether a compare holds for every key there is; if there is none, for a key that is
 /// all zeros, except that no compare of values holds then.
-fn holds(keyspace: &Keyspace, compare: &Compare) -> Result<bool, TxnError> {
+fn holds(keyspace: &Keyspace, compare: &Compare, visits: &mut Visits) -> Result<bool, TxnError> {
     let relation =
         Relation::try_from(compare.result).map_err(|_unknown| TxnError::UnknownOperation)?;
-    if compare.end.is_empty() {
+    if !is_wide(compare) {
         #[cfg(conclave_plant)]
         if crate::plant::is("compare-against-stale-state")
             && let stale = keyspace.revision() - 1
@@ -369,11 +468,15 @@ fn holds(keyspace: &Keyspace, compare: &Compare) -> Result<bool, TxnError> {
         return Ok(holds_for(keyspace.get(&compare.key), relation, compare));
     }
     let range = KeyRange::new(compare.key.clone(), compare.end.clone());
-    let mut records = keyspace.range(&range, None).peekable();
-    if records.peek().is_none() {
-        return Ok(holds_for(None, relation, compare));
+    let mut is_empty = true;
+    for record in keyspace.range(&range, None) {
+        is_empty = false;
+        visits.one()?;
+        if !holds_for(Some(record), relation, compare) {
+            return Ok(false);
+        }
     }
-    Ok(records.all(|record| holds_for(Some(record), relation, compare)))
+    Ok(!is_empty || holds_for(None, relation, compare))
 }
 
 fn holds_for(record: Option<&Record>, relation: Relation, compare: &Compare) -> bool {
@@ -404,7 +507,7 @@ fn holds_for(record: Option<&Record>, relation: Relation, compare: &Compare) -> 
 struct Run<'a, 'b> {
     overlay: &'a mut Overlay<'b>,
     answers: bool,
-    /// By [`choose`].
+    /// See [`Chosen`].
     chosen: std::vec::IntoIter<bool>,
 }
 
@@ -515,6 +618,68 @@ fn run_delete(overlay: &mut Overlay<'_>, delete: DeleteRange, answers: bool) -> 
 mod tests {
     use super::*;
     use crate::keyspace::Keyspace;
+
+    #[test]
+    fn ranges_of_a_transaction_are_bounded_together() {
+        let mut keyspace = Keyspace::new();
+        let mut overlay = keyspace.overlay();
+        let keys = limits::TXN_VISITS_MAX / 100;
+        for number in 0..keys {
+            overlay.put(format!("k{number}").into(), Bytes::new(), None);
+        }
+        let writes = overlay.into_writes();
+        keyspace.keep(writes);
+        let compare = Compare {
+            key: "k".into(),
+            end: "l".into(),
+            target: Some(Target::Version(1)),
+            ..Compare::default()
+        };
+        let run = |compares: usize, operations: Vec<Operation>, answers| {
+            let txn = Txn {
+                compares: vec![compare.clone(); compares],
+                success: operations,
+                ..Txn::default()
+            };
+            let sessions = Sessions::default();
+            execute(&mut keyspace.overlay(), &sessions, txn, answers).map(|reply| reply.succeeded)
+        };
+        let too_many = Err(TxnError::TooManyOperations);
+        assert_eq!(run(100, vec![], true), Ok(true));
+        assert_eq!(run(101, vec![], true), too_many);
+        assert_eq!(
+            super::compare(&keyspace, &vec![compare.clone(); 100]),
+            Ok(true)
+        );
+        assert_eq!(
+            super::compare(&keyspace, &vec![compare.clone(); 101]),
+            too_many
+        );
+        // Whether anybody is told makes no difference.
+        for answers in [true, false] {
+            let ranges = vec![range("k", "l", 0, 1); 50];
+            assert_eq!(run(50, ranges.clone(), answers), Ok(true));
+            assert_eq!(run(51, ranges, answers), too_many);
+            let inside = Operation {
+                operation: Some(Kind::Txn(Txn {
+                    success: vec![delete("k", "l"); 60],
+                    ..Txn::default()
+                })),
+            };
+            assert_eq!(run(40, vec![inside.clone()], answers), Ok(true));
+            assert_eq!(run(41, vec![inside], answers), too_many);
+        }
+        // Those of a branch that does not run do not count, nor do single keys.
+        assert_eq!(run(100, vec![range("k1", "", 0, 0); 50], true), Ok(true));
+        let failure = vec![delete("k", "l"); 101];
+        let txn = Txn {
+            failure,
+            ..Txn::default()
+        };
+        let sessions = Sessions::default();
+        let ran = execute(&mut keyspace.overlay(), &sessions, txn, true);
+        assert!(ran.unwrap().succeeded);
+    }
 
     fn put(key: &'static str, value: &'static str) -> Operation {
         bound(key, value, 0)

@@ -15,7 +15,7 @@ use crate::{
     log::Batch,
     machine::Machine,
     requests::NotRun,
-    session::{EndReason, Session},
+    session::{EndReason, Face},
     state::State,
     watch,
 };
@@ -218,19 +218,14 @@ pub enum AnswerBody<M: Machine> {
     SessionEnded(EndReason),
     /// It was not run, for what is known of its session's requests.
     NotRun(NotRun),
-    /// To `Query::Session`: it lives, with this many keys.
-    Session {
-        /// The session.
-        session: Session,
-        /// How many keys are bound to it.
-        keys: usize,
-    },
-    /// To `Query::Sessions`: each with the number of its keys.
+    /// To `Query::Session`: it lives.
+    Session(Face),
+    /// To `Query::Sessions`.
     Sessions {
         /// The newest log time, to tell ages.
         log_time_ms: u64,
         /// In order of id.
-        sessions: Vec<(SessionId, Session, usize)>,
+        sessions: Vec<(SessionId, Face)>,
         /// Whether there are more behind the last one.
         more: bool,
     },

@@ -366,6 +366,11 @@ fn may_be_forwarded<M: Machine>(from: NodeId, boot: u64, command: &Command) -> b
         |origin: &Origin| NodeId(origin.node) == from && origin.boot == boot && origin.number > 0;
     match &command.body {
         Some(command::Body::PublishMember(member)) => member.node == from.0,
+        Some(command::Body::AttachSession(attach))
+            if attach.wanted.len() > limits::REQUESTS_OPEN_MAX =>
+        {
+            false
+        }
         Some(
             command::Body::OpenSession(_)
             | command::Body::AttachSession(_)

@@ -114,6 +114,7 @@ impl<M: Machine> Replica<M> {
         let waiting = self.take_waiting();
         self.state = state;
         self.watchers.install(self.state.keyspace());
+        self.hashings.restart();
         self.install.wanted = None;
         self.clock.follow(self.state.system().log_time());
         self.fail_pending(|_| true);
@@ -127,7 +128,7 @@ impl<M: Machine> Replica<M> {
         let sessions = self.state.sessions();
         waiting
             .map(|(place, asked_by)| Waiting {
-                request: sessions.waits_at(place),
+                request: sessions.waits_at(&place),
                 asked_by,
             })
             .collect()

@@ -22,7 +22,8 @@ pub(super) struct Leadership {
     pub(super) parked: BTreeMap<SessionId, Vec<RenewalAsk>>,
     /// The entry that ends sessions, if one is on its way.
     pub(super) expiry_entry: Index,
-    /// It was full: when the next may follow, by CLOCK_BOOTTIME.
+    /// It was full, or this node stood still: when the next may follow, by
+    /// CLOCK_BOOTTIME.
     pub(super) expiry_resumes_us: Option<u64>,
     /// The entry that fires the timers which are due, if one is on its way.
     pub(super) timers_entry: Index,
@@ -52,7 +53,15 @@ impl Leadership {
         }
     }
 
-    /// When more sessions expire, if the entry before is applied and was full.
+    /// Nothing expires before this.
+    pub(super) fn hold_expiry(&mut self, until_us: u64) {
+        // Before it is known who lives, nothing does anyway.
+        if self.liveness.is_some() {
+            self.expiry_resumes_us = self.expiry_resumes_us.max(Some(until_us));
+        }
+    }
+
+    /// When more sessions may expire, if the entry before is applied.
     pub(super) fn next_expiry_us(&self, applied: Index) -> Option<u64> {
         self.expiry_resumes_us
             .filter(|_| self.expiry_entry <= applied)

@@ -52,7 +52,7 @@ impl<M: Machine> State<M> {
     /// nobody can tell any more.
     pub(crate) fn outcome_of(&self, id: SessionId, number: u64) -> Option<Outcome<Answer<M>>> {
         match self.sessions.get(id)?.requests.standing(number) {
-            Standing::Waiting(place) => Some(Outcome::Waiting(place)),
+            Standing::Waiting(place) => Some(Outcome::Waiting(place.clone())),
             Standing::Answered(answered) => Some(Outcome::Done(answer_again(self.term, answered))),
             Standing::New | Standing::Over => None,
         }
@@ -88,7 +88,7 @@ impl<M: Machine> State<M> {
             Standing::New if session.requests.has_room_for(number) => ControlFlow::Continue(number),
             Standing::New => refused(self, NotRun::TooMany),
             Standing::Over => refused(self, NotRun::Over),
-            Standing::Waiting(place) => ControlFlow::Break(Outcome::Waiting(place)),
+            Standing::Waiting(place) => ControlFlow::Break(Outcome::Waiting(place.clone())),
             Standing::Answered(answered) => {
                 ControlFlow::Break(Outcome::Done(answer_again(term, answered)))
             }

@@ -48,7 +48,7 @@ impl Cluster {
     fn checkpoint(&mut self, node: NodeId) -> State<Register> {
         let replica = &mut self.nodes.get_mut(&node).unwrap().replica;
         replica.begin_image();
-        State::restore(replica.draw_image(usize::MAX).unwrap())
+        State::restore(replica.draw_part(usize::MAX).and_then(Part::rest).unwrap())
     }
 
     /// A checkpoint of now, as of the member that was asked, arrives.

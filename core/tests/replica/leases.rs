@@ -362,3 +362,67 @@ fn leadership_goes_to_the_member_that_is_named() {
     cluster.settle();
     assert_eq!(cluster.outcome(leader, number), r#"Ok(Machine(Ok(b"a")))"#);
 }
+
+#[test]
+fn questions_that_take_long_are_answered_over_several_turns() {
+    let mut cluster = Cluster::ready(1);
+    let one = NodeId(1);
+    for _ in 0..100 {
+        cluster.open(one, 10_000);
+    }
+    let asked: Vec<RequestNumber> = (0..1_000)
+        .map(|_| {
+            cluster.last_number += 1;
+            let number = cluster.last_number;
+            let query = Query::SessionIds;
+            cluster.input(one, Input::Read { number, query });
+            number
+        })
+        .collect();
+    let mut turns = 0;
+    let mut before = 0;
+    while before < asked.len() {
+        assert!(cluster.turn(one), "it has work as long as any is left");
+        let answered = cluster.nodes[&one].outcomes.len();
+        let most = limits::READ_STEPS_PER_TURN_MAX / 100;
+        assert!(answered - before <= most, "{answered} after {before}");
+        before = answered;
+        turns += 1;
+    }
+    assert!(turns > 1);
+    for number in asked {
+        let answer = cluster.outcome(one, number);
+        assert!(answer.starts_with("Ok(SessionIds("), "{answer}");
+    }
+}
+
+#[test]
+fn a_hash_that_nobody_waits_for_any_more_is_given_up() {
+    let mut cluster = Cluster::ready(1);
+    let one = NodeId(1);
+    for number in 0..3 * limits::DRAWN_PER_TURN_MAX {
+        let put = Put {
+            key: number.to_string().into(),
+            ..Put::default()
+        };
+        cluster.send(one, command::Body::Put(put));
+    }
+    cluster.settle();
+    let hashes: Vec<RequestNumber> = (0..2)
+        .map(|_| {
+            cluster.last_number += 1;
+            let number = cluster.last_number;
+            let revision = None;
+            cluster.input(one, Input::Hash { number, revision });
+            number
+        })
+        .collect();
+    cluster.turn(one);
+    // One is under way, and this node stands still.
+    cluster.boot_us += limits::HASHING_US_MAX;
+    cluster.settle();
+    for number in hashes {
+        assert_eq!(cluster.outcome(one, number), "Err(Overloaded)");
+    }
+    assert_eq!(cluster.hash(one, None), cluster.hash(one, None));
+}

@@ -83,7 +83,7 @@ impl Cluster {
         let fetch = self.nodes.get_mut(&node).unwrap().fetch.take().unwrap();
         let from = &mut self.nodes.get_mut(&fetch.from).unwrap().replica;
         from.begin_image();
-        let state = State::restore(from.draw_image(usize::MAX).unwrap());
+        let state = State::restore(from.draw_part(usize::MAX).and_then(Part::rest).unwrap());
         self.input(node, Input::Fetched(Some(Box::new(state))));
         self.settle();
     }

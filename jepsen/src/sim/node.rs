@@ -7,10 +7,10 @@ mod install;
 mod leases;
 mod streams;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, mem};
 
 use conclave_core::{
-    checkpoint::{self, Schedule, SimCheckpoints},
+    checkpoint::{self, Part, Schedule, SimCheckpoints},
     disk::SimDisk,
     ids::{Index, NodeId},
     log::{Facts, Identity, Layout, Log},
@@ -76,6 +76,8 @@ struct Running {
     schedule: Schedule,
     /// The checkpoint that is being written.
     checkpoint: Option<Index>,
+    /// What of it is drawn.
+    parts: Vec<Part>,
     /// What it gets from another node, and then what it has got.
     receiving: Option<Receiving>,
     received: Option<Receiving>,
@@ -227,6 +229,7 @@ impl Node {
                 restored,
             ),
             checkpoint: None,
+            parts: Vec::new(),
             receiving: None,
             received: None,
             adopts: None,
@@ -472,7 +475,7 @@ impl Node {
             return;
         }
         ground.stall_free[self.index].turn(ground.now_us);
-        let inputs = std::mem::take(&mut running.inbox);
+        let inputs = mem::take(&mut running.inbox);
         let is_idle = inputs.is_empty();
         let begun = match running.replica.begin(now, inputs) {
             Ok(begun) => begun,
@@ -607,10 +610,13 @@ impl Node {
         }
         let drawn = 1 + ground.rng.below(DRAWN_PER_TURN_MAX);
         let drawn = usize::try_from(drawn).expect("it is small");
-        if let Some(image) = running.replica.draw_image(drawn) {
+        running.parts.extend(running.replica.draw_part(drawn));
+        if let Some(Part::Rest(image)) = running.parts.last() {
             let at = image.applied();
             running.checkpoint = Some(at);
-            self.checkpoints.begin(at.into(), image.into_records());
+            let parts = mem::take(&mut running.parts);
+            self.checkpoints
+                .begin(at.into(), checkpoint::records(parts.into_iter()));
             let (node, boot) = (self.index, self.boot);
             let at_us = ground.now_us + ground.rng.skewed(200_000);
             ground.schedule(at_us, Event::CheckpointWritten { node, boot });

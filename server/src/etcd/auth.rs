@@ -232,6 +232,6 @@ impl Auth for AuthService {
 /// As of a moment at which this member was up to date: so that nobody takes an answer
 /// of one that was cut off for that of the cluster.
 async fn header(etcd: &Etcd) -> Result<Option<ResponseHeader>, Error> {
-    let answer = etcd.read(Query::Barrier).await?;
+    let answer = etcd.read(|| Query::Barrier).await?;
     Ok(etcd.header(answer.revision, answer.term))
 }

@@ -67,7 +67,7 @@ impl Cluster for ClusterService {
 
 async fn list(etcd: &Etcd, request: MemberListRequest) -> Result<MemberListResponse, Error> {
     if request.linearizable {
-        etcd.read(Query::Barrier).await?;
+        etcd.read(|| Query::Barrier).await?;
     }
     let status = etcd.handle.status();
     let members = etcd.settings.topology.members().iter();
@@ -96,19 +96,25 @@ fn add(etcd: &Etcd, request: &MemberAddRequest) -> Error {
     if !are_urls(&request.peer_ur_ls) {
         return Error::InvalidMemberUrls;
     }
-    let members = etcd.settings.topology.members();
-    let mut known = members.iter().map(|member| member.peer_url.to_string());
-    if known.any(|url| request.peer_ur_ls.contains(&url)) {
+    if are_known(etcd, &request.peer_ur_ls, None) {
         return Error::PeerUrlsExist;
     }
     Error::MembersFixed
 }
 
+/// As in etcd, what is given need not be addresses.
 fn update(etcd: &Etcd, request: &MemberUpdateRequest) -> Error {
-    if !are_urls(&request.peer_ur_ls) {
-        return Error::InvalidMemberUrls;
+    if is_member(etcd, request.id) && are_known(etcd, &request.peer_ur_ls, Some(request.id)) {
+        return Error::PeerUrlsExist;
     }
     change(etcd, request.id)
+}
+
+/// Whether one of them is that of a member, but for this one.
+fn are_known(etcd: &Etcd, urls: &[String], but_for: Option<u64>) -> bool {
+    let mut members = etcd.settings.topology.members().iter();
+    members
+        .any(|member| Some(member.id.0) != but_for && urls.contains(&member.peer_url.to_string()))
 }
 
 fn change(etcd: &Etcd, id: u64) -> Error {

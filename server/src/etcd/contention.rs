@@ -9,7 +9,10 @@ use conclave_core::{
     replica::AnswerBody,
     session::EndReason,
 };
-use conclave_primitives::{Rejection, Reply, name};
+use conclave_primitives::{
+    Rejection, Reply,
+    name::{self, Invalid},
+};
 use conclave_proto::{
     etcd::etcdserverpb::ResponseHeader,
     internal::{
@@ -18,7 +21,10 @@ use conclave_proto::{
     },
 };
 
-use super::{Etcd, status::Error};
+use prost::Message as _;
+use tokio::sync::oneshot;
+
+use super::{Etcd, is_untaken, patiently, status::Error};
 use crate::{gateway::Gateway, lock::run_unnumbered, status::Refusal};
 
 /// The TTL of a lease that is granted for a call without one. Nobody renews it but a
@@ -76,17 +82,17 @@ pub(super) async fn contend(
     etcd: &Etcd,
     name: String,
     lease: i64,
-    command: impl FnOnce(i64, u64) -> Command,
+    command: impl Fn(i64, u64) -> Command,
 ) -> Result<Granted, Error> {
     let mut lease = lease_of(etcd, lease).await?;
     let id = lease.id;
-    let contender = (name, id, String::new());
-    let waits = run_unnumbered(&etcd.0, contender, |tag| command(id, tag));
-    let (outcome, was_alive) = match lease.is_ours {
-        true => (waits.await, true),
-        false => renewed_once(etcd, id, waits).await,
-    };
-    let (header, reply) = outcome.map_err(|refusal| place_lost(refusal, was_alive))?;
+    let waits = patiently(is_untaken, || {
+        let contender = (name.clone(), id, String::new());
+        run_unnumbered(&etcd.0, contender, |tag| command(id, tag))
+    });
+    let given = if lease.is_ours { 0 } else { id };
+    let (outcome, was_alive) = renewed_once(etcd, given, waits).await;
+    let (header, reply) = outcome.map_err(|error| place_lost(error, was_alive))?;
     let Reply::Granted { key, token } = reply else {
         return Err(ANOTHER_KIND);
     };
@@ -101,29 +107,45 @@ pub(super) async fn contend(
 
 /// As in etcd, a call that is given a lease renews it, whatever comes of the call. With
 /// whether the lease was alive then, as far as is known.
-async fn renewed_once<T>(etcd: &Etcd, id: i64, call: impl Future<Output = T>) -> (T, bool) {
+pub(super) async fn renewed_once<T>(
+    etcd: &Etcd,
+    id: i64,
+    call: impl Future<Output = T>,
+) -> (T, bool) {
+    if id == 0 {
+        return (call.await, true);
+    }
     let of = Attachment::present(SessionId(id));
     let (outcome, renewed) = tokio::join!(call, etcd.renew(of));
     let is_gone = match renewed {
         Ok(_) => false,
-        Err(refusal) => {
-            tracing::debug!(%refusal, "a lease was not renewed by a call that came with it");
-            matches!(refusal, Refusal::SessionEnded(_))
+        Err(error) => {
+            tracing::debug!(
+                ?error,
+                "a lease was not renewed by a call that came with it"
+            );
+            matches!(error, Error::Refused(Refusal::SessionEnded(_)))
         }
     };
     (outcome, !is_gone)
 }
 
 async fn lease_of(etcd: &Etcd, id: i64) -> Result<Lease, Error> {
-    let gateway = Arc::clone(&etcd.0);
-    if id != 0 {
-        let is_ours = false;
-        return Ok(Lease {
-            gateway,
-            id,
-            is_ours,
-        });
+    if id == 0 {
+        // Goes on if the call is dropped, and then gives back what it gets.
+        let (sender, granted) = oneshot::channel();
+        let etcd = etcd.clone();
+        tokio::spawn(async move { sender.send(grant(&etcd).await) });
+        return granted.await.unwrap_or(Err(Error::Stopped));
     }
+    Ok(Lease {
+        gateway: Arc::clone(&etcd.0),
+        id,
+        is_ours: false,
+    })
+}
+
+async fn grant(etcd: &Etcd) -> Result<Lease, Error> {
     let open = OpenSession {
         ttl_ms: LEASE_TTL_MS,
         ..OpenSession::default()
@@ -133,7 +155,7 @@ async fn lease_of(etcd: &Etcd, id: i64) -> Result<Lease, Error> {
         return Err(ANOTHER_KIND);
     };
     Ok(Lease {
-        gateway,
+        gateway: Arc::clone(&etcd.0),
         id: session.0,
         is_ours: true,
     })
@@ -165,14 +187,15 @@ pub(super) async fn run(
     let operation = internal::Operation {
         operation: Some(then),
     };
-    let txn = Body::Txn(Txn {
+    let txn = Txn {
         compares,
         success: vec![operation],
         ..Txn::default()
-    });
+    };
+    etcd.check_size(txn.encoded_len())?;
     let answer = match gives_back {
-        true => etcd.ending(txn).await?,
-        false => etcd.command(txn).await?,
+        true => etcd.ending(Body::Txn(txn)).await?,
+        false => etcd.command(Body::Txn(txn)).await?,
     };
     let AnswerBody::Txn(ran) = answer.body else {
         return Err(ANOTHER_KIND);
@@ -183,9 +206,9 @@ pub(super) async fn run(
 
 /// What a call is told that was refused, or whose place is gone. For that, etcd knows
 /// only one reason, but it tells a lease that was not there at all.
-fn place_lost(refusal: Refusal, was_alive: bool) -> Error {
-    let Refusal::Rejected(rejection) = refusal else {
-        return refusal.into();
+fn place_lost(error: Error, was_alive: bool) -> Error {
+    let Error::Refused(Refusal::Rejected(rejection)) = error else {
+        return error;
     };
     match rejection {
         Rejection::SessionEnded(end) if end == EndReason::Unknown || !was_alive => {
@@ -195,6 +218,7 @@ fn place_lost(refusal: Refusal, was_alive: bool) -> Error {
             Error::SessionExpired
         }
         Rejection::AlreadyContending { .. } => Error::OtherContender,
+        Rejection::Invalid(Invalid::ValueOfLock) => Error::ValueOfLock,
         rejection => Error::Refused(Refusal::Rejected(rejection)),
     }
 }

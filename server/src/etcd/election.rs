@@ -20,17 +20,21 @@ use conclave_proto::{
         DeleteRange, ElectCampaign, Put, operation::Operation as Kind, primitive_command::Command,
     },
 };
-use futures_util::stream::{self, BoxStream, StreamExt as _};
+use futures_util::stream::{BoxStream, StreamExt as _};
 use prost::Message as _;
 use tonic::{Request, Response, Status};
 
 use super::{
     Etcd,
-    contention::{contend, if_made_at, name_of},
+    contention::{contend, if_made_at, name_of, renewed_once},
     signed,
     status::Error,
 };
-use crate::{metrics::Method, observe, status::Refusal};
+use crate::{
+    metrics::{Counted, Method},
+    observe,
+    status::Refusal,
+};
 
 const ANOTHER_KIND: Error = Error::Refused(Refusal::Internal("election"));
 
@@ -40,7 +44,7 @@ pub(super) struct ElectionService(pub(super) Etcd);
 
 #[async_trait]
 impl Election for ElectionService {
-    type ObserveStream = BoxStream<'static, Result<LeaderResponse, Status>>;
+    type ObserveStream = Counted<BoxStream<'static, Result<LeaderResponse, Status>>>;
 
     async fn campaign(
         &self,
@@ -74,12 +78,11 @@ impl Election for ElectionService {
         request: Request<LeaderRequest>,
     ) -> Result<Response<Self::ObserveStream>, Status> {
         let etcd = &self.0;
-        let wants_leader = etcd.admit(request.metadata()).map_err(Error::into_status)?;
-        let work = |request| async move {
+        let open = async |request, wants_leader| {
             let observed = observe(etcd, request, wants_leader).await;
             observed.map_err(Error::in_recipe)
         };
-        etcd.serve(Method::V3Observe, request, work).await
+        etcd.stream(Method::V3Observe, request, open).await
     }
 
     async fn resign(
@@ -101,7 +104,7 @@ async fn campaign(etcd: &Etcd, request: CampaignRequest) -> Result<CampaignRespo
             name: text.clone(),
             session_id,
             tag,
-            value,
+            value: value.clone(),
             plain: true,
             ..ElectCampaign::default()
         })
@@ -119,8 +122,8 @@ async fn campaign(etcd: &Etcd, request: CampaignRequest) -> Result<CampaignRespo
     })
 }
 
+/// Whose lease is not said keeps it.
 async fn proclaim(etcd: &Etcd, request: ProclaimRequest) -> Result<ProclaimResponse, Error> {
-    etcd.check_size(request.encoded_len())?;
     let ProclaimRequest { leader, value } = request;
     let LeaderKey {
         key, rev, lease, ..
@@ -129,9 +132,11 @@ async fn proclaim(etcd: &Etcd, request: ProclaimRequest) -> Result<ProclaimRespo
         key: key.clone(),
         value,
         lease,
+        ignore_lease: lease == 0,
         ..Put::default()
     };
-    match if_made_at(etcd, key, rev, Kind::Put(put)).await? {
+    let proclaims = if_made_at(etcd, key, rev, Kind::Put(put));
+    match renewed_once(etcd, lease, proclaims).await.0? {
         (header, true) => Ok(ProclaimResponse { header }),
         (_, false) => Err(Error::NotElected),
     }
@@ -139,19 +144,22 @@ async fn proclaim(etcd: &Etcd, request: ProclaimRequest) -> Result<ProclaimRespo
 
 /// Of a candidate that is none any more, nothing happens.
 async fn resign(etcd: &Etcd, request: ResignRequest) -> Result<ResignResponse, Error> {
-    let LeaderKey { key, rev, .. } = request.leader.ok_or(Error::LeaderMissing)?;
+    let LeaderKey {
+        key, rev, lease, ..
+    } = request.leader.ok_or(Error::LeaderMissing)?;
     let delete = DeleteRange {
         key: key.clone(),
         ..DeleteRange::default()
     };
-    let (header, _) = if_made_at(etcd, key, rev, Kind::DeleteRange(delete)).await?;
+    let resigns = if_made_at(etcd, key, rev, Kind::DeleteRange(delete));
+    let (header, _) = renewed_once(etcd, lease, resigns).await.0?;
     Ok(ResignResponse { header })
 }
 
 async fn leader(etcd: &Etcd, request: LeaderRequest) -> Result<LeaderResponse, Error> {
     let name = name_of(&request.name)?;
-    let question = primitives::Query::Leader { name };
-    let answer = etcd.read(Query::Machine(question)).await?;
+    let question = || Query::Machine(primitives::Query::Leader { name: name.clone() });
+    let answer = etcd.read(question).await?;
     let AnswerBody::Query(primitives::Answer::Leader(leader)) = answer.body else {
         return Err(ANOTHER_KIND);
     };
@@ -168,7 +176,7 @@ async fn observe(
     wants_leader: bool,
 ) -> Result<BoxStream<'static, Result<LeaderResponse, Status>>, Error> {
     let name = name_of(&request.name)?;
-    let observations = observe::observe(&etcd.0, &name, 0).await?;
+    let observations = observe::observe(&etcd.0, &name, 0, wants_leader).await?;
     let told = etcd.clone();
     let told = observations.filter_map(move |observation| {
         let response = match observation {
@@ -182,16 +190,7 @@ async fn observe(
         };
         async { response }
     });
-    if !wants_leader {
-        return Ok(told.boxed());
-    }
-    let etcd = etcd.clone();
-    let lost = async move {
-        etcd.leader_is_lost().await;
-        Err(Error::NoLeader.into_status())
-    };
-    // An error ends it.
-    Ok(stream::select(told, stream::once(lost)).boxed())
+    Ok(told.boxed())
 }
 
 /// The key of a leader as the wire has it.

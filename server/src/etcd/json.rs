@@ -30,6 +30,7 @@ use tonic::{
     metadata::{Ascii, MetadataKey, MetadataValue},
 };
 
+pub(crate) use self::forms::{error_line, refused};
 use self::{forms::Codec, paths::PATHS, splitter::Splitter};
 
 /// In front of every path. `/v3beta/` is what clients of etcd 3.3 use.
@@ -87,6 +88,22 @@ pub(crate) fn routes(services: &impl Services, bytes_max: usize) -> Router {
     router
 }
 
+/// Whether what is served at this path answers line by line.
+pub(crate) fn is_stream(path: &str) -> bool {
+    let below = |version: &&'static str| {
+        path.strip_prefix('/')?
+            .strip_prefix(*version)?
+            .strip_prefix('/')
+    };
+    let Some(below) = VERSIONS.iter().find_map(below) else {
+        return false;
+    };
+    let of_method = PATHS.iter().find(|(_, known)| *known == below);
+    of_method
+        .and_then(|(name, _)| Method::find(name))
+        .is_some_and(|method| method.streams_out)
+}
+
 /// A method of a service.
 #[derive(Clone, Debug)]
 struct Method {
@@ -121,7 +138,7 @@ impl Method {
         } else {
             self.call(grpc, metadata, body, json_max).await
         };
-        answer.unwrap_or_else(|status| forms::refused(&status, self.streams_out))
+        answer.unwrap_or_else(|status| refused(&status, self.streams_out))
     }
 
     async fn call(
@@ -234,7 +251,7 @@ fn lines(
         let line = next?.and_then(|message| forms::result_line(&message));
         Some(match line {
             Ok(line) => (Ok(line), (None, Some(answers))),
-            Err(status) => (Ok(forms::error_line(&status)), (None, None)),
+            Err(status) => (Ok(error_line(&status)), (None, None)),
         })
     })
 }
@@ -246,7 +263,7 @@ fn metadata(headers: &HeaderMap) -> Metadata {
     let passed = headers.iter().filter_map(|(name, value)| {
         let name = name.as_str();
         let name = match name {
-            "authorization" | "grpc-timeout" => name,
+            "authorization" => name,
             _ => name.strip_prefix(METADATA_PREFIX)?,
         };
         let key = MetadataKey::from_bytes(name.as_bytes()).ok()?;

@@ -26,7 +26,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{Etcd, status::Error};
-use crate::{gateway::Answer, metrics::Method, status::Refusal};
+use crate::{
+    gateway::Answer,
+    metrics::{Counted, Method},
+    status::Refusal,
+};
 
 const ANOTHER_KIND: Error = Error::Refused(Refusal::Internal("KV"));
 
@@ -36,7 +40,7 @@ pub(super) struct KvService(pub(super) Etcd);
 
 #[async_trait]
 impl Kv for KvService {
-    type RangeStreamStream = ReceiverStream<Result<RangeStreamResponse, Status>>;
+    type RangeStreamStream = Counted<ReceiverStream<Result<RangeStreamResponse, Status>>>;
 
     async fn range(
         &self,
@@ -54,10 +58,8 @@ impl Kv for KvService {
         request: Request<RangeRequest>,
     ) -> Result<Response<Self::RangeStreamStream>, Status> {
         let etcd = &self.0;
-        etcd.serve(Method::KvRangeStream, request, |request| async {
-            range::stream(etcd, request)
-        })
-        .await
+        let open = async |request, _| range::stream(etcd, request);
+        etcd.stream(Method::KvRangeStream, request, open).await
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
@@ -159,7 +161,7 @@ async fn compact(etcd: &Etcd, request: CompactionRequest) -> Result<CompactionRe
             }
             answer
         }
-        Err(_) => return Err(Error::Revision(range::compacted(etcd))),
+        Err(_) => return Err(Error::Revision(etcd.below_compaction())),
     };
     Ok(CompactionResponse {
         header: etcd.header(answer.revision, answer.term),
@@ -167,8 +169,8 @@ async fn compact(etcd: &Etcd, request: CompactionRequest) -> Result<CompactionRe
 }
 
 async fn compact_nothing(etcd: &Etcd) -> Result<Answer, Error> {
-    let answer = etcd.read(Query::Barrier).await?;
-    match range::compacted(etcd) {
+    let answer = etcd.read(|| Query::Barrier).await?;
+    match etcd.below_compaction() {
         RevisionError::Compacted { compacted: 0, .. } => Ok(answer),
         error => Err(Error::Revision(error)),
     }

@@ -3,13 +3,14 @@
 use std::{
     future::Future,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
-    time::Duration,
 };
 
 use async_trait::async_trait;
 use conclave_core::{
     ids::{Attachment, SessionId},
+    keyspace::RESERVED_PREFIX,
     limits,
     replica::{AnswerBody, Failure, Query},
 };
@@ -23,25 +24,23 @@ use conclave_proto::{
     internal::{GrantLease, RevokeLease, command::Body},
 };
 use futures_util::stream::{FuturesOrdered, StreamExt as _};
-use tokio::time;
 use tokio_stream::Stream;
-use tonic::{Code, Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     Etcd, signed,
     status::{self, Error},
 };
-use crate::{metrics::Method, status::Refusal};
+use crate::{
+    metrics::{Counted, Method},
+    status::Refusal,
+};
 
 const ANOTHER_KIND: Error = Error::Refused(Refusal::Internal("Lease"));
 /// The longest TTL in seconds.
 const TTL_MAX: i64 = (limits::LEASE_TTL_MS_MAX / 1_000).cast_signed();
 /// Renewals of one stream that are under way at a time; no more are read meanwhile.
 const RENEWALS_MAX: usize = 1_024;
-/// How long a renewal waits for a leader, as long as etcd does.
-const RENEWED_WITHIN: Duration = Duration::from_secs(7);
-/// Between two attempts to reach it.
-const RETRY_AFTER: Duration = Duration::from_millis(50);
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -67,26 +66,17 @@ impl Lease for LeaseService {
         etcd.serve(Method::LeaseRevoke, request, work).await
     }
 
-    type LeaseKeepAliveStream = Renewals;
+    type LeaseKeepAliveStream = Counted<Renewals>;
 
     async fn lease_keep_alive(
         &self,
         request: Request<Streaming<LeaseKeepAliveRequest>>,
-    ) -> Result<Response<Renewals>, Status> {
-        let call = self.0.metrics.begin(Method::LeaseKeepAlive);
-        match self.0.admit(request.metadata()) {
-            Ok(wants_leader) => {
-                call.end(Code::Ok);
-                let requests = request.into_inner();
-                let renewals = Renewals::new(self.0.clone(), requests, wants_leader);
-                Ok(Response::new(renewals))
-            }
-            Err(error) => {
-                let status = error.into_status();
-                call.end(status.code());
-                Err(status)
-            }
-        }
+    ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
+        let etcd = &self.0;
+        let open = |requests, wants_leader| async move {
+            Ok(Renewals::new(etcd.clone(), requests, wants_leader))
+        };
+        etcd.stream(Method::LeaseKeepAlive, request, open).await
     }
 
     async fn lease_time_to_live(
@@ -144,13 +134,13 @@ async fn time_to_live(
     let header = current_header(etcd);
     match life(etcd, &request).await {
         Ok(life) => Ok(life),
-        Err(Refusal::SessionEnded(_)) => Ok(LeaseTimeToLiveResponse {
+        Err(Error::Refused(Refusal::SessionEnded(_))) => Ok(LeaseTimeToLiveResponse {
             header,
             id: request.id,
             ttl: -1,
             ..LeaseTimeToLiveResponse::default()
         }),
-        Err(refusal) => Err(refusal.into()),
+        Err(error) => Err(error),
     }
 }
 
@@ -158,11 +148,11 @@ async fn time_to_live(
 async fn life(
     etcd: &Etcd,
     request: &LeaseTimeToLiveRequest,
-) -> Result<LeaseTimeToLiveResponse, Refusal> {
+) -> Result<LeaseTimeToLiveResponse, Error> {
     let id = SessionId(request.id);
     let answer = etcd.time_left(id).await?;
     let AnswerBody::TimeLeft { ttl_ms, left_ms } = answer.body else {
-        return Err(Refusal::Internal("Lease"));
+        return Err(ANOTHER_KIND);
     };
     let mut life = LeaseTimeToLiveResponse {
         header: etcd.header(answer.revision, answer.term),
@@ -172,18 +162,20 @@ async fn life(
         keys: vec![],
     };
     if request.keys {
-        let answer = etcd.read(Query::KeysOf(id)).await?;
+        let answer = etcd.read(|| Query::KeysOf(id)).await?;
         let AnswerBody::Keys(keys) = answer.body else {
-            return Err(Refusal::Internal("Lease"));
+            return Err(ANOTHER_KIND);
         };
         life.header = etcd.header(answer.revision, answer.term);
+        // Those of the service are none that a client has put.
         life.keys = keys;
+        life.keys.retain(|key| !key.starts_with(RESERVED_PREFIX));
     }
     Ok(life)
 }
 
 async fn leases(etcd: &Etcd) -> Result<LeaseLeasesResponse, Error> {
-    let answer = etcd.read(Query::SessionIds).await?;
+    let answer = etcd.read(|| Query::SessionIds).await?;
     let AnswerBody::SessionIds(ids) = answer.body else {
         return Err(ANOTHER_KIND);
     };
@@ -206,7 +198,7 @@ fn current_header(etcd: &Etcd) -> Option<ResponseHeader> {
 }
 
 type Renewing = Pin<Box<dyn Future<Output = Result<LeaseKeepAliveResponse, Error>> + Send>>;
-type Lost = Pin<Box<dyn Future<Output = Status> + Send>>;
+type Over = Pin<Box<dyn Future<Output = Failure> + Send>>;
 
 /// The answers to the requests of one stream, in their order. All that has arrived is
 /// renewed at once, so that renewals of one stream share a confirmation.
@@ -216,13 +208,13 @@ pub(super) struct Renewals {
     requests: Option<Streaming<LeaseKeepAliveRequest>>,
     renewing: FuturesOrdered<Renewing>,
     /// What ends the stream, whatever is under way.
-    lost: Lost,
+    is_over: Over,
 }
 
 impl Renewals {
     fn new(etcd: Etcd, requests: Streaming<LeaseKeepAliveRequest>, wants_leader: bool) -> Self {
         Self {
-            lost: Box::pin(lost(etcd.clone(), wants_leader)),
+            is_over: Box::pin(Arc::clone(&etcd.0).is_over(wants_leader)),
             etcd,
             requests: Some(requests),
             renewing: FuturesOrdered::new(),
@@ -265,8 +257,8 @@ impl Stream for Renewals {
         if this.requests.is_none() && this.renewing.is_empty() {
             return Poll::Ready(None);
         }
-        if let Poll::Ready(status) = this.lost.as_mut().poll(context) {
-            return this.end(status);
+        if let Poll::Ready(failure) = this.is_over.as_mut().poll(context) {
+            return this.end(Error::from(Refusal::from(failure)).into_status());
         }
         if let Err(status) = this.take_requests(context) {
             return this.end(status);
@@ -280,20 +272,6 @@ impl Stream for Renewals {
     }
 }
 
-/// What ends a stream from outside.
-async fn lost(etcd: Etcd, wants_leader: bool) -> Status {
-    let leader_is_lost = async {
-        if !wants_leader {
-            std::future::pending::<()>().await;
-        }
-        etcd.leader_is_lost().await;
-    };
-    tokio::select! {
-        () = etcd.hub.closed() => Error::from(Refusal::from(Failure::ShuttingDown)).into_status(),
-        () = leader_is_lost => Error::NoLeader.into_status(),
-    }
-}
-
 /// Renews a lease for whoever it belongs to. The header is as of when the request came,
 /// so that its revision is not above that at which the lease was renewed.
 async fn renew(
@@ -301,37 +279,16 @@ async fn renew(
     id: i64,
     header: Option<ResponseHeader>,
 ) -> Result<LeaseKeepAliveResponse, Error> {
-    let ttl = match attempt(&etcd, id).await {
-        // Safe to repeat: a renewal counts from when it arrived.
-        Err(Refusal::Failed(Failure::NotLeader { .. } | Failure::OutcomeUnknown)) => {
-            let patient = time::timeout(RENEWED_WITHIN, attempts(&etcd, id)).await;
-            patient.map_err(|_| Error::TimedOut)??
-        }
-        outcome => outcome?,
+    let ttl = match etcd.renew(Attachment::present(SessionId(id))).await {
+        Ok(answer) => match answer.body {
+            AnswerBody::Renewed { ttl_ms } => granted_s(ttl_ms),
+            _ => return Err(ANOTHER_KIND),
+        },
+        // There is no such lease any more.
+        Err(Error::Refused(Refusal::SessionEnded(_))) => 0,
+        Err(error) => return Err(error),
     };
     Ok(LeaseKeepAliveResponse { header, id, ttl })
-}
-
-async fn attempts(etcd: &Etcd, id: i64) -> Result<i64, Refusal> {
-    loop {
-        time::sleep(RETRY_AFTER).await;
-        match attempt(etcd, id).await {
-            Err(Refusal::Failed(Failure::NotLeader { .. } | Failure::OutcomeUnknown)) => {}
-            outcome => return outcome,
-        }
-    }
-}
-
-/// The TTL in seconds; 0 if there is no such lease any more.
-async fn attempt(etcd: &Etcd, id: i64) -> Result<i64, Refusal> {
-    match etcd.renew(Attachment::present(SessionId(id))).await {
-        Ok(answer) => match answer.body {
-            AnswerBody::Renewed { ttl_ms } => Ok(granted_s(ttl_ms)),
-            _ => Err(Refusal::Internal("Lease")),
-        },
-        Err(Refusal::SessionEnded(_)) => Ok(0),
-        Err(refusal) => Err(refusal),
-    }
 }
 
 #[cfg(test)]

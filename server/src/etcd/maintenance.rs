@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use conclave_core::{
     ids::{NodeId, Revision},
-    keyspace::{Hashed, RevisionError},
+    keyspace::Hashed,
     replica::{AnswerBody, Query, Role},
 };
 use conclave_proto::{
@@ -19,10 +19,13 @@ use conclave_proto::{
     internal::{NoSpace, command::Body},
 };
 use tokio::time;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Request, Response, Status};
 
 use super::{Etcd, VERSION, cluster, signed, snapshot, status::Error};
-use crate::{metrics::Method, status::Refusal};
+use crate::{
+    metrics::{Counted, Method},
+    status::Refusal,
+};
 
 const ANOTHER_KIND: Error = Error::Refused(Refusal::Internal("Maintenance"));
 /// How often it is looked whether something has happened.
@@ -76,20 +79,15 @@ impl Maintenance for MaintenanceService {
         etcd.serve(Method::HashKv, request, work).await
     }
 
-    type SnapshotStream = snapshot::Blobs;
+    type SnapshotStream = Counted<snapshot::Blobs>;
 
     async fn snapshot(
         &self,
         request: Request<SnapshotRequest>,
-    ) -> Result<Response<snapshot::Blobs>, Status> {
-        let call = self.0.metrics.begin(Method::Snapshot);
-        if let Err(error) = self.0.admit(request.metadata()) {
-            let status = error.into_status();
-            call.end(status.code());
-            return Err(status);
-        }
-        call.end(Code::Ok);
-        Ok(Response::new(snapshot::begin(&self.0)))
+    ) -> Result<Response<Self::SnapshotStream>, Status> {
+        let etcd = &self.0;
+        let open = async |_, _| Ok(snapshot::begin(etcd));
+        etcd.stream(Method::Snapshot, request, open).await
     }
 
     async fn move_leader(
@@ -119,7 +117,7 @@ async fn alarm(etcd: &Etcd, request: AlarmRequest) -> Result<AlarmResponse, Erro
         alarm,
     } = request;
     let alarm = AlarmType::try_from(alarm).ok();
-    let none = Err(Query::Alarms);
+    let none = Err(|| Query::Alarms);
     let change = match (AlarmAction::try_from(action), alarm) {
         (Ok(AlarmAction::Activate), Some(AlarmType::Corrupt)) => return Err(Error::NoSuchAlarm),
         (Ok(AlarmAction::Activate), Some(AlarmType::Nospace)) => {
@@ -203,7 +201,7 @@ async fn defragment(etcd: &Etcd) -> Result<DefragmentResponse, Error> {
 
 /// Waits for a checkpoint that holds all that was acknowledged before this call.
 pub(super) async fn checkpoint(etcd: &Etcd) -> Result<u64, Error> {
-    etcd.read(Query::Barrier).await?;
+    etcd.read(|| Query::Barrier).await?;
     let at_least = etcd.handle.status().applied;
     etcd.handle.want_checkpoint(at_least);
     let written = async {
@@ -230,11 +228,7 @@ async fn hash(etcd: &Etcd) -> Result<HashResponse, Error> {
 
 async fn hash_kv(etcd: &Etcd, request: HashKvRequest) -> Result<HashKvResponse, Error> {
     let Ok(revision) = u64::try_from(request.revision) else {
-        let compacted = etcd.handle.status().compacted;
-        return Err(Error::Revision(RevisionError::Compacted {
-            asked: 0,
-            compacted,
-        }));
+        return Err(Error::Revision(etcd.below_compaction()));
     };
     let revision = Some(revision).filter(|at| *at > 0);
     let (header, hashed) = hashed(etcd, revision).await?;

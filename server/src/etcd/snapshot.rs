@@ -7,7 +7,12 @@
 //!
 //! A checkpoint is read twice: clients are told how many bytes are left.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use conclave_core::{
@@ -17,7 +22,7 @@ use conclave_core::{
 use conclave_proto::etcd::etcdserverpb::SnapshotResponse;
 use sha2::{Digest as _, Sha256};
 use tokio::{
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, mpsc::error::TrySendError},
     task,
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -36,6 +41,11 @@ const LENGTH_BYTES: u64 = 4;
 const BLOB_BYTES: usize = 32 << 10;
 /// Messages that wait for the network.
 const QUEUED_MAX: usize = 8;
+/// How often it is looked whether there is room for one more.
+const ROOM_AFTER: Duration = Duration::from_millis(2);
+/// So long may a client take nothing, while others wait for their turn and a checkpoint
+/// stays on disk for it.
+const STALLED_AFTER: Duration = Duration::from_secs(30);
 
 /// A snapshot on its way.
 pub(super) type Blobs = ReceiverStream<Result<SnapshotResponse, Status>>;
@@ -45,14 +55,14 @@ type Sender = mpsc::Sender<Result<SnapshotResponse, Status>>;
 #[derive(Debug)]
 pub(crate) struct Source {
     store: FjallCheckpoints,
-    turn: Semaphore,
+    turn: Arc<Semaphore>,
 }
 
 impl Source {
     pub(crate) fn new(store: FjallCheckpoints) -> Self {
         Self {
             store,
-            turn: Semaphore::new(1),
+            turn: Arc::new(Semaphore::new(1)),
         }
     }
 }
@@ -75,12 +85,18 @@ async fn send(etcd: Etcd, blobs: Sender) {
 }
 
 async fn prepare(etcd: &Etcd, blobs: &Sender) -> Result<(), Error> {
-    let source = Arc::clone(&etcd.snapshots);
-    let _turn = source.turn.acquire().await.map_err(|_| Error::Stopped)?;
+    let source = &etcd.snapshots;
+    let turn = Arc::clone(&source.turn).acquire_owned().await;
+    let turn = turn.map_err(|_| Error::Stopped)?;
     let at = checkpoint(etcd).await?;
     tracing::info!(checkpoint = at, "sends a snapshot");
     let (store, to) = (source.store.clone(), blobs.clone());
-    let sent = task::spawn_blocking(move || write(&store, at, to)).await;
+    // Whatever becomes of the call, the turn is over when nothing is read any more.
+    let work = move || {
+        let _turn = turn;
+        write(&store, at, to)
+    };
+    let sent = task::spawn_blocking(work).await;
     match sent {
         Ok(Ok(bytes)) => tracing::info!(checkpoint = at, bytes, "sent a snapshot"),
         Ok(Err(error)) => {
@@ -98,7 +114,7 @@ fn write(store: &FjallCheckpoints, at: Index, blobs: Sender) -> io::Result<u64> 
     let mut bytes = 0;
     store.read(at.into(), &mut |record| {
         bytes += LENGTH_BYTES + record.len() as u64;
-        true
+        !blobs.is_closed()
     })?;
     let mut file = File::new(padded(bytes), blobs);
     file.put(MAGIC)?;
@@ -109,6 +125,24 @@ fn write(store: &FjallCheckpoints, at: Index, blobs: Sender) -> io::Result<u64> 
     })?;
     put?;
     file.end()
+}
+
+/// Waits for room, for as long as the client takes something now and then.
+fn put(blobs: &Sender, response: Result<SnapshotResponse, Status>) -> io::Result<()> {
+    let (mut response, began) = (response, Instant::now());
+    loop {
+        response = match blobs.try_send(response) {
+            Ok(()) => return Ok(()),
+            Err(TrySendError::Closed(_)) => {
+                return Err(io::Error::other("nobody receives it any more"));
+            }
+            Err(TrySendError::Full(_)) if began.elapsed() >= STALLED_AFTER => {
+                return Err(io::Error::other("it is not received any more"));
+            }
+            Err(TrySendError::Full(back)) => back,
+        };
+        thread::sleep(ROOM_AFTER);
+    }
 }
 
 /// The length of a file with so many bytes of records, without the hash.
@@ -178,8 +212,7 @@ impl File {
             blob,
             version: VERSION.to_owned(),
         };
-        let gone = |_| io::Error::other("nobody receives it any more");
-        self.blobs.blocking_send(Ok(response)).map_err(gone)
+        put(&self.blobs, Ok(response))
     }
 
     /// What follows the records.

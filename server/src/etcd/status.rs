@@ -4,9 +4,10 @@
 //!
 //! Whether a request may have had its effect: `request timed out, possibly due to
 //! previous leader failure` means that it may; with every other text here it has
-//! not. The Go client repeats reads on UNAVAILABLE, and no write on any of these.
+//! not. Clients of ours read that from the details. The Go client repeats reads on UNAVAILABLE, and no write on any of these.
 #![deny(clippy::wildcard_enum_match_arm)]
 
+use bytes::Bytes;
 use conclave_core::{
     keyspace::{RevisionError, txn::TxnError},
     replica::Failure,
@@ -78,6 +79,8 @@ pub(crate) enum Error {
     SessionExpired,
     /// The lease has a candidate of the name and asks for the lock, or the other way round.
     OtherContender,
+    /// What a candidate proclaims would be taken for a native lock; a text of our own.
+    ValueOfLock,
     /// Nobody leads.
     NobodyElected,
     /// The candidate is none (any more).
@@ -156,10 +159,27 @@ impl Error {
         Self::InRecipe(Box::new(self))
     }
 
-    /// What the client is told.
+    /// What the client is told. Native clients are told in the details, as by native
+    /// services, whether the request may have had its effect; all others pass over them.
     pub(crate) fn into_status(self) -> Status {
         let (code, text) = self.code_and_text();
-        Status::new(code, text)
+        let Some(failure) = self.failure() else {
+            return Status::new(code, text);
+        };
+        let native = Refusal::Failed(failure).into_status(None);
+        Status::with_details(code, text, Bytes::copy_from_slice(native.details()))
+    }
+
+    /// The attempt got no answer from the state machine, for this reason.
+    fn failure(&self) -> Option<Failure> {
+        if let Self::Refused(Refusal::Failed(failure)) = self {
+            return Some(*failure);
+        }
+        let is_stopping = *self == Self::Stopped;
+        let no_leader = Failure::NotLeader { leader: None };
+        (*self == Self::NoLeader)
+            .then_some(no_leader)
+            .or_else(|| is_stopping.then_some(Failure::ShuttingDown))
     }
 
     /// The contract of the wire.
@@ -239,6 +259,10 @@ impl Error {
             Self::OtherContender => (
                 Code::FailedPrecondition,
                 "etcdserver: the lease contends for a lock and an election of one name",
+            ),
+            Self::ValueOfLock => (
+                Code::InvalidArgument,
+                "etcdserver: the value is that of a native lock",
             ),
             Self::NobodyElected => (Code::Unknown, "election: no leader"),
             Self::NotElected => (Code::Unknown, "election: not leader"),
@@ -355,6 +379,7 @@ pub(crate) fn too_long(told: &Status) -> Option<Status> {
 #[cfg(test)]
 mod tests {
     use conclave_core::{ids::SessionId, session::EndReason};
+    use tonic_types::StatusExt as _;
 
     use super::*;
 
@@ -552,6 +577,37 @@ mod tests {
             "request timed out, possibly due to previous leader failure",
         );
         assert_told(failed(Failure::ShuttingDown), unavailable, "server stopped");
+    }
+
+    #[test]
+    fn native_clients_are_told_whether_it_may_have_happened() {
+        let no_leader = Failure::NotLeader { leader: None };
+        for (error, reason, may_have_applied) in [
+            (Error::NoLeader, "NOT_LEADER", "false"),
+            (Error::Stopped, "SHUTTING_DOWN", "false"),
+            (Refusal::from(no_leader).into(), "NOT_LEADER", "false"),
+            (
+                Refusal::from(Failure::ShuttingDown).into(),
+                "SHUTTING_DOWN",
+                "false",
+            ),
+            (
+                Refusal::from(Failure::Overloaded).into(),
+                "OVERLOADED",
+                "false",
+            ),
+            (
+                Refusal::from(Failure::OutcomeUnknown).into(),
+                "OUTCOME_UNKNOWN",
+                "true",
+            ),
+        ] {
+            let info = error.into_status().get_details_error_info().unwrap();
+            assert_eq!((&*info.domain, &*info.reason), ("conclave.dev", reason));
+            assert_eq!(info.metadata["may_have_applied"], may_have_applied);
+        }
+        let refused = Error::Txn(TxnError::EmptyKey).into_status();
+        assert!(refused.details().is_empty());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     pin::Pin,
+    sync::Arc,
     time::Duration,
 };
 
@@ -32,7 +33,12 @@ use tokio::time::{self, Instant, Interval, MissedTickBehavior};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{Etcd, kv::key_value, signed, status, status::Error};
-use crate::{metrics::Method, readers::Reader, routes::REQUEST_OVERHEAD_BYTES, status::Refusal};
+use crate::{
+    metrics::{Counted, Method},
+    readers::Reader,
+    routes::REQUEST_OVERHEAD_BYTES,
+    status::Refusal,
+};
 
 /// In place of the name of a watcher: of a response that is about none.
 const NO_WATCHER: i64 = -1;
@@ -43,7 +49,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(10);
 
 const DUPLICATE_ID: &str = "mvcc: duplicate watch ID provided on the WatchStream";
 const EMPTY_RANGE: &str = "mvcc: watcher range is empty";
-const COMPACTED: &str = "mvcc: required revision has been compacted";
+/// With the prefix of errors on the wire, and unlike the others: clients look for it so.
+const COMPACTED: &str = "etcdserver: mvcc: required revision has been compacted";
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -51,24 +58,18 @@ pub(super) struct WatchService(pub(super) Etcd);
 
 #[async_trait]
 impl Watch for WatchService {
-    type WatchStream = BoxStream<'static, Result<WatchResponse, Status>>;
+    type WatchStream = Counted<BoxStream<'static, Result<WatchResponse, Status>>>;
 
     async fn watch(
         &self,
         request: Request<Streaming<WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let etcd = &self.0;
-        let (metadata, _, requests) = request.into_parts();
-        let wants_leader = match etcd.admit(&metadata) {
-            Ok(wants_leader) => wants_leader,
-            Err(error) => {
-                let status = error.into_status();
-                etcd.metrics.begin(Method::Watch).end(status.code());
-                return Err(status);
-            }
+        let open = |requests, wants_leader| async move {
+            let serving = Serving::new(etcd.clone(), requests, wants_leader);
+            Ok(serving.into_stream().boxed())
         };
-        let serving = Serving::new(etcd.clone(), requests, wants_leader);
-        Ok(Response::new(serving.into_stream().boxed()))
+        etcd.stream(Method::Watch, request, open).await
     }
 }
 
@@ -79,7 +80,8 @@ struct Serving {
     /// Until the client has closed its half. The watchers live on.
     requests: Option<Streaming<WatchRequest>>,
     watchers: BTreeMap<WatcherId, Watched>,
-    /// Those of them that were not cancelled, by their names on the wire.
+    /// Those that the client has not cancelled, by their names on the wire; also what a
+    /// compaction has cancelled, whose name stays taken.
     named: BTreeMap<i64, WatcherId>,
     next_name: i64,
     /// What was asked for and not yet told to have begun, in order: clients tell the
@@ -91,7 +93,7 @@ struct Serving {
     consumed: u64,
     /// Once some watcher wants to hear that nothing has happened.
     progress: Option<Interval>,
-    is_over: Pin<Box<dyn Future<Output = Error> + Send>>,
+    is_over: Pin<Box<dyn Future<Output = Failure> + Send>>,
 }
 
 /// A watcher, as the wire has it.
@@ -114,7 +116,7 @@ enum Creating {
 
 impl Serving {
     fn new(etcd: Etcd, requests: Streaming<WatchRequest>, wants_leader: bool) -> Self {
-        let is_over = over(etcd.clone(), wants_leader);
+        let is_over = Arc::clone(&etcd.0).is_over(wants_leader);
         Self {
             reader: etcd.reader(),
             etcd,
@@ -135,11 +137,7 @@ impl Serving {
             let mut serving = serving?;
             match serving.next().await {
                 Ok(response) => Some((Ok(response), Some(serving))),
-                Err(status) => {
-                    let call = serving.etcd.metrics.begin(Method::Watch);
-                    call.end(status.code());
-                    (status.code() != Code::Cancelled).then_some((Err(status), None))
-                }
+                Err(status) => (status.code() != Code::Cancelled).then_some((Err(status), None)),
             }
         })
     }
@@ -162,7 +160,7 @@ impl Serving {
                 () = tick(&mut self.progress), if self.progress.is_some() => {
                     self.ask_quiet_ones()?;
                 }
-                error = &mut self.is_over => return Err(error.into_status()),
+                failure = &mut self.is_over => return Err(failed(failure)),
             }
         }
     }
@@ -172,7 +170,19 @@ impl Serving {
             Some(RequestUnion::CreateRequest(create)) => self.create(create).await,
             Some(RequestUnion::CancelRequest(cancel)) => {
                 match self.named.remove(&cancel.watch_id) {
-                    Some(watcher) => self.ask(watch::Request::Cancel { watcher }),
+                    Some(watcher) if self.watchers.contains_key(&watcher) => {
+                        self.ask(watch::Request::Cancel { watcher })
+                    }
+                    // As in etcd, one that a compaction has cancelled can be cancelled.
+                    Some(_) => {
+                        let revision = self.etcd.handle.status().revision;
+                        let response = WatchResponse {
+                            canceled: true,
+                            ..self.response(cancel.watch_id, revision)
+                        };
+                        self.ready.push_back(response);
+                        Ok(())
+                    }
                     None => Ok(()),
                 }
             }
@@ -283,10 +293,7 @@ impl Serving {
                     return Ok(());
                 };
                 let revision = match compacted {
-                    Some(_) => {
-                        self.forget_name(watched.name, watcher);
-                        0
-                    }
+                    Some(_) => 0,
                     None => self.etcd.handle.status().revision,
                 };
                 let response = WatchResponse {
@@ -307,13 +314,6 @@ impl Serving {
             Notice::Refused { .. } => return Err(Error::Behind.into_status()),
         }
         Ok(())
-    }
-
-    /// Unless another watcher has it by now.
-    fn forget_name(&mut self, name: i64, watcher: WatcherId) {
-        if self.named.get(&name) == Some(&watcher) {
-            self.named.remove(&name);
-        }
     }
 
     fn tell_events(&mut self, watched: Watched, revision: Revision, events: &[Event]) {
@@ -395,15 +395,6 @@ impl Serving {
     }
 }
 
-/// Why the stream ends although the client did not end it.
-async fn over(etcd: Etcd, wants_leader: bool) -> Error {
-    let closed = etcd.hub.closed();
-    tokio::select! {
-        () = closed => Error::Refused(Refusal::Failed(Failure::ShuttingDown)),
-        () = etcd.leader_is_lost(), if wants_leader => Error::NoLeader,
-    }
-}
-
 async fn asked(
     requests: &mut Option<Streaming<WatchRequest>>,
 ) -> Result<Option<WatchRequest>, Status> {
@@ -426,11 +417,11 @@ fn failed(failure: Failure) -> Status {
 
 /// Why a watcher does not begin, if that can be told without looking at any other.
 fn refused(create: &WatchCreateRequest) -> Option<&'static str> {
-    let (key, end) = range(create);
-    if !end.is_empty() && end != [0] && end <= key {
-        return Some(EMPTY_RANGE);
+    if create.start_revision < 0 {
+        return Some(COMPACTED);
     }
-    (create.start_revision < 0).then_some(COMPACTED)
+    let (key, end) = range(create);
+    (!end.is_empty() && end != [0] && end <= key).then_some(EMPTY_RANGE)
 }
 
 /// The range as it is meant: an empty key is the first that there can be.

@@ -260,7 +260,7 @@ A command that fails is told of on stderr, and the next change gets its turn; wi
 
 Examples:
   conclave watch config/site -- ./reload.sh
-  conclave watch config/ --prefix --latest -- sh -c 'cat > /etc/app/${CONCLAVE_KEY##*/}'
+  conclave watch config/ --prefix --latest --puts-only -- sh -c 'cat > /etc/app/${CONCLAVE_KEY##*/}'
   conclave watch jobs/ --prefix --puts-only --fail-fast -- ./work.sh
 
 Exit codes:

@@ -139,3 +139,18 @@ async fn data_that_were_asked_for_stay() {
     assert!(second > first, "{second} after {first}");
     assert!(!is_empty(&data));
 }
+
+#[tokio::test]
+async fn any_server_that_cannot_start_is_told_of_at_once() {
+    let directory = Directory::new("dev-ends");
+    let data = directory.path().join("data");
+    fs::create_dir_all(&data).unwrap();
+    // The others would wait for it.
+    fs::write(data.join("node2"), "no directory").unwrap();
+    let (port, data) = (port().to_string(), data.display().to_string());
+    let ended = dev(&directory, &["--port", &port, "--data-dir", &data]);
+    let ended = ended.ended().await;
+    assert_eq!(ended.code, 1, "{ended:?}");
+    assert!(ended.stderr.contains("server node2 ended"), "{ended:?}");
+    assert!(servers(&directory).is_empty());
+}

@@ -379,3 +379,34 @@ async fn leases_are_granted_renewed_and_ended() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn kv_watch_ends_when_its_reader_does() {
+    let cluster = Cluster::start("reader", 1);
+    cluster.leader().await;
+    let ends = cluster.directory().join("ends");
+    for (endless, change) in [
+        ("kv watch k", &["kv", "put", "k", "v"][..]),
+        ("elect --observe db", &["elect", "db", "v", "--", "true"]),
+    ] {
+        let script = format!(
+            "{{ {} {endless} --endpoints {}; echo $? > {}; }} | head -n 1",
+            env!("CARGO_BIN_EXE_conclave"),
+            cluster.endpoints()[0],
+            ends.display(),
+        );
+        let shell = Process::start(
+            cluster.directory(),
+            Command::new("sh").args(["-c", &script]),
+        );
+        eventually(endless, || async {
+            cluster.run(change).await;
+            let code = fs::read_to_string(&ends).ok();
+            code.filter(|code| code == "0\n").map(drop)
+        })
+        .await;
+        let ended = shell.ended().await;
+        assert_eq!(ended.stdout.lines().count(), 1, "{ended:?}");
+        fs::remove_file(&ends).unwrap();
+    }
+}

@@ -64,6 +64,20 @@ impl Contending {
         ElectionClient::new(self.channel.clone())
     }
 
+    /// Whether a call for this waits.
+    pub fn waits(&self, name: &Bytes, lease: i64) -> bool {
+        let is_for = |call: &&Call| call.contest.0 == *name && call.contest.1 == lease;
+        self.calls
+            .iter()
+            .filter(is_for)
+            .any(|call| call.running.is_some())
+    }
+
+    /// Whether there may be a contender.
+    pub fn has_any(&self) -> bool {
+        !self.calls.is_empty()
+    }
+
     /// Whether no call waits.
     pub fn ended(&self) -> bool {
         self.calls.iter().all(|call| call.running.is_none())

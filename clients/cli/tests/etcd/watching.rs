@@ -135,7 +135,7 @@ impl Watching {
 
     /// Nothing answers if there is no such watch.
     pub async fn cancel(&self, id: i64) -> Option<WatchResponse> {
-        let known = self.with(|arrived| arrived.lives(id));
+        let known = self.with(|arrived| arrived.is_there(id));
         let request = RequestUnion::CancelRequest(WatchCancelRequest { watch_id: id });
         if !known {
             self.ask(request).await;
@@ -235,15 +235,12 @@ impl Arrived {
         self.newest.insert(id, (newest, response.fragment));
     }
 
-    fn lives(&self, id: i64) -> bool {
+    /// Whether there is a watch to cancel; also if a compaction has cancelled it.
+    fn is_there(&self, id: i64) -> bool {
         let of = |what: fn(&WatchResponse) -> bool| {
             let controls = self.controls.iter();
             controls.filter(|c| c.watch_id == id && what(c)).count()
         };
-        let compacted = self.log.get(&id).into_iter().flatten();
-        let compacted = compacted
-            .filter(|line| matches!(line, Line::Control(c) if c.compact_revision != 0))
-            .count();
-        of(|c| c.created && !c.canceled) > of(|c| c.canceled) + compacted
+        of(|c| c.created && !c.canceled) > of(|c| c.canceled)
     }
 }

@@ -1,6 +1,10 @@
 //! Servers that share one table of locks in memory and fail on command. They
 //! keep the letter of the schemas, and none of the promises.
 
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+pub(crate) mod election;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     pin::Pin,
@@ -11,6 +15,7 @@ use conclave_proto::v1::{
     self,
     call::Request as Body,
     channel_server, cluster_server,
+    election_server::{self, Election as _},
     lock_server::{self, Lock as _},
     reply::Outcome,
     session_event::Event,
@@ -56,7 +61,8 @@ pub(crate) struct State {
         BTreeMap<i64, Option<mpsc::UnboundedSender<Result<v1::SessionEvent, Status>>>>,
     pub(crate) holders: BTreeMap<String, Holder>,
     pub(crate) cancelled: HashSet<(i64, u64)>,
-    /// By session and number.
+    pub(crate) elections: election::Elections,
+    /// By session and number: released, resigned, proclaimed.
     released: HashSet<(i64, u64)>,
 }
 
@@ -80,6 +86,8 @@ struct Server {
 impl Servers {
     pub(crate) async fn start(count: usize) -> Servers {
         let shared = Arc::new(Shared::default());
+        // Of an empty keyspace, as servers have it.
+        shared.state().last = 1;
         for index in 0..count {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap().to_string();
@@ -91,11 +99,16 @@ impl Servers {
             let router = tonic::transport::Server::builder()
                 .add_service(session_server::SessionServer::new(server.clone()))
                 .add_service(lock_server::LockServer::new(server.clone()))
+                .add_service(election_server::ElectionServer::new(server.clone()))
                 .add_service(channel_server::ChannelServer::new(server.clone()))
                 .add_service(cluster_server::ClusterServer::new(server));
             tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
         }
         Servers { shared }
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state()
     }
 
     pub(crate) fn addresses(&self) -> Vec<String> {
@@ -172,6 +185,17 @@ impl Server {
                     let metadata = HashMap::from([("leader".to_owned(), leader)]);
                     return Err(error(Code::Unavailable, "NOT_LEADER", metadata));
                 }
+            }
+            notified.await;
+        }
+    }
+
+    /// Hangs, or lets a call pass that any server can serve.
+    async fn enter_anywhere(&self) {
+        loop {
+            let notified = self.shared.changed.notified();
+            if !self.shared.state().hung.contains(&self.index) {
+                return;
             }
             notified.await;
         }
@@ -294,6 +318,7 @@ impl session_server::Session for Server {
             let mut state = self.shared.state();
             state.sessions.remove(&id);
             state.holders.retain(|_, holder| holder.session != id);
+            state.elections.end(id);
         }
         self.leave(v1::CloseSessionResponse {
             header: self.header(),
@@ -391,6 +416,8 @@ impl lock_server::Lock for Server {
             state
                 .holders
                 .retain(|_, holder| (holder.session, holder.request) != withdrawn);
+            let revision = state.last;
+            state.elections.withdraw(revision, withdrawn.0, withdrawn.1);
         }
         self.leave(v1::CancelResponse {
             header: self.header(),
@@ -490,10 +517,12 @@ impl Server {
             Body::CloseSession(request) => answer!(close, request, CloseSession),
             Body::AcquireLock(request) => answer!(acquire, request, AcquireLock),
             Body::ReleaseLock(request) => answer!(release, request, ReleaseLock),
-            Body::CancelLock(request) => answer!(cancel, request, CancelLock),
-            Body::Campaign(_) | Body::Proclaim(_) | Body::Resign(_) => {
-                return Err(Status::unimplemented("not needed"));
-            }
+            Body::CancelLock(request) => lock_server::Lock::cancel(self, Request::new(request))
+                .await
+                .map(|response| Outcome::CancelLock(response.into_inner())),
+            Body::Campaign(request) => answer!(campaign, request, Campaign),
+            Body::Proclaim(request) => answer!(proclaim, request, Proclaim),
+            Body::Resign(request) => answer!(resign, request, Resign),
         };
         let outcome = match result {
             Err(status) if status.get_details_error_info().is_none() => return Err(status),

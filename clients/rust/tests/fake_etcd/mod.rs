@@ -1,7 +1,7 @@
 //! Servers of the etcd API that share one history in memory and fail on command.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
@@ -15,7 +15,8 @@ use conclave_proto::etcd::{
 };
 use tokio::{net::TcpListener, sync::Notify, time::Instant};
 use tokio_stream::{Stream, StreamExt as _, wrappers::TcpListenerStream};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_types::{ErrorDetails, StatusExt as _};
 
 /// What goes wrong with the next write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub(crate) enum Fault {
     Unknown,
     /// It has none, for want of a leader.
     NoLeader,
+    /// It has none, since the server stops; one of ours, which says so.
+    Stopping,
 }
 
 #[derive(Debug)]
@@ -34,6 +37,10 @@ pub(crate) struct State {
     compacted: i64,
     faults: Vec<Fault>,
     hung: HashSet<usize>,
+    /// Those that open streams and tell nothing.
+    mute: HashSet<usize>,
+    /// Whether there is a leader for leases to be granted.
+    pub(crate) may_grant: bool,
     /// Streams break after so many answers.
     pub(crate) breaks_after: usize,
     /// How many streams of watches were begun at each server.
@@ -66,6 +73,8 @@ impl Servers {
             compacted: 0,
             faults: Vec::new(),
             hung: HashSet::new(),
+            mute: HashSet::new(),
+            may_grant: true,
             breaks_after: usize::MAX,
             watches: BTreeMap::new(),
             leases: BTreeMap::new(),
@@ -101,6 +110,12 @@ impl Servers {
 
     pub(crate) fn hang(&self, index: usize) {
         self.state().hung.insert(index);
+    }
+
+    /// From now on only these servers tell nothing on their streams.
+    pub(crate) fn mute(&self, servers: &[usize]) {
+        self.state().mute = servers.iter().copied().collect();
+        self.shared.changed.notify_waiters();
     }
 
     pub(crate) fn compact(&self, revision: i64) {
@@ -149,6 +164,17 @@ impl Server {
     async fn begin(&self) {
         while self.shared.state.lock().unwrap().hung.contains(&self.index) {
             self.shared.changed.notified().await;
+        }
+    }
+
+    /// Waits while this server tells nothing.
+    async fn may_tell(&self) {
+        loop {
+            let changed = self.shared.changed.notified();
+            if !self.shared.state.lock().unwrap().mute.contains(&self.index) {
+                return;
+            }
+            changed.await;
         }
     }
 
@@ -206,6 +232,7 @@ impl kv_server::Kv for Server {
         let key = request.into_inner().key.to_vec();
         match self.fault() {
             Some(Fault::NoLeader) => return Err(Status::unavailable("etcdserver: no leader")),
+            Some(Fault::Stopping) => return Err(stopping()),
             Some(Fault::Unknown) => {
                 self.shared.change(vec![key]);
                 return Err(Status::unavailable("etcdserver: request timed out"));
@@ -231,10 +258,29 @@ impl kv_server::Kv for Server {
 
     async fn compact(
         &self,
-        _: Request<pb::CompactionRequest>,
+        request: Request<pb::CompactionRequest>,
     ) -> Result<Response<pb::CompactionResponse>, Status> {
-        Err(Status::unimplemented("no"))
+        self.begin().await;
+        let fault = self.fault();
+        let mut state = self.shared.state.lock().unwrap();
+        if request.get_ref().revision <= state.compacted {
+            let text = "etcdserver: mvcc: required revision has been compacted";
+            return Err(Status::out_of_range(text));
+        }
+        state.compacted = request.get_ref().revision;
+        drop(state);
+        match fault {
+            None => Ok(Response::new(pb::CompactionResponse {
+                header: Some(self.header()),
+            })),
+            Some(_) => Err(Status::unavailable("etcdserver: request timed out")),
+        }
     }
+}
+
+fn stopping() -> Status {
+    let details = ErrorDetails::with_error_info("SHUTTING_DOWN", "conclave.dev", HashMap::new());
+    Status::with_error_details(Code::Unavailable, "etcdserver: server stopped", details)
 }
 
 /// Tells all events from `start` on, until nobody listens.
@@ -244,7 +290,8 @@ async fn tell(
     sender: tokio::sync::mpsc::Sender<pb::WatchResponse>,
     (created, start, compacted): (pb::WatchResponse, i64, i64),
 ) {
-    let _requests = requests;
+    let mut requests = requests;
+    server.may_tell().await;
     if sender.send(created).await.is_err() {
         return;
     }
@@ -259,6 +306,7 @@ async fn tell(
     }
     let mut next = start;
     loop {
+        server.may_tell().await;
         let changed = server.shared.changed.notified();
         let header = server.header();
         let batch: Vec<(i64, Vec<mvccpb::Event>)> = {
@@ -267,10 +315,22 @@ async fn tell(
             behind.take(2).cloned().collect()
         };
         let Some((last, _)) = batch.last() else {
-            tokio::select! {
+            let asked = tokio::select! {
                 () = changed => continue,
                 () = sender.closed() => return,
+                asked = requests.message() => asked,
+            };
+            let Ok(Some(_)) = asked else { return };
+            server.may_tell().await;
+            let sign_of_life = pb::WatchResponse {
+                header: Some(server.header()),
+                watch_id: -1,
+                ..pb::WatchResponse::default()
+            };
+            if sender.send(sign_of_life).await.is_err() {
+                return;
             }
+            continue;
         };
         next = last + 1;
         let events: Vec<_> = batch.into_iter().flat_map(|(_, events)| events).collect();
@@ -341,6 +401,9 @@ impl lease_server::Lease for Server {
         request: Request<pb::LeaseGrantRequest>,
     ) -> Result<Response<pb::LeaseGrantResponse>, Status> {
         self.begin().await;
+        if !self.shared.state.lock().unwrap().may_grant {
+            return Err(Status::unavailable("etcdserver: no leader"));
+        }
         let ttl = request.into_inner().ttl;
         let id = {
             let mut state = self.shared.state.lock().unwrap();
@@ -372,6 +435,9 @@ impl lease_server::Lease for Server {
             .is_none()
         {
             return Err(Status::not_found("etcdserver: requested lease not found"));
+        }
+        if self.fault().is_some() {
+            return Err(Status::unavailable("etcdserver: request timed out"));
         }
         Ok(Response::new(pb::LeaseRevokeResponse {
             header: Some(self.header()),

@@ -48,14 +48,14 @@ pub(super) fn result_line(message: &DynamicMessage) -> Result<Bytes, Status> {
 }
 
 /// The end of a streamed answer that failed.
-pub(super) fn error_line(status: &Status) -> Bytes {
+pub(crate) fn error_line(status: &Status) -> Bytes {
     let mut line = stream_error(status);
     line.push('\n');
     line.into()
 }
 
 /// The answer to a request that failed before anything was answered.
-pub(super) fn refused(status: &Status, is_stream: bool) -> Response {
+pub(crate) fn refused(status: &Status, is_stream: bool) -> Response {
     let body = if is_stream {
         stream_error(status)
     } else {

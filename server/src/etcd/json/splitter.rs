@@ -1,5 +1,6 @@
 //! Finds where JSON objects end in a body that arrives in pieces, in one pass.
 
+use bytes::BytesMut;
 use tonic::Status;
 
 use super::forms;
@@ -8,7 +9,7 @@ use super::forms;
 #[derive(Debug)]
 pub(super) struct Splitter {
     bytes_max: usize,
-    buffer: Vec<u8>,
+    buffer: BytesMut,
     /// So many of them were looked at.
     seen: usize,
     depth: usize,
@@ -21,7 +22,7 @@ impl Splitter {
     pub(super) fn new(bytes_max: usize) -> Splitter {
         Splitter {
             bytes_max,
-            buffer: Vec::new(),
+            buffer: BytesMut::new(),
             seen: 0,
             depth: 0,
             in_string: false,
@@ -39,22 +40,20 @@ impl Splitter {
     }
 
     /// The first object that is whole.
-    pub(super) fn take(&mut self) -> Option<Vec<u8>> {
+    pub(super) fn take(&mut self) -> Option<BytesMut> {
         while let Some(byte) = self.buffer.get(self.seen) {
             self.seen += 1;
             if self.ends_object(*byte) {
-                let rest = self.buffer.split_off(self.seen);
-                self.seen = 0;
-                return Some(std::mem::replace(&mut self.buffer, rest));
+                return Some(self.buffer.split_to(std::mem::take(&mut self.seen)));
             }
         }
         None
     }
 
     /// What is left at the end.
-    pub(super) fn rest(&mut self) -> Vec<u8> {
+    pub(super) fn rest(&mut self) -> BytesMut {
         self.seen = 0;
-        std::mem::take(&mut self.buffer)
+        self.buffer.split()
     }
 
     fn ends_object(&mut self, byte: u8) -> bool {
@@ -91,11 +90,11 @@ mod tests {
             for chunk in text.as_bytes().chunks(size) {
                 splitter.push(chunk).unwrap();
                 while let Some(object) = splitter.take() {
-                    found.push(String::from_utf8(object).unwrap().trim().to_owned());
+                    found.push(str::from_utf8(&object).unwrap().trim().to_owned());
                 }
             }
             assert_eq!(found, [r#"{"a":"}\"{\\"}"#, r#"{"b":[{"c":{}}]}"#, "{}"]);
-            assert_eq!(splitter.rest(), br#"{"d"#);
+            assert_eq!(splitter.rest(), br#"{"d"#[..]);
         }
     }
 

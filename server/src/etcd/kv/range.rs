@@ -51,10 +51,14 @@ impl Consistency {
         }
     }
 
-    async fn ask(self, etcd: &Etcd, query: Query<Primitives>) -> Result<Answer, Error> {
+    async fn ask(
+        self,
+        etcd: &Etcd,
+        query: impl Fn() -> Query<Primitives>,
+    ) -> Result<Answer, Error> {
         Ok(match self {
             Self::Linearizable => etcd.read(query).await?,
-            Self::Local => etcd.read_local(query).await?,
+            Self::Local => etcd.read_local(query()).await?,
         })
     }
 }
@@ -126,9 +130,10 @@ impl<'a> Pieces<'a> {
         let Some(range) = self.rest.take() else {
             return Ok(None);
         };
-        let query = Query::Range {
+        let at = self.at;
+        let query = || Query::Range {
             range: range.clone(),
-            revision: self.at,
+            revision: at,
             filter,
             limit,
         };
@@ -176,7 +181,9 @@ pub(super) async fn txn(
     let mut attempt = 1;
     loop {
         match try_txn(etcd, txn, consistency).await {
-            Err(Error::Revision(RevisionError::Compacted { .. })) if attempt < ATTEMPTS_MAX => {
+            Err(Error::Revision(RevisionError::Compacted { asked, .. }))
+                if attempt < ATTEMPTS_MAX && !asks_for(txn, asked) =>
+            {
                 attempt += 1;
             }
             outcome => return outcome,
@@ -184,12 +191,22 @@ pub(super) async fn txn(
     }
 }
 
+/// Whether it is a range itself that asks for this revision, or for one below all, and
+/// not only the moment at which the transaction read that was compacted meanwhile.
+fn asks_for(txn: &internal::Txn, revision: Revision) -> bool {
+    let mut operations = txn.success.iter().chain(&txn.failure);
+    revision == 0
+        || operations.any(|operation| {
+            matches!(&operation.operation, Some(Operation::Range(range)) if range.revision == signed(revision))
+        })
+}
+
 async fn try_txn(
     etcd: &Etcd,
     txn: &internal::Txn,
     consistency: Consistency,
 ) -> Result<TxnResponse, Error> {
-    let query = Query::Compare(txn.compares.clone());
+    let query = || Query::Compare(txn.compares.clone());
     let answer = consistency.ask(etcd, query).await?;
     let AnswerBody::Compared(succeeded) = answer.body else {
         return Err(ANOTHER_KIND);
@@ -226,18 +243,10 @@ fn revision_in_txn(etcd: &Etcd, asked: i64, newest: Revision) -> Result<i64, Err
         Ok(0) => Ok(signed(newest)),
         Ok(asked) if asked > newest => Err(RevisionError::Future { asked, newest }.into()),
         Ok(_) => Ok(asked),
-        Err(_) => match compacted(etcd) {
+        Err(_) => match etcd.below_compaction() {
             RevisionError::Compacted { compacted: 0, .. } => Ok(signed(newest)),
             error => Err(error.into()),
         },
-    }
-}
-
-/// How a revision is refused that is below every compaction.
-pub(super) fn compacted(etcd: &Etcd) -> RevisionError {
-    RevisionError::Compacted {
-        asked: 0,
-        compacted: etcd.handle.status().compacted,
     }
 }
 
