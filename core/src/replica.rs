@@ -425,7 +425,7 @@ impl<M: Machine> Replica<M> {
             }
             #[cfg(conclave_plant)]
             Input::Read { number, query } if crate::plant::is("serializable-as-linearizable") => {
-                self.local_reads.push((number, query));
+                self.may_be_read(number, query);
             }
             Input::Read { number, query } => self.reads.add(Ask {
                 deadline_us: self.request_deadline_us(),

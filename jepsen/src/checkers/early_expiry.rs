@@ -9,9 +9,9 @@
 //!
 //! 1. A leader's clock runs at most 5 % fast, so `T - S >= TTL / 1.05`.
 //! 2. A leader's own stall expires nobody: its clock adds, each turn, what
-//!    passed since the turn before, but at most one election timeout. Let
+//!    passed since the turn before, but at most two heartbeats. Let
 //!    `A(t)` be that sum for the node that proposed the expiry, by its own
-//!    clock, up to `t` (with no more than one election timeout for the turn that
+//!    clock, up to `t` (with no more than two heartbeats for the turn that
 //!    has not come yet); then `A(T) - A(S) >= TTL`. For that, `A` must never go
 //!    back: it stands still while the node is down and goes on from there when it
 //!    starts, after which the leader counts every TTL from no earlier than its

@@ -18,7 +18,7 @@ use super::{
     network::Network,
     node::Step,
     queue::Queue,
-    settings::{ELECTION_MS, Settings},
+    settings::{HEARTBEAT_MS, Settings},
     stream::Streams,
     tally::{Fault, Operation, Tally},
 };
@@ -198,7 +198,7 @@ impl StallFree {
         let passed = self
             .turn_us
             .map_or(0, |turn_us| self.clock.local(true_us) - turn_us);
-        self.counted_us + passed.min(ELECTION_MS * 1_000)
+        self.counted_us + passed.min(2 * HEARTBEAT_MS * 1_000)
     }
 
     /// The node begins a turn.
@@ -444,14 +444,14 @@ mod tests {
     const RATE: u64 = 1_030_000;
 
     #[test]
-    fn a_stall_counts_as_one_election_timeout() {
+    fn a_stall_counts_as_two_heartbeats() {
         let mut node = StallFree::new(Clock::new(0, 7, 1_000_000));
         node.start(node.clock, 0);
         node.turn(100_000);
         assert_eq!(node.at(300_000), 300_000);
-        assert_eq!(node.at(900_000), 600_000);
+        assert_eq!(node.at(900_000), 300_000);
         node.turn(900_000);
-        assert_eq!(node.at(1_000_000), 700_000);
+        assert_eq!(node.at(1_000_000), 400_000);
     }
 
     /// A session is opened by a call sent while the node is down, and expires under

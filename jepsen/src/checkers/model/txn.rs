@@ -31,7 +31,7 @@ impl Model {
             command::Body::Compact(compact) => return Some(self.compact(compact.revision)),
             _ => return None,
         };
-        let Some(reply) = self.run(&txn) else {
+        let Some(reply) = self.run(&txn, kind.is_some()) else {
             return Some(Outcome::NoSpace);
         };
         Some(match kind {
@@ -46,8 +46,8 @@ impl Model {
     }
 
     /// `None`: there is no room for it.
-    fn run(&mut self, txn: &Txn) -> Option<Result<TxnReply, TxnError>> {
-        if let Err(error) = self.possible(txn) {
+    fn run(&mut self, txn: &Txn, is_alone: bool) -> Option<Result<TxnReply, TxnError>> {
+        if let Err(error) = self.possible(txn, is_alone) {
             return Some(Err(error));
         }
         let mut run = Run::new(self);
@@ -61,19 +61,21 @@ impl Model {
     }
 
     /// Whether what runs can do so, judged by the state before: all puts, then all
-    /// ranges.
-    fn possible(&self, txn: &Txn) -> Result<(), TxnError> {
+    /// ranges. Of a put that is alone its session is looked at first, of others last.
+    fn possible(&self, txn: &Txn, is_alone: bool) -> Result<(), TxnError> {
         let mut running = Vec::new();
         self.leaves(txn, &mut running);
         for kind in &running {
             let Kind::Put(put) = kind else { continue };
             let session = SessionId(put.lease);
-            if put.lease != 0 && !self.is_alive(session) {
-                return Err(TxnError::SessionNotAlive(session));
-            }
+            let is_dead = put.lease != 0 && !self.is_alive(session);
             let keeps = put.ignore_value || put.ignore_lease;
-            if keeps && self.get(&put.key, self.revision).is_none() {
-                return Err(TxnError::KeyNotFound);
+            let is_missing = keeps && self.get(&put.key, self.revision).is_none();
+            match (is_dead, is_missing) {
+                (true, false) => return Err(TxnError::SessionNotAlive(session)),
+                (true, true) if is_alone => return Err(TxnError::SessionNotAlive(session)),
+                (_, true) => return Err(TxnError::KeyNotFound),
+                (false, false) => {}
             }
         }
         for kind in &running {
