@@ -62,12 +62,6 @@ pub const KNOWN: &[Known] = &[
         ends_case: true,
     },
     Known {
-        name: "keys of the service",
-        reason: "what a waiting call needs lies under `_conclave/`, and can be read",
-        explains: |_, theirs, ours| ours.contains("_conclave/") && !theirs.contains("_conclave/"),
-        ends_case: true,
-    },
-    Known {
         name: "a contender whose key is deleted",
         reason: "etcd tells it that it is elected, or has the lock, if all in front of it goes \
                  with it",
@@ -172,26 +166,7 @@ pub const KNOWN: &[Known] = &[
         },
         ends_case: true,
     },
-    Known {
-        name: "a delete at the compacted revision",
-        reason: "a watch from there hears of it since 3.5; 3.4 forgets it",
-        explains: |step, theirs, ours| {
-            step.is_none()
-                && ours.contains("Event { r#type: Delete")
-                && revision(ours) < revision(theirs)
-        },
-        ends_case: true,
-    },
 ];
-
-/// Of an event; the highest of all if there is none.
-fn revision(event: &str) -> i64 {
-    let after = event
-        .split_once("mod_revision: ")
-        .map_or("", |(_, after)| after);
-    let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
-    digits.parse().unwrap_or(i64::MAX)
-}
 
 /// A debug print without any of the fields of this name, which are numbers.
 fn without_all(text: &str, field: &str) -> String {

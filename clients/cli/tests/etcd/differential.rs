@@ -430,7 +430,6 @@ const PLANTS: &[(&str, Plant)] = &[
 
 /// Conclave answers as the reference does, but for what is known.
 #[tokio::test]
-#[ignore = "some rare differences are not listed yet: run with --ignored"]
 async fn conclave_equals_the_reference() {
     if !installed() {
         return;
