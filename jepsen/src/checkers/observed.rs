@@ -28,6 +28,11 @@ pub(crate) struct Observed {
     history: BTreeMap<(usize, u64), Said>,
     /// By node and election.
     told: BTreeMap<(usize, usize), Told>,
+    /// By election and revision: what those found who began ahead of everybody, behind
+    /// changes that nobody had been told of yet.
+    found: BTreeMap<(usize, u64), Said>,
+    /// By election: up to here someone has been told of everything, or has begun there.
+    known_upto: BTreeMap<usize, u64>,
     /// Acknowledged, with the revision: by election, term, and what was said.
     proclaimed: Vec<(usize, u64, Said)>,
 }
@@ -46,8 +51,17 @@ impl Observed {
             upto: revision,
         };
         self.told.insert((node, election), told);
-        let before = self.history.range((election, 0)..=(election, revision));
-        match before.last() {
+        let known_upto = self.known_upto.entry(election).or_default();
+        if revision > *known_upto {
+            *known_upto = revision;
+            self.found.insert((election, revision), said);
+            return Ok(());
+        }
+        let before = (election, 0)..=(election, revision);
+        let told = self.history.range(before.clone()).next_back();
+        let found = self.found.range(before).next_back();
+        let newest = told.into_iter().chain(found).max_by_key(|(at, _)| **at);
+        match newest {
             Some((_, known)) if *known != said => broken(
                 NAME,
                 format!("election {election}: {said:?} at {revision}, where it was {known:?}"),
@@ -107,6 +121,8 @@ impl Observed {
     pub(crate) fn passed(&mut self, node: usize, election: usize, revision: u64) {
         if let Some(told) = self.told.get_mut(&(node, election)) {
             told.upto = revision;
+            let known_upto = self.known_upto.entry(election).or_default();
+            *known_upto = revision.max(*known_upto);
         }
     }
 
@@ -193,6 +209,17 @@ mod tests {
         assert!(observed.left_out(1, 1, 5, 9, &[6, 9]).is_err());
         observed.proclaimed(1, 7, (6, 3));
         assert!(observed.in_the_end().is_err());
+    }
+
+    #[test]
+    fn who_begins_ahead_of_everybody_finds_what_nobody_was_told_of() {
+        let mut observed = observed();
+        observed.begins(1, 1, 12, Some((11, 0))).unwrap();
+        assert!(observed.begins(0, 1, 12, None).is_err());
+        observed.told(0, 1, 11, Some((11, 0))).unwrap();
+        observed.passed(0, 1, 12);
+        assert!(observed.begins(1, 1, 13, None).is_ok(), "ahead again");
+        assert!(observed.begins(0, 1, 12, None).is_err());
     }
 
     #[test]

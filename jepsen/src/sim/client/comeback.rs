@@ -175,16 +175,22 @@ impl LockClient {
     }
 
     fn is_back(&mut self, id: i64, secret: Bytes, pending: Pending, has: Has, ground: &mut Ground) {
+        let sent = self.clock.local(pending.sent_us);
+        let state = SessionState::opened(sent, has.ttl_ms * 1_000);
+        if state.lost_at(self.clock.local(ground.now_us)).is_some() {
+            // The answer took so long that it cannot be trusted any more.
+            self.step = Step::Open;
+            return;
+        }
         ground.tally.fault(Fault::ClientReturn);
         ground.did(Operation::SessionAttached);
-        let sent = self.clock.local(pending.sent_us);
         let mut requests = Requests::attached(has.attachment, has.last_request);
         let kept = has.waiting.iter().map(|waiting| waiting.request);
         kept.for_each(|request| requests.resume(request));
         self.session = Some(Session {
             id,
             secret,
-            state: SessionState::opened(sent, has.ttl_ms * 1_000),
+            state,
             requests,
             wake_at: None,
         });
