@@ -10,6 +10,7 @@
 //! - `routes`: everything that is served on the client addresses, which is
 //!   `session`, `lock`, `election` and `cluster` (the native API), `channel` (the same,
 //!   many calls on one stream), `etcd` (the etcd v3 API) and `http` (health, metrics);
+//!   over them `deadline`, which ends what a client gave a time for;
 //! - `gateway`: the way from all of these to the replica, and `mailbox`: the way
 //!   back;
 //! - `validate`, `convert`, `status`: requests are checked, answers converted,
