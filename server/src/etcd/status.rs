@@ -7,12 +7,12 @@
 //! not. Clients of ours read that from the details. The Go client repeats reads on UNAVAILABLE, and no write on any of these.
 #![deny(clippy::wildcard_enum_match_arm)]
 
-use bytes::Bytes;
 use conclave_core::{
     keyspace::{RevisionError, txn::TxnError},
     replica::Failure,
 };
 use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
 
 use crate::status::Refusal;
 
@@ -167,7 +167,8 @@ impl Error {
             return Status::new(code, text);
         };
         let native = Refusal::Failed(failure).into_status(None);
-        Status::with_details(code, text, Bytes::copy_from_slice(native.details()))
+        // With code and text once more: where there are details, Go reads these.
+        Status::with_error_details(code, text, native.get_error_details())
     }
 
     /// The attempt got no answer from the state machine, for this reason.
@@ -379,7 +380,7 @@ pub(crate) fn too_long(told: &Status) -> Option<Status> {
 #[cfg(test)]
 mod tests {
     use conclave_core::{ids::SessionId, session::EndReason};
-    use tonic_types::StatusExt as _;
+    use prost::Message as _;
 
     use super::*;
 
@@ -602,7 +603,11 @@ mod tests {
                 "true",
             ),
         ] {
-            let info = error.into_status().get_details_error_info().unwrap();
+            let status = error.into_status();
+            let details = tonic_types::pb::Status::decode(status.details()).unwrap();
+            assert_eq!(details.code, i32::from(status.code()));
+            assert_eq!(details.message, status.message());
+            let info = status.get_details_error_info().unwrap();
             assert_eq!((&*info.domain, &*info.reason), ("conclave.dev", reason));
             assert_eq!(info.metadata["may_have_applied"], may_have_applied);
         }
