@@ -44,9 +44,9 @@ pub const REQUEST_NUMBER_MAX: u64 = u64::MAX >> 1;
 pub const LOCK_DELAY_MS_MAX: u64 = 60_000;
 /// Acquires that share one grant: each is in the value of its key.
 pub const LOCK_ENTRIES_MAX: usize = 64;
-/// Keys bound to a session above which it contends for nothing more: what it has is
-/// listed, handed over and ended in one go, which takes some ten milliseconds then.
-pub const SESSION_KEYS_MAX: usize = 16_384;
+/// Locks and elections that a session may hold, lead and wait for: what it has is listed,
+/// handed over and ended in one go, which takes some ten milliseconds then.
+pub const SESSION_LOCKS_MAX: usize = 16_384;
 
 /// Ended sessions whose reason is remembered.
 pub const ENDED_SESSIONS_KEPT: usize = 10_000;
