@@ -18,6 +18,7 @@
 //! - `events`: streams that follow sessions; `readers`: streams that watch keys;
 //!   `observe`: streams that observe elections;
 //! - `turns`: the thread of the node, with `peers`, the links between members;
+//! - `outflow`: how checkpoints leave, for members and for clients;
 //! - `metrics`: what is counted.
 //!
 //! Nothing here decides who holds what, and nothing here keeps state that
@@ -42,6 +43,7 @@ mod metrics;
 pub mod net;
 mod observe;
 pub mod options;
+mod outflow;
 mod peers;
 mod readers;
 mod retention;
