@@ -40,7 +40,7 @@ use std::{
 
 use bytes::Bytes;
 use conclave_proto::internal::{
-    Compare, Forward, ForwardRefused, Held, Hello, HelloReply, Origin, PeerMessage, RenewalReplies,
+    Forward, ForwardRefused, Held, Hello, HelloReply, Origin, PeerMessage, RenewalReplies,
     RenewalReply, Renewals, command, peer_message,
 };
 
@@ -62,7 +62,7 @@ use crate::{
     clock::Clock,
     consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
     ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId, Term},
-    keyspace::{Filter, KeyRange, Piece, RevisionError, txn},
+    keyspace::{Filter, KeyRange, Piece, RevisionError, reach, txn},
     limits,
     log::{Batch, EntryKind, Facts, LogEntry, Recovered},
     machine::{Machine, Outcome, Place},
@@ -377,11 +377,11 @@ impl<M: Machine> Replica<M> {
         if self.consensus.has_state() {
             self.unapplied.extend(advanced.committed);
         }
-        let mut changes = 0;
-        while changes < limits::CHANGES_PER_TURN_MAX
+        let mut work = 0;
+        while work < limits::CHANGES_PER_TURN_MAX
             && let Some(entry) = self.unapplied.pop_front()
         {
-            changes += self.apply(&entry)?;
+            work += self.apply(&entry)?;
         }
         self.watchers
             .catch_up(self.state.keyspace(), &mut self.output.notices);
@@ -741,12 +741,8 @@ impl<M: Machine> Replica<M> {
             // A range was read above.
             Query::Barrier | Query::Swept(_) | Query::Range { .. } => (AnswerBody::Done, 0),
             Query::Compare(compares) => {
-                let steps = |compare: &Compare| match compare.end.is_empty() {
-                    true => 1,
-                    false => limits::READ_STEPS_MAX,
-                };
                 let compared = txn::compare(keyspace, &compares);
-                let steps = compares.iter().map(steps).sum();
+                let steps = reach::of_compares(keyspace, &compares);
                 (AnswerBody::Compared(compared), steps)
             }
             Query::Session(id) => match sessions.get(id) {
@@ -817,7 +813,7 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    /// Applies an entry; how many keys it changed.
+    /// Applies an entry; what it took, as [`Applied::work`] has it.
     fn apply(&mut self, entry: &LogEntry) -> Result<usize, Fatal> {
         if entry.kind == EntryKind::Membership {
             let what = "a change of membership".to_owned();
@@ -844,7 +840,7 @@ impl<M: Machine> Replica<M> {
             resolved,
             events,
             lives,
-            changes,
+            work,
         } = applied;
         for (origin, outcome) in outcomes {
             if let Some(leadership) = &mut self.leadership
@@ -867,7 +863,7 @@ impl<M: Machine> Replica<M> {
         }
         self.output.events.extend(events);
         self.follow_lives(entry.term, &lives);
-        Ok(changes)
+        Ok(work)
     }
 
     fn wait_at(&mut self, place: Place, number: RequestNumber) {

@@ -242,9 +242,9 @@ fn not_reserved(key: &[u8]) -> Result<(), TxnError> {
 ///
 /// As in etcd, all compares are made against the state before it; what an operation
 /// needs of that state is looked at before any of them runs; and operations see the
-/// writes before them, except a range at a given revision, which sees that one. If more
-/// than one compare or operation is over a range, all of them may look at
-/// [`limits::TXN_VISITS_MAX`] records together.
+/// writes before them, except a range at a given revision, which sees that one. Compares
+/// and operations over ranges may look at [`limits::TXN_VISITS_MAX`] records together, but
+/// for an operation that is the only one of all these.
 /// `answers` says whether anybody is to see what operations read: if not, ranges are
 /// not walked.
 pub fn execute(
@@ -257,7 +257,8 @@ pub fn execute(
     let mut chosen = Chosen {
         keyspace: overlay.base(),
         sessions,
-        visits: Visits::of(wide_parts(&txn)),
+        visits: Visits::new(),
+        is_alone: wide_parts(&txn) <= 1,
         branches: Vec::new(),
         ranges: Vec::new(),
         spans: Vec::new(),
@@ -296,8 +297,7 @@ pub fn execute_delete(
 
 /// Whether all compares hold, each as [`execute`] has it.
 pub fn compare(keyspace: &Keyspace, compares: &[Compare]) -> Result<bool, TxnError> {
-    let wide = compares.iter().filter(|compare| is_wide(compare));
-    all_hold(keyspace, compares, &mut Visits::of(wide.count()))
+    all_hold(keyspace, compares, &mut Visits::new())
 }
 
 fn all_hold(
@@ -315,7 +315,7 @@ fn all_hold(
 
 /// How many compares and operations of a transaction, and of all inside it, are over
 /// ranges.
-fn wide_parts(txn: &Txn) -> usize {
+pub(crate) fn wide_parts(txn: &Txn) -> usize {
     let compares = txn.compares.iter().filter(|compare| is_wide(compare));
     let operations = txn.success.iter().chain(&txn.failure);
     let of_operations = operations.map(|operation| match &operation.operation {
@@ -339,13 +339,10 @@ struct Visits {
 }
 
 impl Visits {
-    /// One range is as long as it may be outside of a transaction.
-    fn of(wide_parts: usize) -> Self {
-        let left = match wide_parts {
-            0 | 1 => usize::MAX,
-            _ => limits::TXN_VISITS_MAX,
-        };
-        Self { left }
+    fn new() -> Self {
+        Self {
+            left: limits::TXN_VISITS_MAX,
+        }
     }
 
     fn one(&mut self) -> Result<(), TxnError> {
@@ -360,6 +357,9 @@ struct Chosen<'a> {
     keyspace: &'a Keyspace,
     sessions: &'a Sessions,
     visits: Visits,
+    /// Nothing but one operation or compare is over a range: an operation is as long then
+    /// as it may be outside of a transaction.
+    is_alone: bool,
     /// Which branch, of each transaction that runs, in the order in which they do.
     branches: Vec<bool>,
     ranges: Vec<&'a Range>,
@@ -410,7 +410,7 @@ impl<'a> Chosen<'a> {
         }
         // Most often there is no need to count.
         let at_most = self.spans.len().saturating_mul(self.keyspace.len());
-        if at_most > self.visits.left {
+        if !self.is_alone && at_most > self.visits.left {
             for span in &self.spans {
                 for _ in self.keyspace.range(span, None) {
                     self.visits.one()?;
@@ -617,7 +617,7 @@ fn run_delete(overlay: &mut Overlay<'_>, delete: DeleteRange, answers: bool) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keyspace::Keyspace;
+    use crate::keyspace::{Keyspace, Picture};
 
     #[test]
     fn ranges_of_a_transaction_are_bounded_together() {
@@ -679,6 +679,54 @@ mod tests {
         let sessions = Sessions::default();
         let ran = execute(&mut keyspace.overlay(), &sessions, txn, true);
         assert!(ran.unwrap().succeeded);
+    }
+
+    #[test]
+    fn one_range_is_bounded_in_a_compare_and_not_in_an_operation() {
+        // Slices of the same bytes, in order.
+        let names: String = (0..=limits::TXN_VISITS_MAX)
+            .map(|number| format!("k{number:07}"))
+            .collect();
+        let names = Bytes::from(names);
+        let record = |number: usize| Record {
+            key: names.slice(8 * number..8 * (number + 1)),
+            value: Bytes::new(),
+            create_revision: 2,
+            mod_revision: 2,
+            version: 1,
+            lease: None,
+        };
+        let keyspace = Keyspace::restore(Picture {
+            revision: 2,
+            live: (0..=limits::TXN_VISITS_MAX).map(record).collect(),
+            ..Picture::default()
+        });
+        let versions = |end: &'static str| Compare {
+            key: "k".into(),
+            end: end.into(),
+            target: Some(Target::Version(1)),
+            ..Compare::default()
+        };
+        let run = |compares, success| {
+            let txn = Txn {
+                compares,
+                success,
+                failure: vec![],
+            };
+            execute(&mut keyspace.overlay(), &Sessions::default(), txn, true)
+        };
+        let too_many = TxnError::TooManyOperations;
+        assert_eq!(run(vec![versions("l")], vec![]), Err(too_many));
+        assert_eq!(super::compare(&keyspace, &[versions("l")]), Err(too_many));
+        // All but the last.
+        assert!(run(vec![versions("k1000000")], vec![]).unwrap().succeeded);
+        assert_eq!(super::compare(&keyspace, &[versions("k1000000")]), Ok(true));
+        let all = limits::TXN_VISITS_MAX as u64 + 1;
+        let reply = run(vec![], vec![range("k", "l", 0, 1)]).unwrap();
+        let [OperationReply::Range(found)] = &reply.results[..] else {
+            panic!("{:?}", reply.results);
+        };
+        assert_eq!((found.count, found.more), (all, true));
     }
 
     fn put(key: &'static str, value: &'static str) -> Operation {
