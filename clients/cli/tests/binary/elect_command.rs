@@ -254,9 +254,17 @@ async fn an_observer_misses_nothing_when_the_servers_that_it_hears_are_killed() 
     let expected = ["first", "second", "third"].map(Value::from);
     let expected = [&[Value::Null][..], &expected, &[Value::Null]].concat();
     assert_eq!(values, expected);
-    assert!(lines.iter().all(|line| line["missed"] == false), "{lines:?}");
+    assert!(
+        lines.iter().all(|line| line["missed"] == false),
+        "{lines:?}"
+    );
     let revision = |line: &Value| line["revision"].as_u64();
-    assert!(lines.iter().map(revision).is_sorted_by(|one, next| one < next));
+    assert!(
+        lines
+            .iter()
+            .map(revision)
+            .is_sorted_by(|one, next| one < next)
+    );
     let term = |line: &Value| line["leader"]["term"].as_u64();
     let told: Vec<u64> = lines.iter().filter_map(term).collect();
     let led: Vec<u64> = terms(&cluster).into_iter().map(|(_, term)| term).collect();
