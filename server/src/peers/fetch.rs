@@ -286,7 +286,7 @@ mod tests {
     #[tokio::test]
     async fn whoever_takes_it_gets_all_of_it() {
         let scratch = Scratch::new("taken");
-        let (chunks, mut taken) = mpsc::channel(QUEUED_MAX);
+        let (chunks, mut taken) = mpsc::channel::<Result<CheckpointChunk, Status>>(QUEUED_MAX);
         let take = async {
             let mut all = Vec::new();
             while let Some(chunk) = taken.recv().await {
