@@ -21,7 +21,7 @@ use std::{collections::BTreeMap, fmt};
 use bytes::Bytes;
 use protobuf::Message as _;
 use raft::{
-    Config as RaftConfig, RawNode, Ready, StateRole,
+    Config as RaftConfig, RawNode, StateRole,
     eraftpb::{Entry, HardState as RaftHardState, Message, MessageType},
 };
 use slog::{Discard, Logger, o};
@@ -73,8 +73,6 @@ pub(crate) const fn ticks_per_heartbeat() -> u64 {
 pub(crate) struct Consensus {
     config: ConsensusConfig,
     raw: RawNode<MemoryLog>,
-    /// Between `ready` and `advance`.
-    ready: Option<Ready>,
     /// The term and role for which the election timeout was last drawn.
     drawn_for: (Term, Role),
     /// As last given out for the log.
@@ -93,21 +91,21 @@ pub(crate) struct Unsaved {
     pub(crate) entries: Vec<LogEntry>,
 }
 
-/// The first half of a step: what may leave at once, what must be durable first.
+/// What comes of all that was taken in.
 #[derive(Debug, Default)]
 pub(crate) struct Prepared {
-    /// Encoded messages and their receivers.
+    /// Encoded messages and their receivers, which may leave at once.
     pub(crate) messages: Vec<(NodeId, Bytes)>,
     pub(crate) unsaved: Option<Unsaved>,
+    /// Messages that must not leave before all that was given out to be saved, this
+    /// time and before, is durable.
+    pub(crate) bound: Vec<(NodeId, Bytes)>,
+    /// To be said then; see [`Consensus::saved`].
+    pub(crate) number: u64,
+    /// Entries to be applied: durable here, and committed.
+    pub(crate) committed: Vec<LogEntry>,
     /// Confirmed reads: the sequence given, and the index to wait for.
     pub(crate) reads: Vec<(u64, Index)>,
-}
-
-/// The second half of a step.
-#[derive(Debug, Default)]
-pub(crate) struct Advanced {
-    pub(crate) messages: Vec<(NodeId, Bytes)>,
-    pub(crate) committed: Vec<LogEntry>,
 }
 
 impl fmt::Debug for Consensus {
@@ -158,7 +156,6 @@ impl Consensus {
         let mut consensus = Self {
             config,
             raw,
-            ready: None,
             drawn_for: (0, Role::Joining),
             saved: hard_state,
             told: BTreeMap::new(),
@@ -175,7 +172,6 @@ impl Consensus {
     /// The log stays as far as it holds that entry or goes on behind it; else it
     /// begins anew there, which must be made durable with what follows.
     pub(crate) fn restart(&mut self, applied: (Index, Term)) {
-        assert!(self.ready.is_none(), "restart without advance");
         let log = self.raw.store();
         let entries = match self.holds(applied) {
             true => log.log_entries(),
@@ -360,9 +356,8 @@ impl Consensus {
         self.raw.has_ready()
     }
 
-    /// The first half of a step. `advance` must follow before anything else.
+    /// What comes of all that was taken in since the last time.
     pub(crate) fn prepare(&mut self, now_us: u64) -> Prepared {
-        assert!(self.ready.is_none(), "prepare without advance");
         if !self.raw.has_ready() {
             return Prepared {
                 messages: encode(self.defer(Vec::new(), now_us)),
@@ -375,43 +370,30 @@ impl Consensus {
         if let Some(hard_state) = ready.hs() {
             self.raw.mut_store().hard_state = hard_state.clone();
         }
-        let messages = ready.take_messages();
+        let (messages, bound) = (ready.take_messages(), ready.take_persisted_messages());
         #[cfg(conclave_plant)]
-        let messages = match crate::plant::is("ack-before-fsync") {
-            true => [messages, ready.take_persisted_messages()].concat(),
-            false => messages,
+        let (messages, bound) = match crate::plant::is("ack-before-fsync") {
+            true => ([messages, bound].concat(), Vec::new()),
+            false => (messages, bound),
         };
+        let committed = ready.take_committed_entries();
+        let reads = ready.take_read_states();
         let prepared = Prepared {
             messages: encode(self.defer(messages, now_us)),
             unsaved: ready.must_sync().then(|| self.unsaved(&entries)),
-            reads: ready
-                .take_read_states()
-                .iter()
-                .filter_map(|s| self.confirmed(s))
-                .collect(),
+            bound: encode(bound),
+            number: ready.number(),
+            committed: committed.iter().map(log_entry).collect(),
+            reads: reads.iter().filter_map(|s| self.confirmed(s)).collect(),
         };
-        self.ready = Some(ready);
+        self.raw.advance_append_async(ready);
+        self.raw.advance_apply();
         prepared
     }
 
-    /// The second half, after what `prepare` gave out is durable.
-    pub(crate) fn advance(&mut self, now_us: u64) -> Advanced {
-        let Some(mut ready) = self.ready.take() else {
-            return Advanced::default();
-        };
-        let mut messages = ready.take_persisted_messages();
-        let mut committed = ready.take_committed_entries();
-        let mut light = self.raw.advance_append(ready);
-        messages.extend(light.take_messages());
-        committed.extend(light.take_committed_entries());
-        if let Some(commit) = light.commit_index() {
-            self.raw.mut_store().hard_state.commit = commit;
-        }
-        self.raw.advance_apply();
-        Advanced {
-            messages: encode(self.defer(messages, now_us)),
-            committed: committed.iter().map(log_entry).collect(),
-        }
+    /// All that was given out to be saved is durable, up to what came with this number.
+    pub(crate) fn saved(&mut self, number: u64) {
+        self.raw.on_persist_ready(number);
     }
 
     fn unsaved(&mut self, entries: &[Entry]) -> Unsaved {

@@ -3,13 +3,13 @@
 //!
 //! The rest of the process talks to it through a [`Handle`], which puts requests
 //! into the inbox. Each turn takes all that has arrived, in this order: what peers
-//! sent, renewals, what gives something back, then other work; so under load,
-//! batches form by themselves while the disk is busy. There is one sync a turn at
-//! most, between the two halves of the turn.
+//! sent, renewals, what gives something back, then other work. What must be durable
+//! is given out as a [`Save`], one at a time, while turns go on; so under load,
+//! batches form by themselves while the disk is busy.
 //!
 //! Whoever runs the node does nothing but this, on one thread: wait for
-//! [`Node::wait`] or until woken, [`Node::begin_turn`], let leave what was sent,
-//! [`Node::finish_turn`].
+//! [`Node::wait`] or until woken, [`Node::begin_turn`], have done what is to be saved,
+//! [`Node::finish_turn`]; and [`Node::saved`] before a turn, once that is done.
 
 mod checkpoints;
 mod handle;
@@ -144,7 +144,11 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         election_us: config.election_ms * 1_000,
         schedule: Schedule::new(checkpoint_every, log_bytes_max, newest),
         replica: Replica::new(config, recovered, state, now),
-        log,
+        written_bytes: log.written_bytes(),
+        log: Some(log),
+        unsaved: Vec::new(),
+        handed: 0,
+        received: None,
         checkpoints,
         is_warned: false,
         answered,
@@ -159,7 +163,6 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         last_number: 0,
         last_append_us: now.boot_us,
         is_more_left: false,
-        unsaved: None,
         give_up_us: None,
     };
     (handle, node)
@@ -184,7 +187,16 @@ struct Shared<M: Machine> {
 /// everybody who still waits is answered.
 pub struct Node<M: Machine, D: Disk> {
     replica: Replica<M>,
-    log: Log<D>,
+    /// Unless it is away to be written.
+    log: Option<Log<D>>,
+    /// To be written when it is back.
+    unsaved: Vec<Batch>,
+    /// A checkpoint that has arrived, or has not, before the replica knows.
+    received: Option<Option<Box<State<M>>>>,
+    /// How many batches have gone there before these.
+    handed: u64,
+    /// As of when the log was here last.
+    written_bytes: u64,
     checkpoints: Writer<M>,
     schedule: Schedule,
     /// Whether it was said that the log is cut although a member needs it.
@@ -204,8 +216,6 @@ pub struct Node<M: Machine, D: Disk> {
     last_append_us: u64,
     /// More has arrived than the last turn took.
     is_more_left: bool,
-    /// Between the halves of a turn.
-    unsaved: Option<Batch>,
     /// Once it is to stop: when it does so at the latest.
     give_up_us: Option<u64>,
 }
@@ -243,11 +253,11 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         }
     }
 
-    /// The first half of a turn: takes in what has arrived, and sends what may
-    /// leave before anything is durable. Whether something was sent, and something
-    /// must be synced: then the one should be on its way before the other blocks in
-    /// [`Node::finish_turn`].
-    pub fn begin_turn(&mut self) -> Result<bool, Fatal> {
+    /// The first half of a turn: takes in what has arrived, and sends what may leave
+    /// before anything is durable. If something must be saved, and the log is here, that
+    /// is given: whoever runs the node does it at once or on another thread, and gives it
+    /// back to [`Node::saved`]. Meanwhile turns go on.
+    pub fn begin_turn(&mut self) -> Result<Option<Save<D>>, Fatal> {
         let now = now();
         let Taken {
             inbox,
@@ -262,15 +272,59 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             inputs.push(Input::Resign);
         }
         let begun = self.replica.begin(now, inputs)?;
-        self.unsaved = begun.batch;
-        let is_sent_early = self.unsaved.is_some() && !begun.messages.is_empty();
+        let begins_anew = begun
+            .batch
+            .as_ref()
+            .is_some_and(|batch| batch.base.is_some());
+        self.unsaved.extend(begun.batch);
         self.send(begun.messages);
-        Ok(is_sent_early)
+        if begins_anew {
+            // The checkpoint takes its name after that.
+            self.save()?;
+        }
+        let is_late = now.boot_us - self.last_append_us >= MARK_AFTER_US;
+        let wants_mark = is_late && self.log.as_ref().is_some_and(Log::wants_mark);
+        Ok((!self.unsaved.is_empty() || wants_mark)
+            .then(|| self.hand_log())
+            .flatten())
     }
 
-    /// The second half: makes durable what must be, applies, and answers.
+    fn hand_log(&mut self) -> Option<Save<D>> {
+        let log = self.log.take()?;
+        let batches = mem::take(&mut self.unsaved);
+        self.handed += batches.len() as u64;
+        Some(Save { log, batches })
+    }
+
+    /// Saves what is to be saved, if the log is here.
+    fn save(&mut self) -> Result<(), Fatal> {
+        if self.unsaved.is_empty() {
+            return Ok(());
+        }
+        self.hand_log()
+            .map_or(Ok(()), |save| self.saved(save.run()))
+    }
+
+    /// Whether something has arrived that the last turn did not take.
+    pub fn has_arrived(&self) -> bool {
+        self.is_more_left || !unpoisoned(self.shared.inbox.lock()).is_empty()
+    }
+
+    /// Takes back what was given to be saved.
+    pub fn saved(&mut self, saved: Saved<D>) -> Result<(), Fatal> {
+        let Saved { log, outcome } = saved;
+        if outcome.map_err(storage)? {
+            self.last_append_us = now().boot_us;
+        }
+        self.written_bytes = log.written_bytes();
+        self.shared.log_bytes.store(log.bytes(), Ordering::Relaxed);
+        self.log = Some(log);
+        self.replica.saved(self.handed);
+        self.cut()
+    }
+
+    /// The second half: applies, and answers.
     pub fn finish_turn(&mut self) -> Result<Progress, Fatal> {
-        self.save().map_err(storage)?;
         let Finished {
             messages,
             answers,
@@ -318,21 +372,6 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         })
     }
 
-    fn save(&mut self) -> Result<(), LogError> {
-        let now_us = now().boot_us;
-        if let Some(batch) = self.unsaved.take() {
-            self.log.append(&batch)?;
-            self.log.sync()?;
-            self.last_append_us = now_us;
-            self.shared
-                .log_bytes
-                .store(self.log.bytes(), Ordering::Relaxed);
-        } else if self.log.wants_mark() && now_us - self.last_append_us >= MARK_AFTER_US {
-            self.log.mark()?;
-        }
-        Ok(())
-    }
-
     fn inputs(&mut self, inbox: Inbox<M>) -> Vec<Input<M>> {
         let mut inputs = inbox.peers;
         for (of, respond) in inbox.renewals.into_iter() {
@@ -377,6 +416,45 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         if **published != *self.replica.status() {
             *published = Arc::new(self.replica.status().clone());
         }
+    }
+}
+
+/// Batches that are to be made durable, and the log for that. The node waits for it.
+#[must_use]
+#[derive(Debug)]
+pub struct Save<D> {
+    log: Log<D>,
+    batches: Vec<Batch>,
+}
+
+/// What has come of a [`Save`].
+#[derive(Debug)]
+pub struct Saved<D> {
+    log: Log<D>,
+    /// Whether there was a batch.
+    outcome: Result<bool, LogError>,
+}
+
+impl<D: Disk> Save<D> {
+    /// Makes them durable, with one sync for all; blocks.
+    pub fn run(mut self) -> Saved<D> {
+        let outcome = self.write();
+        Saved {
+            log: self.log,
+            outcome,
+        }
+    }
+
+    fn write(&mut self) -> Result<bool, LogError> {
+        for batch in &self.batches {
+            self.log.append(batch)?;
+        }
+        if self.batches.is_empty() {
+            self.log.mark()?;
+            return Ok(false);
+        }
+        self.log.sync()?;
+        Ok(true)
     }
 }
 

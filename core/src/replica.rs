@@ -147,6 +147,9 @@ pub struct Replica<M: Machine> {
     renewal_replies: BTreeMap<(NodeId, u64), Vec<RenewalReply>>,
     /// Must not leave before the batch of this turn is durable.
     outbox_durable: Vec<(NodeId, PeerMessage)>,
+    /// How many batches were given out, and what waits for those that are not durable.
+    batches: u64,
+    bound: VecDeque<Bound>,
     facts_changed: bool,
     output: Finished<M>,
     status: Status,
@@ -160,6 +163,15 @@ struct Arrived {
     commands: Vec<(RequestNumber, command::Body)>,
     forwarded: Vec<(NodeId, Forward)>,
     renewals: Vec<Wish>,
+}
+
+/// What waits until a batch is durable, and all before it.
+#[derive(Debug)]
+struct Bound {
+    batch: u64,
+    /// To be told to consensus then.
+    number: u64,
+    messages: Vec<(NodeId, PeerMessage)>,
 }
 
 impl<M: Machine> Replica<M> {
@@ -232,6 +244,8 @@ impl<M: Machine> Replica<M> {
             refusals: BTreeMap::new(),
             renewal_replies: BTreeMap::new(),
             outbox_durable: Vec::new(),
+            batches: 0,
+            bound: VecDeque::new(),
             facts_changed: false,
             output: Finished::default(),
             status: Status::default(),
@@ -332,29 +346,26 @@ impl<M: Machine> Replica<M> {
         self.dispatch();
         self.tell_commit();
         self.ask_for_confirmation();
-        let prepared = self.consensus.prepare(self.now.boot_us);
-        for (sequence, index) in prepared.reads {
-            self.reads.confirm(sequence, index, self.leader_and_term());
-        }
-        let mut messages = self.take_outbox();
-        messages.extend(prepared.messages.into_iter().map(raft_message));
+        let batch = self.advance();
         Ok(Begun {
-            messages,
-            batch: self.batch(prepared.unsaved),
+            messages: self.take_outbox(),
+            batch,
         })
     }
 
-    /// The second half, once `Begun::batch` is durable: applies and answers.
-    pub fn finish(&mut self) -> Result<Finished<M>, Fatal> {
-        let advanced = self.consensus.advance(self.now.boot_us);
-        self.output.messages = mem::take(&mut self.outbox_durable);
-        self.output
-            .messages
-            .extend(advanced.messages.into_iter().map(raft_message));
-        // Without a state, nobody can apply them.
-        if self.consensus.has_state() {
-            self.unapplied.extend(advanced.committed);
+    /// So many batches, from the first that [`Replica::begin`] gave, are durable.
+    pub fn saved(&mut self, batches: u64) {
+        while let Some(bound) = self.bound.pop_front_if(|bound| bound.batch <= batches) {
+            self.consensus.saved(bound.number);
+            self.outbox.extend(bound.messages);
         }
+    }
+
+    /// The second half: applies and answers. What is durable by now may have been said
+    /// in between.
+    pub fn finish(&mut self) -> Result<Finished<M>, Fatal> {
+        let batch = self.advance();
+        assert!(batch.is_none(), "only what is taken in must be saved");
         let mut work = 0;
         while work < limits::CHANGES_PER_TURN_MAX
             && let Some(entry) = self.unapplied.pop_front()
@@ -374,8 +385,7 @@ impl<M: Machine> Replica<M> {
         }
         self.tell_digest();
         self.plan_fetch();
-        let messages = self.take_outbox();
-        self.output.messages.extend(messages);
+        self.output.messages = self.take_outbox();
         self.update_status();
         Ok(mem::take(&mut self.output))
     }
@@ -453,6 +463,38 @@ impl<M: Machine> Replica<M> {
             } if !may_read => notices.push((stream, Notice::Refused { watcher })),
             request => self.watchers.take(request, self.state.keyspace(), notices),
         }
+    }
+
+    /// Takes what consensus has come to. What must be saved first is given, and numbered.
+    fn advance(&mut self) -> Option<Batch> {
+        let prepared = self.consensus.prepare(self.now.boot_us);
+        for (sequence, index) in prepared.reads {
+            self.reads.confirm(sequence, index, self.leader_and_term());
+        }
+        // Without a state, nobody can apply them.
+        if self.consensus.has_state() {
+            self.unapplied.extend(prepared.committed);
+        }
+        let messages = prepared.messages.into_iter().map(raft_message);
+        self.outbox.extend(messages);
+        let batch = self.batch(prepared.unsaved);
+        let mut messages = mem::take(&mut self.outbox_durable);
+        messages.extend(prepared.bound.into_iter().map(raft_message));
+        if batch.is_some() {
+            self.batches += 1;
+            self.bound.push_back(Bound {
+                batch: self.batches,
+                number: prepared.number,
+                messages,
+            });
+        } else if let Some(last) = self.bound.back_mut() {
+            last.number = last.number.max(prepared.number);
+            last.messages.extend(messages);
+        } else {
+            self.consensus.saved(prepared.number);
+            self.outbox.extend(messages);
+        }
+        batch
     }
 
     fn batch(&mut self, unsaved: Option<Unsaved>) -> Option<Batch> {

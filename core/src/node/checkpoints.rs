@@ -31,10 +31,17 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
                     if let Err(reason) = &received {
                         tracing::warn!(%reason, "a checkpoint of another member did not arrive");
                     }
-                    inputs.push(Input::Fetched(received.ok()));
+                    self.received = Some(received.ok());
                 }
                 Done::Adopted(at) => self.checkpointed(at),
             }
+        }
+        // It may begin the log anew, under nothing that is on its way there.
+        if self.log.is_some()
+            && let Some(received) = self.received.take()
+        {
+            self.save()?;
+            inputs.push(Input::Fetched(received));
         }
         Ok(inputs)
     }
@@ -55,7 +62,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
     pub(super) fn keep_checkpoints(&mut self) -> Result<(), Fatal> {
         self.schedule
             .want(self.shared.wanted.load(Ordering::Relaxed));
-        let written_bytes = self.log.written_bytes();
+        let written_bytes = self.written_bytes;
         let state = self.replica.state();
         let (applied, state_bytes) = (state.applied(), state.bytes());
         if self.schedule.is_due(applied, written_bytes, state_bytes) {
@@ -71,19 +78,23 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         self.cut()
     }
 
-    fn cut(&mut self) -> Result<(), Fatal> {
+    /// Cuts the log, if it is here.
+    pub(super) fn cut(&mut self) -> Result<(), Fatal> {
+        let Some(log) = &mut self.log else {
+            return Ok(());
+        };
         let held = self.replica.held_by_all();
         let sent = unpoisoned(self.shared.sent.lock()).iter().min().copied();
-        let upto = self.schedule.cut(held, sent, self.log.bytes());
+        let upto = self.schedule.cut(held, sent, log.bytes());
         if upto > held && !self.is_warned {
             let reason = "the log is too long to keep it for a member that is away";
             tracing::info!(upto, held, reason, "that member will get a checkpoint");
         }
         self.is_warned = upto > held;
         // Before its base a log holds nothing.
-        if self.log.cut(upto.max(self.log.base())).map_err(storage)? {
+        if log.cut(upto.max(log.base())).map_err(storage)? {
             self.replica.cut(upto);
-            let bytes = self.log.bytes();
+            let bytes = log.bytes();
             tracing::info!(upto, bytes, "cut the log");
             self.shared.log_bytes.store(bytes, Ordering::Relaxed);
         }

@@ -68,7 +68,7 @@ impl<M: Machine> Default for Inbox<M> {
 }
 
 impl<M: Machine> Inbox<M> {
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.peers.is_empty()
             && self.renewals.is_empty()
             && self.endings.is_empty()

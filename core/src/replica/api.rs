@@ -330,7 +330,8 @@ pub enum EventBody<E> {
 pub struct Begun {
     /// May be sent at once.
     pub messages: Vec<(NodeId, PeerMessage)>,
-    /// Must be durable before `finish` is called.
+    /// Must be made durable in its turn; then [`Replica::saved`](super::Replica::saved)
+    /// is to be called. Batches are numbered from 1 in the order in which they are given.
     pub batch: Option<Batch>,
 }
 

@@ -21,7 +21,7 @@ use conclave_core::{
     checkpoint::{Part, Schedule, SimCheckpoints},
     disk::SimDisk,
     ids::{Index, NodeId},
-    log::{Layout, Log},
+    log::{Batch, Layout, Log},
     replica::{Input, Now, Replica, Role},
 };
 use conclave_primitives::Primitives;
@@ -84,19 +84,24 @@ struct Running {
     /// What another node gets from it, and until when it keeps the log for that.
     sent: Option<(Index, u64)>,
     inbox: Vec<Input<Primitives>>,
-    /// Between the halves of a turn.
-    sync: Sync,
+    sync: Option<Sync>,
+    /// What waits for the log.
+    unsaved: Vec<Batch>,
+    /// How many batches have gone there before these.
+    handed: u64,
     callers: BTreeMap<u64, Caller>,
     calls: u64,
     applied: u64,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sync {
-    None,
-    UnderWay,
+/// A sync that is under way. The log is not at hand before it is done.
+#[derive(Clone, Copy, Debug)]
+struct Sync {
+    since_us: u64,
+    /// Nothing else is done meanwhile; otherwise turns go on.
+    blocks: bool,
     /// Done while the node was paused.
-    Unnoticed,
+    is_unnoticed: bool,
 }
 
 /// Who waits for an answer.

@@ -50,6 +50,18 @@ impl Node {
             let at_us = ground.now_us + ground.rng.skewed(200_000);
             ground.schedule(at_us, Event::CheckpointWritten { node, boot });
         }
+        self.cut(ground);
+    }
+
+    /// Cuts the log, if it is at hand.
+    pub(super) fn cut(&mut self, ground: &mut Ground) {
+        let Some(running) = self
+            .running
+            .as_mut()
+            .filter(|running| running.sync.is_none())
+        else {
+            return;
+        };
         let held = running.replica.held_by_all();
         let sent = running
             .sent

@@ -4,7 +4,7 @@ use std::fmt;
 
 use conclave_core::replica::Input;
 
-use super::{Node, Sync};
+use super::Node;
 use crate::sim::{
     ground::{Event, Ground, Reply},
     settings::ELECTION_MS,
@@ -19,7 +19,7 @@ impl Node {
         };
         ground.tell(format_args!("node {} crashes", self.index));
         ground.stall_free[self.index].stop(ground.now_us);
-        if running.sync == Sync::UnderWay {
+        if running.sync.is_some_and(|sync| !sync.is_unnoticed) {
             ground.tally.fault(Fault::CrashDuringSync);
         }
         let kept_of_million = [0, 500_000, 900_000, 1_000_000][ground.rng.index(4)];
@@ -96,10 +96,12 @@ impl Node {
             // By now another leads; what its peers said before comes all at once.
             ground.tally.fault(Fault::PacketsAfterPause);
         }
-        match self.running.as_ref().map(|running| running.sync) {
-            Some(Sync::Unnoticed) => self.synced(self.boot, ground),
-            Some(_) => self.alarm.set(ground.now_us, ground),
-            None => {}
+        let Some(running) = &self.running else {
+            return;
+        };
+        match running.sync {
+            Some(sync) if sync.is_unnoticed => self.synced(self.boot, ground),
+            _ => self.alarm.set(ground.now_us, ground),
         }
     }
 

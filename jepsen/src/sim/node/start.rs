@@ -10,7 +10,7 @@ use conclave_core::{
 };
 use conclave_primitives::Primitives;
 
-use super::{CLUSTER, LAYOUT, Node, Running, Sync, id};
+use super::{CLUSTER, LAYOUT, Node, Running, id};
 use crate::sim::{
     alarm::{Alarm, Owner},
     clock::{self, Clock},
@@ -113,7 +113,9 @@ impl Node {
             adopts: None,
             sent: None,
             inbox: Vec::new(),
-            sync: Sync::None,
+            sync: None,
+            unsaved: Vec::new(),
+            handed: 0,
             callers: BTreeMap::new(),
             calls: 0,
             applied: restored,

@@ -4,7 +4,7 @@ use std::mem;
 
 use conclave_core::{
     ids::NodeId,
-    replica::{AnswerBody, EventBody, Finished, Role},
+    replica::{AnswerBody, EventBody, Finished, Input, Role},
     session::EndReason,
 };
 use conclave_primitives::Primitives;
@@ -21,9 +21,15 @@ use crate::{
 
 /// How often an index is made anew and compared, in a million turns.
 const REBUILDS: u64 = 200;
+/// How often nothing else is done during a sync, in a million.
+const BLOCKS: u64 = 500_000;
+/// How long turns go on while a sync is under way: a disk that hangs stops its node, so
+/// that another leads.
+const SYNC_WITHIN_US: u64 = 100_000;
 
 impl Node {
-    /// The first half of a turn, if one is due.
+    /// The first half of a turn, if one is due; and the second, unless a sync is between
+    /// them.
     pub(crate) fn turn(&mut self, ground: &mut Ground) {
         if !self.alarm.rings(ground) {
             return;
@@ -32,53 +38,89 @@ impl Node {
         let Some(running) = &mut self.running else {
             return;
         };
-        if self.paused || running.sync != Sync::None {
+        let is_held_up = |sync: Sync| sync.blocks || ground.now_us - sync.since_us > SYNC_WITHIN_US;
+        if self.paused || running.sync.is_some_and(is_held_up) {
             return;
         }
         ground.stall_free[self.index].turn(ground.now_us);
-        let inputs = mem::take(&mut running.inbox);
+        let inputs = running.take_inbox();
+        if inputs
+            .iter()
+            .any(|input| matches!(input, Input::Fetched(_)))
+            && !running.is_at_rest()
+        {
+            // It may begin the log anew, under nothing that is on its way there.
+            running.inbox = inputs;
+            return self.write(true, ground);
+        }
         let is_idle = inputs.is_empty();
         let begun = match running.replica.begin(now, inputs) {
             Ok(begun) => begun,
             Err(fatal) => return ground.checks.node_failed(self.index, &fatal),
         };
         send(self.index, begun.messages, ground);
+        let begins_anew = begun
+            .batch
+            .as_ref()
+            .is_some_and(|batch| batch.base.is_some());
         if let Some(batch) = begun.batch {
             ground.checks.logs(self.index, &batch);
-            if let Err(error) = running.log.append(&batch) {
+            running.unsaved.push(batch);
+        }
+        if running.sync.is_none() {
+            if !running.unsaved.is_empty() {
+                let blocks = begins_anew || ground.rng.chance(BLOCKS);
+                self.write(blocks, ground);
+                if blocks {
+                    return;
+                }
+            } else if is_idle
+                && running.log.wants_mark()
+                && let Err(error) = running.log.mark()
+            {
                 return self.disk_failed(&error, ground);
             }
-            running.sync = Sync::UnderWay;
-            let takes = (10 + ground.rng.skewed(ground.settings.sync_us)) * self.slowness;
-            let at_us = ground.now_us + takes;
-            ground.schedule(
-                at_us,
-                Event::Synced {
-                    node: self.index,
-                    boot: self.boot,
-                },
-            );
-            return;
-        }
-        if is_idle
-            && running.log.wants_mark()
-            && let Err(error) = running.log.mark()
-        {
-            return self.disk_failed(&error, ground);
         }
         self.finish(ground);
     }
 
-    /// A sync has taken its time.
-    pub(crate) fn synced(&mut self, boot: u64, ground: &mut Ground) {
+    /// Writes what waits for the log, and begins to sync it.
+    fn write(&mut self, blocks: bool, ground: &mut Ground) {
         let Some(running) = &mut self.running else {
             return;
         };
-        if boot != self.boot {
-            return;
+        for batch in mem::take(&mut running.unsaved) {
+            running.handed += 1;
+            if let Err(error) = running.log.append(&batch) {
+                return self.disk_failed(&error, ground);
+            }
         }
-        if self.paused {
-            running.sync = Sync::Unnoticed;
+        running.sync = Some(Sync {
+            since_us: ground.now_us,
+            blocks,
+            is_unnoticed: false,
+        });
+        let takes = (10 + ground.rng.skewed(ground.settings.sync_us)) * self.slowness;
+        let at_us = ground.now_us + takes;
+        let (node, boot) = (self.index, self.boot);
+        ground.schedule(at_us, Event::Synced { node, boot });
+    }
+
+    /// A sync has taken its time.
+    pub(crate) fn synced(&mut self, boot: u64, ground: &mut Ground) {
+        let paused = self.paused;
+        let running = self.running.as_mut().filter(|_| boot == self.boot);
+        let Some((running, sync)) = running.and_then(|running| {
+            let sync = running.sync?;
+            Some((running, sync))
+        }) else {
+            return;
+        };
+        if paused {
+            running.sync = Some(Sync {
+                is_unnoticed: true,
+                ..sync
+            });
             return;
         }
         if self.fails_next_sync {
@@ -87,8 +129,14 @@ impl Node {
         if let Err(error) = running.log.sync() {
             return self.disk_failed(&error, ground);
         }
-        running.sync = Sync::None;
-        self.finish(ground);
+        running.sync = None;
+        running.replica.saved(running.handed);
+        if sync.blocks {
+            self.finish(ground);
+        } else {
+            self.cut(ground);
+            self.alarm.set(ground.now_us, ground);
+        }
     }
 
     /// The second half of a turn.
@@ -125,16 +173,33 @@ impl Node {
             return;
         };
         let next_us = self.clock.true_at(running.replica.next_turn_us());
-        let next_us = if running.inbox.is_empty() {
-            next_us
-        } else {
+        let next_us = if running.inbox.iter().any(|input| running.can_take(input)) {
             ground.now_us
+        } else {
+            next_us
         };
         self.alarm.set(next_us.max(ground.now_us + 1), ground);
     }
 }
 
 impl Running {
+    /// A checkpoint is not taken before the log is at hand.
+    fn can_take(&self, input: &Input<Primitives>) -> bool {
+        self.sync.is_none() || !matches!(input, Input::Fetched(_))
+    }
+
+    /// What has arrived.
+    fn take_inbox(&mut self) -> Vec<Input<Primitives>> {
+        let arrived = mem::take(&mut self.inbox);
+        let (now, later) = arrived.into_iter().partition(|input| self.can_take(input));
+        self.inbox = later;
+        now
+    }
+
+    fn is_at_rest(&self) -> bool {
+        self.sync.is_none() && self.unsaved.is_empty()
+    }
+
     /// Events before answers, for the checkers: who was forced out is known
     /// before the next holder is told.
     fn deliver(&mut self, node: usize, finished: Finished<Primitives>, ground: &mut Ground) {
