@@ -22,6 +22,7 @@ mod order;
 mod overlay;
 mod picture;
 mod range;
+pub(crate) mod reach;
 mod select;
 pub mod txn;
 

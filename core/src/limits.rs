@@ -44,9 +44,9 @@ pub const REQUEST_NUMBER_MAX: u64 = u64::MAX >> 1;
 pub const LOCK_DELAY_MS_MAX: u64 = 60_000;
 /// Acquires that share one grant: each is in the value of its key.
 pub const LOCK_ENTRIES_MAX: usize = 64;
-/// Keys bound to a session above which it contends for nothing more: what it has is
-/// listed, handed over and ended in one go, which takes some ten milliseconds then.
-pub const SESSION_KEYS_MAX: usize = 16_384;
+/// Locks and elections that a session may hold, lead and wait for: what it has is listed,
+/// handed over and ended in one go, which takes some ten milliseconds then.
+pub const SESSION_LOCKS_MAX: usize = 16_384;
 
 /// Ended sessions whose reason is remembered.
 pub const ENDED_SESSIONS_KEPT: usize = 10_000;
@@ -64,8 +64,9 @@ pub const TXN_OPERATIONS_DEFAULT: usize = 128;
 /// Compares and operations of a transaction and all inside it: some milliseconds of
 /// work, but for those over ranges.
 pub const TXN_OPERATIONS_MAX: usize = 4_096;
-/// Records that the compares and operations over ranges of one transaction look at, if
-/// there is more than one: a tenth of a second of work, for every member.
+/// Records that the compares and operations over ranges of one transaction look at, unless
+/// one operation is the only one over a range: a tenth of a second of work, for every
+/// member.
 pub const TXN_VISITS_MAX: usize = 1_000_000;
 /// Transactions inside each other: a decoder takes a hundred messages inside each other,
 /// and each of them is two, in an entry that is in a message of its own.
@@ -88,12 +89,12 @@ pub const READ_STEPS_LISTED: usize = 16;
 pub const READABLE_MAX: usize = 65_536;
 /// Timers fired by one entry, so that no entry takes long to apply.
 pub const TIMERS_PER_ENTRY_MAX: usize = 1_024;
-/// Changes of keys after which a turn applies no further entry: some ten milliseconds
-/// of work.
+/// Changes of keys, and keys in reach of ranges, after which a turn applies no further
+/// entry: some ten milliseconds of work.
 pub const CHANGES_PER_TURN_MAX: usize = 4_096;
-/// Keys bound to the sessions that one entry closes, or hands over to who attaches,
-/// unless one session has more.
-pub const ENTRY_SESSION_KEYS_MAX: usize = 4_096;
+/// Keys bound to the sessions that one entry closes, or hands over to who attaches, and
+/// keys in reach of its ranges, unless one command has more.
+pub const ENTRY_KEYS_MAX: usize = 4_096;
 /// Sessions ended by one expiry command, with their keys: less than a millisecond of
 /// work, so that a turn has more time for others than for expiry, however many expire.
 pub const EXPIRY_WORK_PER_COMMAND_MAX: usize = 256;

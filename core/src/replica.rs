@@ -366,11 +366,11 @@ impl<M: Machine> Replica<M> {
     pub fn finish(&mut self) -> Result<Finished<M>, Fatal> {
         let batch = self.advance();
         assert!(batch.is_none(), "only what is taken in must be saved");
-        let mut changes = 0;
-        while changes < limits::CHANGES_PER_TURN_MAX
+        let mut work = 0;
+        while work < limits::CHANGES_PER_TURN_MAX
             && let Some(entry) = self.unapplied.pop_front()
         {
-            changes += self.apply(&entry)?;
+            work += self.apply(&entry)?;
         }
         self.watchers
             .catch_up(self.state.keyspace(), &mut self.output.notices);

@@ -17,7 +17,7 @@ use crate::{
     checkpoint::{Image, Part},
     ids::{Index, LogTime, NodeId, Revision, SessionId, Term},
     keyspace::{
-        Change, Hashed, Keyspace, Overlay, RevisionError, Writes,
+        Change, Hashed, Keyspace, Overlay, RevisionError, Writes, reach,
         txn::{self, TxnError},
     },
     limits,
@@ -66,8 +66,8 @@ pub struct Applied<M: Machine> {
     pub events: Vec<Event<M::Event>>,
     /// Sessions that began or ended, in order.
     pub lives: Vec<Life>,
-    /// How many keys were written or deleted: what it took.
-    pub changes: usize,
+    /// How many keys were written or deleted, or in reach of ranges: what it took.
+    pub work: usize,
 }
 
 /// The end of a wait.
@@ -102,7 +102,7 @@ impl<M: Machine> Default for Applied<M> {
             resolved: Vec::new(),
             events: Vec::new(),
             lives: Vec::new(),
-            changes: 0,
+            work: 0,
         }
     }
 }
@@ -356,6 +356,7 @@ impl<M: Machine> State<M> {
         let body = command
             .body
             .ok_or_else(|| unknown("a command of an unknown kind"))?;
+        applied.work += reach::of_command(&self.keyspace, &body);
         let outcome = match body {
             command::Body::Machine(bytes) => {
                 let command =
@@ -542,7 +543,7 @@ impl<M: Machine> State<M> {
         if changes.is_empty() {
             return;
         }
-        applied.changes += changes.len();
+        applied.work += changes.len();
         let Settled { resolved, events } = self.machine.settle(changes, cause);
         let revision = self.keyspace.revision();
         for (place, result) in &resolved {

@@ -40,9 +40,9 @@ use conclave_core::{
     watch::Notice,
 };
 use conclave_proto::internal::{
-    AttachSession, CloseSession, Command, Compact, Forward, Held, Hello, NoSpace, OpenSession,
-    Operation, Origin, PeerMessage, Put, Request, StateDigest, Txn, command, operation,
-    peer_message,
+    AttachSession, CloseSession, Command, Compact, Compare, Forward, Held, Hello, NoSpace,
+    OpenSession, Operation, Origin, PeerMessage, Put, Request, StateDigest, Txn, command, compare,
+    operation, peer_message,
 };
 use prost::Message as _;
 use protobuf::Message as _;
@@ -1919,4 +1919,59 @@ fn a_turn_applies_no_more_than_it_bears_and_the_next_follows_at_once() {
     }
     closed.retain(|answers| *answers > 0);
     assert_eq!(closed, [2, 1]);
+}
+
+#[test]
+fn what_looks_at_many_keys_is_applied_in_turns_of_its_own() {
+    let mut member = Member::open(NodeId(1), 1, ELECTION_MS);
+    let handle = member.handle.clone();
+    while !(member.serves() && handle.status().role == Role::Leader) {
+        member.turn();
+        thread::yield_now();
+    }
+    let (told, answers) = mpsc::channel();
+    let respond = || -> Responder<Register> {
+        let told = told.clone();
+        Box::new(move |answer| told.send(answer.unwrap().body).unwrap())
+    };
+    let put = |number: usize| Operation {
+        operation: Some(operation::Operation::Put(Put {
+            key: format!("k{number}").into(),
+            ..Put::default()
+        })),
+    };
+    let keys = limits::CHANGES_PER_TURN_MAX;
+    for numbers in [0..keys / 2, keys / 2..keys] {
+        let txn = Txn {
+            success: numbers.map(put).collect(),
+            ..Txn::default()
+        };
+        handle.command(command::Body::Txn(txn), respond()).unwrap();
+    }
+    let mut are_there = 0;
+    while are_there < 2 {
+        member.turn();
+        are_there += answers.try_iter().count();
+    }
+    // One that looks at a single key shares its entry with the one before it.
+    for end in ["l", "l", "", "l"] {
+        let there = Compare {
+            key: "k".into(),
+            end: end.into(),
+            target: Some(compare::Target::Version(1)),
+            ..Compare::default()
+        };
+        let txn = Txn {
+            compares: vec![there],
+            ..Txn::default()
+        };
+        handle.command(command::Body::Txn(txn), respond()).unwrap();
+    }
+    let mut answered = Vec::new();
+    while answered.iter().sum::<usize>() < 4 {
+        member.turn();
+        answered.push(answers.try_iter().count());
+    }
+    answered.retain(|answers| *answers > 0);
+    assert_eq!(answered, [1, 2, 1]);
 }

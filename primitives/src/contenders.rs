@@ -10,6 +10,7 @@
 //! contenders, and an operation costs O(log n) in the number of all contenders.
 
 use std::{
+    borrow::Borrow,
     cmp::Ordering,
     collections::{BTreeMap, BTreeSet},
     ops::Bound,
@@ -48,6 +49,8 @@ pub(crate) struct Contenders {
     elections: BTreeMap<Bytes, usize>,
     /// How many plain contenders of a lock have waited; by what lies beside their keys.
     plain_waits: BTreeMap<Bytes, usize>,
+    /// For how much each session contends, if it does.
+    of_sessions: BTreeMap<SessionId, usize>,
     /// When candidates wait no longer.
     deadlines: BTreeMap<Ticket, LogTime>,
     /// The waits and delays that end. A holder waits no more and is not here.
@@ -148,6 +151,7 @@ impl Contenders {
             contenders.insert_beside(record);
             contenders.insert_plain_wait(&record.key);
             if let Some(ticket) = Ticket::of(record) {
+                contenders.count(record);
                 tickets.push((ticket, Standing::of(record)));
             }
         }
@@ -285,6 +289,12 @@ impl Contenders {
         self.elections.contains_key(lock) || self.plain_waits.contains_key(lock)
     }
 
+    /// How many locks and elections a session holds, leads and waits for, each owner
+    /// counted: the keys that are bound to it and bear its name.
+    pub(crate) fn contends_for(&self, session: SessionId) -> usize {
+        self.of_sessions.get(&session).copied().unwrap_or(0)
+    }
+
     /// The wait or delay that ends first, and when.
     pub(crate) fn first_timer(&self) -> Option<&(LogTime, Ticket)> {
         self.timers.first()
@@ -340,6 +350,7 @@ impl Contenders {
         if let Some(end) = standing.end() {
             self.timers.insert((end, ticket.clone()));
         }
+        self.count(record);
         self.tickets.insert(ticket.clone(), standing);
         matches!(standing, Standing::Contends(_)).then_some(ticket)
     }
@@ -348,10 +359,20 @@ impl Contenders {
     fn remove(&mut self, record: &Record) -> Option<Ticket> {
         let ticket = Ticket::of(record)?;
         let standing = self.tickets.remove(&ticket)?;
+        if let Some(session) = contends_as(record) {
+            uncount(&mut self.of_sessions, &session);
+        }
         if let Some(end) = standing.end() {
             self.timers.remove(&(end, ticket.clone()));
         }
         matches!(standing, Standing::Contends(_)).then_some(ticket)
+    }
+
+    /// Notes whose contender this is.
+    fn count(&mut self, record: &Record) {
+        if let Some(session) = contends_as(record) {
+            *self.of_sessions.entry(session).or_default() += 1;
+        }
     }
 
     fn stop_wait(&mut self, ticket: &Ticket, wait: Option<LogTime>) {
@@ -362,12 +383,20 @@ impl Contenders {
 }
 
 /// Takes back what was counted.
-fn uncount(counts: &mut BTreeMap<Bytes, usize>, name: &[u8]) {
-    let count = counts.get_mut(name).expect("it was counted when it came");
+fn uncount<K: Borrow<Q> + Ord, Q: Ord + ?Sized>(counts: &mut BTreeMap<K, usize>, of: &Q) {
+    let count = counts.get_mut(of).expect("it was counted when it came");
     *count -= 1;
     if *count == 0 {
-        counts.remove(name);
+        counts.remove(of);
     }
+}
+
+/// The session that contends with this key, if it is bound to one whose name it bears. Any
+/// other key with a `/` may be only a key.
+fn contends_as(record: &Record) -> Option<SessionId> {
+    record
+        .lease
+        .filter(|session| name::is_of(&record.key, *session))
 }
 
 /// Whose request is beside a key, and when its wait ends.

@@ -104,7 +104,7 @@ pub enum Rejection {
     TooManyRequests,
     /// Too many acquires share the grant.
     TooManyEntries,
-    /// The session holds and waits for too many locks already.
+    /// The session holds, leads and waits for too many locks and elections already.
     TooManyLocks,
 }
 

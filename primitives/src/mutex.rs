@@ -98,7 +98,7 @@ pub(crate) fn acquire(
     if wait_ms == Some(0) && contenders.first(&lock).is_some() {
         return Err(Rejection::Held);
     }
-    if context.overlay.base().keys_bound(id) >= limits::SESSION_KEYS_MAX {
+    if contenders.contends_for(id) >= limits::SESSION_LOCKS_MAX {
         return Err(Rejection::TooManyLocks);
     }
     let now = context.now();

@@ -2,6 +2,7 @@
 //! one go.
 
 use conclave_core::{
+    ids::SessionId,
     limits,
     machine::Outcome,
     replica::{Answer, AnswerBody},
@@ -9,8 +10,8 @@ use conclave_core::{
 };
 use conclave_primitives::{Primitives, Rejection, command};
 use conclave_proto::internal::{
-    Command, Entry, LockAcquire, LockRelease, OpenSession, Origin, Stamp, command::Body,
-    primitive_command::Command as Primitive,
+    Command, DeleteRange, ElectCampaign, Entry, LockAcquire, LockRelease, OpenSession, Origin, Put,
+    Stamp, command::Body, primitive_command::Command as Primitive,
 };
 use prost::Message as _;
 
@@ -57,8 +58,27 @@ fn acquire(
             ..LockAcquire::default()
         }))
     };
-    let outcomes = run(state, numbers.map(acquire)).into_iter();
-    let places = outcomes.filter_map(|outcome| match outcome {
+    places(run(state, numbers.map(acquire)))
+}
+
+/// The same for elections.
+fn campaign(
+    state: &mut State<Primitives>,
+    session_id: i64,
+    numbers: std::ops::Range<usize>,
+) -> Vec<u64> {
+    let campaign = |number| {
+        command(Primitive::ElectCampaign(ElectCampaign {
+            name: format!("e{number}"),
+            session_id,
+            ..ElectCampaign::default()
+        }))
+    };
+    places(run(state, numbers.map(campaign)))
+}
+
+fn places(outcomes: Vec<Outcome<Answer<Primitives>>>) -> Vec<u64> {
+    let places = outcomes.into_iter().filter_map(|outcome| match outcome {
         Outcome::Waiting(place) => Some(place.revision),
         Outcome::Done(Answer {
             body: AnswerBody::Machine(Err(Rejection::TooManyLocks)),
@@ -73,7 +93,7 @@ fn acquire(
 fn a_session_contends_for_so_many_locks_and_for_another_when_it_has_given_one_up() {
     let mut state = State::new(1);
     let (one, other) = (open(&mut state), open(&mut state));
-    let max = limits::SESSION_KEYS_MAX;
+    let max = limits::SESSION_LOCKS_MAX;
     let places = acquire(&mut state, one, 0..max + 3);
     assert_eq!(places.len(), max);
     assert_eq!(acquire(&mut state, other, max..max + 3).len(), 3);
@@ -86,4 +106,44 @@ fn a_session_contends_for_so_many_locks_and_for_another_when_it_has_given_one_up
     let release = command(Primitive::LockRelease(release));
     run(&mut state, std::iter::once(release));
     assert_eq!(acquire(&mut state, one, max..max + 3).len(), 1);
+}
+
+#[test]
+fn elections_count_as_locks_do() {
+    let mut state = State::new(1);
+    let session = open(&mut state);
+    let max = limits::SESSION_LOCKS_MAX;
+    assert_eq!(acquire(&mut state, session, 0..1).len(), 1);
+    assert_eq!(campaign(&mut state, session, 0..max).len(), max - 1);
+    assert_eq!(acquire(&mut state, session, 1..2), [0; 0]);
+    // An etcd client takes one away.
+    let delete = DeleteRange {
+        key: "e0/".into(),
+        end: "e00".into(),
+        previous: false,
+    };
+    run(&mut state, std::iter::once(Body::DeleteRange(delete)));
+    assert_eq!(acquire(&mut state, session, 1..3).len(), 1);
+}
+
+#[test]
+fn keys_of_a_session_that_are_no_contenders_of_its_do_not_count() {
+    let mut state = State::new(1);
+    let (one, other) = (open(&mut state), open(&mut state));
+    let max = limits::SESSION_LOCKS_MAX;
+    let put = |number| {
+        Body::Put(Put {
+            // Also what has the form of a contender, but of another session.
+            key: match number % 2 {
+                0 => format!("services/web/{number}"),
+                _ => format!("l{number}/{}", SessionId(other)),
+            }
+            .into(),
+            lease: one,
+            ..Put::default()
+        })
+    };
+    run(&mut state, (0..max + 1).map(put));
+    assert_eq!(state.keyspace().keys_bound(SessionId(one)), max + 1);
+    assert_eq!(acquire(&mut state, one, max + 1..max + 4).len(), 3);
 }

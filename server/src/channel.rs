@@ -17,10 +17,16 @@ use conclave_core::{limits, replica::Failure};
 use conclave_proto::v1::{self, call::Request as Body, channel_server::Channel, reply::Outcome};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio_stream::Stream;
-use tonic::{Code, Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    election, gateway::Gateway, lock, metrics::Method, session, status::Refusal, validate::Invalid,
+    election,
+    gateway::Gateway,
+    lock,
+    metrics::{Counted, Method},
+    session,
+    status::Refusal,
+    validate::Invalid,
 };
 
 /// With so many calls of one stream under way, as many as the replica takes, those
@@ -41,19 +47,21 @@ pub(crate) struct ChannelService(pub(crate) Arc<Gateway>);
 
 #[async_trait]
 impl Channel for ChannelService {
-    type ConnectStream = Replies;
+    type ConnectStream = Counted<Replies>;
 
     async fn connect(
         &self,
         request: Request<Streaming<v1::ClientFrame>>,
-    ) -> Result<Response<Replies>, Status> {
-        self.0.metrics.begin(Method::ChannelConnect).end(Code::Ok);
-        Ok(Response::new(Replies {
-            gateway: Arc::clone(&self.0),
-            closed: Box::pin(self.0.hub.closed()),
-            frames: Some(request.into_inner()),
-            running: FuturesUnordered::new(),
-        }))
+    ) -> Result<Response<Self::ConnectStream>, Status> {
+        let open = async {
+            Ok(Replies {
+                gateway: Arc::clone(&self.0),
+                closed: Box::pin(self.0.hub.closed()),
+                frames: Some(request.into_inner()),
+                running: FuturesUnordered::new(),
+            })
+        };
+        self.0.stream(Method::ChannelConnect, open).await
     }
 }
 

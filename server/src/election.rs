@@ -16,7 +16,7 @@ use crate::{
     convert,
     gateway::Gateway,
     lock::{ANOTHER_REQUEST, cancel, query, run, run_unnumbered},
-    metrics::Method,
+    metrics::{Counted, Method},
     observe,
     status::Refusal,
     validate,
@@ -30,7 +30,7 @@ pub(crate) struct ElectionService(pub(crate) Arc<Gateway>);
 
 #[async_trait]
 impl Election for ElectionService {
-    type ObserveStream = BoxStream<'static, Result<v1::ObserveResponse, Status>>;
+    type ObserveStream = Counted<BoxStream<'static, Result<v1::ObserveResponse, Status>>>;
 
     async fn campaign(
         &self,
@@ -77,7 +77,7 @@ impl Election for ElectionService {
         request: Request<v1::ObserveRequest>,
     ) -> Result<Response<Self::ObserveStream>, Status> {
         let work = observe(Arc::clone(&self.0), request.into_inner());
-        self.0.serve(Method::ElectionObserve, work).await
+        self.0.stream(Method::ElectionObserve, work).await
     }
 
     async fn list(

@@ -24,7 +24,7 @@ use crate::{
     etcd::Snapshots,
     events::Hub,
     mailbox::Mailbox,
-    metrics::{Method, Metrics},
+    metrics::{Counted, Method, Metrics},
     options::Settings,
     peers::Peers,
     readers::{Reader, Readers},
@@ -238,6 +238,23 @@ impl Gateway {
                 call.end(Code::Ok);
                 Ok(Response::new(response))
             }
+            Err(refusal) => {
+                let status = self.status_of(refusal);
+                call.end(status.code());
+                Err(status)
+            }
+        }
+    }
+
+    /// Opens a stream: counts it until it ends, and tells the client why it was not opened.
+    pub(crate) async fn stream<S>(
+        &self,
+        method: Method,
+        open: impl Future<Output = Result<S, Refusal>>,
+    ) -> Result<Response<Counted<S>>, tonic::Status> {
+        let call = self.metrics.begin(method);
+        match open.await {
+            Ok(stream) => Ok(Response::new(call.stream(stream))),
             Err(refusal) => {
                 let status = self.status_of(refusal);
                 call.end(status.code());

@@ -19,6 +19,7 @@
 //!   `observe`: streams that observe elections;
 //! - `turns`: the thread of the node, with `saver`, the one that writes its log while it
 //!   goes on, and `peers`, the links between members;
+//! - `outflow`: how checkpoints leave, for members and for clients;
 //! - `metrics`: what is counted.
 //!
 //! Nothing here decides who holds what, and nothing here keeps state that
@@ -43,6 +44,7 @@ mod metrics;
 pub mod net;
 mod observe;
 pub mod options;
+mod outflow;
 mod peers;
 mod readers;
 mod retention;

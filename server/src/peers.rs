@@ -29,7 +29,6 @@ use crate::{
     net,
     options::{Member, Topology},
 };
-pub(crate) use fetch::Pace;
 use outbox::Outbox;
 
 /// The version of what members say to each other.

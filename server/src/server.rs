@@ -63,7 +63,8 @@ const END_EVERY: Duration = Duration::from_millis(10);
 const END_WITHIN: Duration = Duration::from_secs(2);
 /// Pings find clients that are gone without a word; their streams hold memory.
 const KEEPALIVE: Duration = Duration::from_secs(10);
-/// Calls that one connection may have waiting: as many as the replica takes.
+/// Calls that one connection may have waiting, and streams that it may have open, of
+/// whichever service: as many as the replica takes.
 const STREAMS_MAX: u32 = 1 << 17;
 /// Calls that a client may give up in one burst.
 const RESETS_MAX: usize = 4_096;

@@ -1,6 +1,6 @@
 //! `conclave.v1.Session`.
 
-use std::{pin::Pin, sync::Arc};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use conclave_core::{
@@ -13,13 +13,13 @@ use conclave_proto::{
     internal::{AttachSession, CloseSession, OpenSession, command::Body},
     v1::{self, session_server::Session},
 };
-use tokio_stream::{Stream, wrappers::ReceiverStream};
-use tonic::{Code, Request, Response, Status, Streaming};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     convert, events,
     gateway::Gateway,
-    metrics::Method,
+    metrics::{Counted, Method},
     status::Refusal,
     validate::{self, Invalid},
 };
@@ -76,15 +76,17 @@ impl Session for SessionService {
         self.0.serve(Method::SessionList, work).await
     }
 
-    type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::SessionEvent, Status>> + Send>>;
+    type WatchStream = Counted<ReceiverStream<Result<v1::SessionEvent, Status>>>;
 
     async fn watch(
         &self,
         request: Request<Streaming<v1::WatchSessionsRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        self.0.metrics.begin(Method::SessionWatch).end(Code::Ok);
-        let events = events::follow(Arc::clone(&self.0), request.into_inner());
-        Ok(Response::new(Box::pin(ReceiverStream::new(events))))
+        let follow = async {
+            let events = events::follow(Arc::clone(&self.0), request.into_inner());
+            Ok(ReceiverStream::new(events))
+        };
+        self.0.stream(Method::SessionWatch, follow).await
     }
 }
 

@@ -255,7 +255,9 @@ fn rejected(rejection: &Rejection) -> String {
         Rejection::NotHeld => "nobody holds it",
         Rejection::TooManyRequests => not_run(NotRun::TooMany),
         Rejection::TooManyEntries => "too many acquires share the grant",
-        Rejection::TooManyLocks => "the session holds and waits for too many locks",
+        Rejection::TooManyLocks => {
+            "the session holds, leads and waits for too many locks and elections"
+        }
     };
     text.to_owned()
 }

@@ -6,9 +6,15 @@ mod harness;
 
 use std::{collections::BTreeSet, time::Duration};
 
-use conclave_proto::v1::{self, call::Request, channel_client::ChannelClient, reply::Outcome};
-use harness::{Client, Directory, Node, PATIENCE, acquire, reason};
-use tokio::{sync::mpsc, time::timeout};
+use conclave_proto::{
+    etcd::etcdserverpb::{WatchRequest, watch_client::WatchClient},
+    v1::{self, call::Request, channel_client::ChannelClient, reply::Outcome},
+};
+use harness::{Client, Directory, Node, PATIENCE, acquire, get, reason};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
@@ -370,4 +376,52 @@ async fn more_calls_than_may_wait_are_told_to_come_again() {
     let released = stream.call(3, given_up).await;
     assert!(matches!(released, Outcome::ReleaseLock(_)));
     node.stop().unwrap();
+}
+
+/// Streams, of every service that has some.
+const STREAMS: [&str; 4] = [
+    "Channel/Connect",
+    "Session/Watch",
+    "Election/Observe",
+    "etcdserverpb.Watch/Watch",
+];
+
+/// Whether so many of each kind are open, and so many have ended, in whatever way.
+fn counts(node: &Node, open: u64, ended: u64) -> bool {
+    let page = get(node.client(), "/metrics").1;
+    STREAMS.iter().all(|method| {
+        let now = format!("conclave_requests_in_flight{{method=\"{method}\"}} {open}\n");
+        let over = format!("conclave_requests_total{{method=\"{method}\",");
+        let over = page.lines().filter_map(|line| line.strip_prefix(&over));
+        let over = over.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok());
+        page.contains(&now) && over.sum::<u64>() == ended
+    })
+}
+
+#[tokio::test]
+async fn streams_of_every_service_count_until_they_end() {
+    let directory = Directory::new();
+    let node = Node::alone(&directory);
+    let client = node.connect().await;
+    let channel = Stream::open(&client).await;
+    let (follow, receiver) = mpsc::channel::<v1::WatchSessionsRequest>(1);
+    let sessions = client.sessions().watch(ReceiverStream::new(receiver)).await;
+    let observe = v1::ObserveRequest {
+        name: "db".to_owned(),
+        ..Default::default()
+    };
+    let election = client.elections().observe(observe).await;
+    let (create, receiver) = mpsc::channel::<WatchRequest>(1);
+    let mut keys = WatchClient::new(client.channel.clone());
+    let keys = keys.watch(ReceiverStream::new(receiver)).await;
+    assert!(counts(&node, 1, 0));
+
+    drop((channel, follow, sessions.unwrap(), election.unwrap()));
+    drop((create, keys.unwrap()));
+    let ended = async {
+        while !counts(&node, 0, 1) {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, ended).await.expect("they do not end");
 }

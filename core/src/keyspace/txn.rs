@@ -14,6 +14,7 @@ mod visits;
 
 use conclave_proto::internal::{DeleteRange, Put, Txn};
 
+pub(crate) use self::visits::wide_parts;
 pub use self::{
     checks::{check, check_delete, check_put, check_range},
     chosen::check_state_for_range,
@@ -96,9 +97,9 @@ pub enum TxnError {
 ///
 /// As in etcd, all compares are made against the state before it; what an operation
 /// needs of that state is looked at before any of them runs; and operations see the
-/// writes before them, except a range at a given revision, which sees that one. If more
-/// than one compare or operation is over a range, all of them may look at
-/// [`limits::TXN_VISITS_MAX`] records together.
+/// writes before them, except a range at a given revision, which sees that one. Compares
+/// and operations over ranges may look at [`limits::TXN_VISITS_MAX`] records together, but
+/// for an operation that is the only one of all these.
 /// `answers` says whether anybody is to see what operations read: if not, ranges are
 /// not walked.
 ///
@@ -146,7 +147,10 @@ mod tests {
     };
 
     use super::*;
-    use crate::{keyspace::Keyspace, limits};
+    use crate::{
+        keyspace::{Keyspace, Picture},
+        limits,
+    };
 
     #[test]
     fn ranges_of_a_transaction_are_bounded_together() {
@@ -208,6 +212,54 @@ mod tests {
         let sessions = Sessions::default();
         let ran = execute(&mut keyspace.overlay(), &sessions, txn, true);
         assert!(ran.unwrap().succeeded);
+    }
+
+    #[test]
+    fn one_range_is_bounded_in_a_compare_and_not_in_an_operation() {
+        // Slices of the same bytes, in order.
+        let names: String = (0..=limits::TXN_VISITS_MAX)
+            .map(|number| format!("k{number:07}"))
+            .collect();
+        let names = Bytes::from(names);
+        let record = |number: usize| Record {
+            key: names.slice(8 * number..8 * (number + 1)),
+            value: Bytes::new(),
+            create_revision: 2,
+            mod_revision: 2,
+            version: 1,
+            lease: None,
+        };
+        let keyspace = Keyspace::restore(Picture {
+            revision: 2,
+            live: (0..=limits::TXN_VISITS_MAX).map(record).collect(),
+            ..Picture::default()
+        });
+        let versions = |end: &'static str| Compare {
+            key: "k".into(),
+            end: end.into(),
+            target: Some(Target::Version(1)),
+            ..Compare::default()
+        };
+        let run = |compares, success| {
+            let txn = Txn {
+                compares,
+                success,
+                failure: vec![],
+            };
+            execute(&mut keyspace.overlay(), &Sessions::default(), txn, true)
+        };
+        let too_many = TxnError::TooManyOperations;
+        assert_eq!(run(vec![versions("l")], vec![]), Err(too_many));
+        assert_eq!(super::compare(&keyspace, &[versions("l")]), Err(too_many));
+        // All but the last.
+        assert!(run(vec![versions("k1000000")], vec![]).unwrap().succeeded);
+        assert_eq!(super::compare(&keyspace, &[versions("k1000000")]), Ok(true));
+        let all = limits::TXN_VISITS_MAX as u64 + 1;
+        let reply = run(vec![], vec![range("k", "l", 0, 1)]).unwrap();
+        let [OperationReply::Range(found)] = &reply.results[..] else {
+            panic!("{:?}", reply.results);
+        };
+        assert_eq!((found.count, found.more), (all, true));
     }
 
     fn put(key: &'static str, value: &'static str) -> Operation {

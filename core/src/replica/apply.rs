@@ -11,7 +11,7 @@ use crate::{
 };
 
 impl<M: Machine> Replica<M> {
-    /// Applies an entry; how many keys it changed.
+    /// Applies an entry; what it took, as [`Applied::work`] has it.
     pub(super) fn apply(&mut self, entry: &LogEntry) -> Result<usize, Fatal> {
         if entry.kind == EntryKind::Membership {
             let what = "a change of membership".to_owned();
@@ -38,7 +38,7 @@ impl<M: Machine> Replica<M> {
             resolved,
             events,
             lives,
-            changes,
+            work,
         } = applied;
         for (origin, outcome) in outcomes {
             if let Some(leadership) = &mut self.leadership
@@ -61,6 +61,6 @@ impl<M: Machine> Replica<M> {
         }
         self.output.events.extend(events);
         self.follow_lives(entry.term, &lives);
-        Ok(changes)
+        Ok(work)
     }
 }

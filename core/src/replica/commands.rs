@@ -12,6 +12,7 @@ use super::{Arrived, Failure, Replica, peers::to, reads::Wish, waiting::Pending}
 use crate::{
     APPLY_VERSION,
     ids::{NodeId, RequestNumber, SessionId},
+    keyspace::reach,
     limits,
     machine::Machine,
 };
@@ -63,7 +64,8 @@ impl<M: Machine> Replica<M> {
                 Some(command::Body::CloseSession(close)) => close.session_id,
                 Some(command::Body::RevokeLease(revoke)) => revoke.session_id,
                 Some(command::Body::AttachSession(attach)) => attach.session_id,
-                _ => return 0,
+                Some(body) => return reach::of_command(keyspace, body),
+                None => return 0,
             };
             keyspace.keys_bound(SessionId(session))
         };
@@ -342,7 +344,8 @@ impl<M: Machine> Replica<M> {
 }
 
 /// Commands in order, in as few lots as the limits of an entry allow. `touched` says how
-/// many keys the session has that one closes, or attaches to.
+/// many keys the session has that one closes, or attaches to, or how many are in reach of
+/// its ranges.
 fn packed(commands: Vec<Command>, touched: impl Fn(&Command) -> usize) -> Vec<Vec<Command>> {
     let mut lots: Vec<Vec<Command>> = Vec::new();
     let (mut bytes, mut keys) = (0, 0);
@@ -354,7 +357,7 @@ fn packed(commands: Vec<Command>, touched: impl Fn(&Command) -> usize) -> Vec<Ve
             Some(lot)
                 if lot.len() < limits::ENTRY_COMMANDS_MAX
                     && bytes <= limits::ENTRY_BYTES_MAX
-                    && keys <= limits::ENTRY_SESSION_KEYS_MAX =>
+                    && keys <= limits::ENTRY_KEYS_MAX =>
             {
                 lot.push(command);
             }
@@ -405,7 +408,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_is_for_sessions_with_so_many_keys_or_for_one_with_more() {
+    fn an_entry_is_for_so_many_keys_or_for_one_command_with_more() {
         let keys = [4_000, 96, 0, 1, 5_000, 0];
         let command = |number| Command {
             origin: Some(Origin {

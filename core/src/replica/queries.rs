@@ -1,12 +1,10 @@
 //! Reads that are confirmed, or need no confirmation: answered in turn from what this
 //! node has applied, in each turn as many of them as its steps allow.
 
-use conclave_proto::internal::Compare;
-
 use super::{AnswerBody, Failure, Query, Replica, reads::AskBody};
 use crate::{
     ids::{RequestNumber, Revision, SessionId},
-    keyspace::{Filter, KeyRange, Piece, RevisionError, txn},
+    keyspace::{Filter, KeyRange, Piece, RevisionError, reach, txn},
     limits,
     machine::Machine,
     session::Session,
@@ -78,12 +76,8 @@ impl<M: Machine> Replica<M> {
             // A range was read above.
             Query::Barrier | Query::Swept(_) | Query::Range { .. } => (AnswerBody::Done, 0),
             Query::Compare(compares) => {
-                let steps = |compare: &Compare| match compare.end.is_empty() {
-                    true => 1,
-                    false => limits::READ_STEPS_MAX,
-                };
                 let compared = txn::compare(keyspace, &compares);
-                let steps = compares.iter().map(steps).sum();
+                let steps = reach::of_compares(keyspace, &compares);
                 (AnswerBody::Compared(compared), steps)
             }
             Query::Session(id) => match sessions.get(id) {

@@ -7,12 +7,7 @@
 //!
 //! A checkpoint is read twice: clients are told how many bytes are left.
 
-use std::{
-    io,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{io, sync::Arc};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use conclave_core::{
@@ -22,14 +17,14 @@ use conclave_core::{
 use conclave_proto::etcd::etcdserverpb::SnapshotResponse;
 use sha2::{Digest as _, Sha256};
 use tokio::{
-    sync::{Semaphore, mpsc, mpsc::error::TrySendError},
+    sync::{Semaphore, mpsc},
     task,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::{Etcd, VERSION, maintenance::checkpoint, status::Error};
-use crate::peers::Pace;
+use crate::outflow::{Pace, STALLED_AFTER, put};
 
 /// What a snapshot begins with.
 const MAGIC: &[u8] = b"conclave snapshot 1\n";
@@ -41,11 +36,6 @@ const LENGTH_BYTES: u64 = 4;
 const BLOB_BYTES: usize = 32 << 10;
 /// Messages that wait for the network.
 const QUEUED_MAX: usize = 8;
-/// How often it is looked whether there is room for one more.
-const ROOM_AFTER: Duration = Duration::from_millis(2);
-/// So long may a client take nothing, while others wait for their turn and a checkpoint
-/// stays on disk for it.
-const STALLED_AFTER: Duration = Duration::from_secs(30);
 
 /// A snapshot on its way.
 pub(super) type Blobs = ReceiverStream<Result<SnapshotResponse, Status>>;
@@ -127,24 +117,6 @@ fn write(store: &FjallCheckpoints, at: Index, blobs: Sender) -> io::Result<u64> 
     file.end()
 }
 
-/// Waits for room, for as long as the client takes something now and then.
-fn put(blobs: &Sender, response: Result<SnapshotResponse, Status>) -> io::Result<()> {
-    let (mut response, began) = (response, Instant::now());
-    loop {
-        response = match blobs.try_send(response) {
-            Ok(()) => return Ok(()),
-            Err(TrySendError::Closed(_)) => {
-                return Err(io::Error::other("nobody receives it any more"));
-            }
-            Err(TrySendError::Full(_)) if began.elapsed() >= STALLED_AFTER => {
-                return Err(io::Error::other("it is not received any more"));
-            }
-            Err(TrySendError::Full(back)) => back,
-        };
-        thread::sleep(ROOM_AFTER);
-    }
-}
-
 /// The length of a file with so many bytes of records, without the hash.
 fn padded(records: u64) -> u64 {
     let bytes = MAGIC.len() as u64 + records + LENGTH_BYTES;
@@ -212,7 +184,7 @@ impl File {
             blob,
             version: VERSION.to_owned(),
         };
-        put(&self.blobs, Ok(response))
+        put(&self.blobs, Ok(response), STALLED_AFTER).map_err(io::Error::other)
     }
 
     /// What follows the records.

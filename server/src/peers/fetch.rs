@@ -5,12 +5,7 @@
 //! another thread, too, and no faster than clients can bear. Memory is bounded on
 //! both sides: each waits for the other's disk and network.
 
-use std::{
-    io,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{io, sync::Arc, thread, time::Duration};
 
 use bytes::Bytes;
 use conclave_core::{
@@ -26,14 +21,17 @@ use conclave_proto::internal::{
 };
 use tokio::{
     runtime::Builder,
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, mpsc::error::SendError},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task, time,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use super::{FRAME_BYTES_MAX, Link, dial::LinkError, dial::endpoint};
-use crate::options::Member;
+use crate::{
+    options::Member,
+    outflow::{self, Pace, STALLED_AFTER, Untaken},
+};
 
 /// How long the next part of a checkpoint may take.
 const CHUNK_WITHIN: Duration = Duration::from_secs(10);
@@ -41,9 +39,6 @@ const CHUNK_WITHIN: Duration = Duration::from_secs(10);
 const ROOM_AFTER: Duration = Duration::from_millis(2);
 /// Chunks that wait for the network.
 const QUEUED_MAX: usize = 8;
-/// How fast a checkpoint is sent at most, in bytes a second: so that a third of one
-/// processor and of a usual disk is left to those who wait for locks.
-const BYTES_PER_S: u64 = 48 << 20;
 /// How long the log is kept behind a checkpoint that was sent: the other member
 /// verifies it, and then needs what follows.
 const KEEPS_LOG: Duration = Duration::from_secs(60);
@@ -165,7 +160,7 @@ impl Sender {
         chunks: mpsc::Sender<Result<CheckpointChunk, Status>>,
     ) {
         tracing::info!(peer, checkpoint = at, "sends a checkpoint");
-        let is_sent = self.read(at, chunks).await;
+        let is_sent = read(self.store.clone(), at, &peer, chunks, STALLED_AFTER).await;
         drop(turn);
         if is_sent {
             tracing::info!(peer, checkpoint = at, "sent a checkpoint");
@@ -173,74 +168,71 @@ impl Sender {
         }
         drop(sent);
     }
-
-    /// Reads it on a thread that may wait. Whether it came to its end.
-    async fn read(&self, at: Index, chunks: mpsc::Sender<Result<CheckpointChunk, Status>>) -> bool {
-        let store = self.store.clone();
-        let failures = chunks.clone();
-        let read = task::spawn_blocking(move || {
-            let mut row = Row::new(chunks);
-            store.read(at.into(), &mut |record| row.put(record).is_ok())?;
-            Ok::<_, io::Error>(row.flush().is_ok())
-        });
-        match read.await {
-            Ok(Ok(is_whole)) => is_whole,
-            Ok(Err(error)) => {
-                tracing::warn!(checkpoint = at, %error, "cannot read a checkpoint to send it");
-                let status = Status::unavailable("the checkpoint cannot be read");
-                failures.send(Err(status)).await.ok();
-                false
-            }
-            // A panic ends the process in a release.
-            Err(_) => false,
-        }
-    }
 }
 
-/// How fast a thread that may wait reads a checkpoint.
-#[derive(Debug)]
-pub(crate) struct Pace {
-    read_bytes: u64,
-    began: Instant,
-}
-
-impl Pace {
-    pub(crate) fn new() -> Self {
-        Self {
-            read_bytes: 0,
-            began: Instant::now(),
+/// Reads a checkpoint on a thread that may wait, and sends it for as long as the other
+/// member takes some of it within `patience`. Whether it came to its end. When this is
+/// done, nothing of the checkpoint is open any more.
+async fn read(
+    store: FjallCheckpoints,
+    at: Index,
+    peer: &str,
+    chunks: mpsc::Sender<Result<CheckpointChunk, Status>>,
+    patience: Duration,
+) -> bool {
+    let failures = chunks.clone();
+    let read = task::spawn_blocking(move || {
+        let mut row = Row::new(chunks, patience);
+        let mut put = Ok(());
+        store.read(at.into(), &mut |record| {
+            put = row.put(record);
+            put.is_ok()
+        })?;
+        Ok::<_, io::Error>(put.and_then(|()| row.flush()))
+    });
+    match read.await {
+        Ok(Ok(Ok(()))) => true,
+        Ok(Ok(Err(Untaken::Stalled))) => {
+            tracing::warn!(
+                peer,
+                checkpoint = at,
+                "a member takes no more of a checkpoint; it may ask again"
+            );
+            false
         }
-    }
-
-    /// Waits until these bytes may be sent.
-    pub(crate) fn wait_for(&mut self, bytes: u64) {
-        self.read_bytes += bytes;
-        let due = Duration::from_micros(self.read_bytes * 1_000_000 / BYTES_PER_S);
-        thread::sleep(due.saturating_sub(self.began.elapsed()));
+        Ok(Ok(Err(Untaken::Gone))) => false,
+        Ok(Err(error)) => {
+            tracing::warn!(checkpoint = at, %error, "cannot read a checkpoint to send it");
+            let status = Status::unavailable("the checkpoint cannot be read");
+            failures.try_send(Err(status)).ok();
+            false
+        }
+        // A panic ends the process in a release.
+        Err(_) => false,
     }
 }
 
 /// Packs records, and hands them on at a measured pace.
 struct Row {
     chunks: mpsc::Sender<Result<CheckpointChunk, Status>>,
+    patience: Duration,
     packed: CheckpointChunk,
     packed_bytes: usize,
     pace: Pace,
 }
 
-type Gone = SendError<Result<CheckpointChunk, Status>>;
-
 impl Row {
-    fn new(chunks: mpsc::Sender<Result<CheckpointChunk, Status>>) -> Self {
+    fn new(chunks: mpsc::Sender<Result<CheckpointChunk, Status>>, patience: Duration) -> Self {
         Self {
             chunks,
+            patience,
             packed: CheckpointChunk::default(),
             packed_bytes: 0,
             pace: Pace::new(),
         }
     }
 
-    fn put(&mut self, record: &[u8]) -> Result<(), Gone> {
+    fn put(&mut self, record: &[u8]) -> Result<(), Untaken> {
         self.packed_bytes += record.len();
         self.packed.records.push(Bytes::copy_from_slice(record));
         if self.packed_bytes < limits::CHECKPOINT_CHUNK_BYTES {
@@ -249,10 +241,76 @@ impl Row {
         self.flush()
     }
 
-    fn flush(&mut self) -> Result<(), Gone> {
+    fn flush(&mut self) -> Result<(), Untaken> {
         let chunk = std::mem::take(&mut self.packed);
         self.pace
             .wait_for(std::mem::take(&mut self.packed_bytes) as u64);
-        self.chunks.blocking_send(Ok(chunk))
+        outflow::put(&self.chunks, Ok(chunk), self.patience)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::PathBuf};
+
+    use super::*;
+
+    const AT: Index = 7;
+
+    /// A directory that goes away with this, with a checkpoint of more chunks than wait
+    /// for the network.
+    struct Scratch(PathBuf, FjallCheckpoints);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let name = format!("conclave-{name}-{}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            fs::remove_dir_all(&path).ok();
+            let mut store = FjallCheckpoints::open(path.clone()).unwrap();
+            store.write(AT.into(), &mut records()).unwrap();
+            Self(path, store)
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.0).ok();
+        }
+    }
+
+    fn records() -> impl Iterator<Item = Bytes> {
+        let record = |number: u8| Bytes::from(vec![number; limits::CHECKPOINT_CHUNK_BYTES]);
+        (0..3 * QUEUED_MAX as u8).map(record)
+    }
+
+    #[tokio::test]
+    async fn whoever_takes_it_gets_all_of_it() {
+        let scratch = Scratch::new("taken");
+        let (chunks, mut taken) = mpsc::channel::<Result<CheckpointChunk, Status>>(QUEUED_MAX);
+        let take = async {
+            let mut all = Vec::new();
+            while let Some(chunk) = taken.recv().await {
+                all.extend(chunk.unwrap().records);
+            }
+            all
+        };
+        let read = read(scratch.1.clone(), AT, "b", chunks, STALLED_AFTER);
+        let (is_sent, taken) = tokio::join!(read, take);
+        assert!(is_sent);
+        assert_eq!(taken, records().collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn a_checkpoint_is_not_kept_for_a_member_that_takes_nothing() {
+        let mut scratch = Scratch::new("stalled");
+        let (chunks, stalled) = mpsc::channel(QUEUED_MAX);
+        let patience = Duration::from_millis(50);
+        let read = read(scratch.1.clone(), AT, "b", chunks, patience);
+        let read = time::timeout(STALLED_AFTER, read).await;
+        assert_eq!(read, Ok(false), "it is given up");
+        assert_eq!(stalled.len(), QUEUED_MAX);
+        // While one is read, it stays.
+        scratch.1.remove(AT.into()).unwrap();
+        assert!(scratch.1.list().unwrap().is_empty());
     }
 }

@@ -1,11 +1,15 @@
 //! `conclave elect` and `conclave elections` as scripts see them.
 
-use std::fs;
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::TcpStream,
+};
 
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::support::{Cluster, Process, eventually};
+use crate::support::{Cluster, PATIENCE, Process, eventually, runs};
 
 /// A cluster of one that serves.
 async fn one(name: &str) -> Cluster {
@@ -164,6 +168,107 @@ async fn the_election_goes_on_while_the_leading_server_is_killed() {
         values.eq(expected).then_some(())
     })
     .await;
+    observer.signal(Signal::INT);
+    assert_eq!(observer.ended().await.code, 128 + 2);
+}
+
+#[tokio::test]
+async fn a_leader_that_was_suspended_for_too_long_ends_its_command_when_it_goes_on() {
+    let cluster = one("elect-suspended").await;
+    let script = "trap '' TERM; echo $$; i=0; while [ $((i += 1)) -le 3000 ]; do sleep 0.02; done";
+    let first = cluster.begin([
+        "elect", "db", "first", "--ttl", "2s", "--", "sh", "-c", script,
+    ]);
+    first.printed("\n").await;
+    let pid = first.stdout().trim().parse().unwrap();
+    let second = candidate(&cluster, "second");
+    candidates(&cluster, 2).await;
+    first.signal(Signal::STOP);
+    leads(&cluster, "second").await;
+    assert!(runs(pid), "only the term tells the two apart");
+    first.signal(Signal::CONT);
+    let ended = first.ended().await;
+    assert_eq!(ended.code, 75, "{ended:?}");
+    assert!(ended.complaint().contains("lost"), "{ended:?}");
+    assert!(!runs(pid), "SIGTERM was ignored, SIGKILL came");
+    assert_eq!(election(&cluster).await["leader"]["value"], "second");
+    enough(&cluster, "second");
+    assert_eq!(second.ended().await.code, 0);
+}
+
+/// Whether a server serves an observer now.
+fn serves_observer(cluster: &Cluster, node: usize) -> bool {
+    let (port, _) = cluster.ports(node);
+    let ask = || {
+        let mut connection = TcpStream::connect(("127.0.0.1", port))?;
+        connection.set_read_timeout(Some(PATIENCE))?;
+        connection.write_all(b"GET /metrics HTTP/1.1\r\nHost: n\r\nConnection: close\r\n\r\n")?;
+        let mut page = String::new();
+        connection.read_to_string(&mut page)?;
+        std::io::Result::Ok(page)
+    };
+    let open = "\nconclave_requests_in_flight{method=\"Election/Observe\"} 1\n";
+    ask().is_ok_and(|page| page.contains(open))
+}
+
+#[tokio::test]
+async fn an_observer_misses_nothing_when_the_servers_that_it_hears_are_killed() {
+    let mut cluster = Cluster::start("elect-observer", 3);
+    cluster.leader().await;
+    let observer = cluster.begin(["elect", "--observe", "db", "-o", "json"]);
+    observer.printed("\"leader\":null").await;
+    let mut running = Vec::new();
+    for (count, name) in (1..).zip(["first", "second", "third"]) {
+        running.push(candidate(&cluster, name));
+        candidates(&cluster, count).await;
+    }
+    for (leader, next) in [("first", "second"), ("second", "third")] {
+        leads(&cluster, leader).await;
+        let heard = eventually("a server with the observer", || async {
+            (0..3).find(|node| serves_observer(&cluster, *node))
+        })
+        .await;
+        cluster.kill(heard);
+        enough(&cluster, leader);
+        leads(&cluster, next).await;
+        cluster.spawn(heard);
+        cluster.leader().await;
+    }
+    enough(&cluster, "third");
+    for candidate in running {
+        assert_eq!(candidate.ended().await.code, 0);
+    }
+    let lines = || {
+        let told = observer.stdout();
+        let lines = told.lines().map(serde_json::from_str::<Value>);
+        lines.collect::<Result<Vec<_>, _>>().unwrap_or_default()
+    };
+    eventually("the end", || async {
+        let lines = lines();
+        (lines.len() > 1 && lines.last()?["leader"].is_null()).then_some(())
+    })
+    .await;
+    let lines = lines();
+    let value = |line: &Value| line["leader"]["value"].clone();
+    let values: Vec<Value> = lines.iter().map(value).collect();
+    let expected = ["first", "second", "third"].map(Value::from);
+    let expected = [&[Value::Null][..], &expected, &[Value::Null]].concat();
+    assert_eq!(values, expected);
+    assert!(
+        lines.iter().all(|line| line["missed"] == false),
+        "{lines:?}"
+    );
+    let revision = |line: &Value| line["revision"].as_u64();
+    assert!(
+        lines
+            .iter()
+            .map(revision)
+            .is_sorted_by(|one, next| one < next)
+    );
+    let term = |line: &Value| line["leader"]["term"].as_u64();
+    let told: Vec<u64> = lines.iter().filter_map(term).collect();
+    let led: Vec<u64> = terms(&cluster).into_iter().map(|(_, term)| term).collect();
+    assert_eq!(told, led);
     observer.signal(Signal::INT);
     assert_eq!(observer.ended().await.code, 128 + 2);
 }

@@ -264,6 +264,30 @@ async fn without_the_cluster_the_command_ends_before_the_lock_does() {
     assert!(!runs(pid), "SIGTERM was ignored, SIGKILL came");
 }
 
+/// As when a laptop sleeps, or a machine is paused: nobody is there to end the command in
+/// time.
+#[tokio::test]
+async fn a_holder_that_was_suspended_for_too_long_ends_its_command_when_it_goes_on() {
+    let cluster = one("lock-suspended").await;
+    let script = format!("trap '' TERM; echo $$; {LONG} do sleep 0.02; done");
+    let holder = cluster.begin(["lock", "x", "--ttl", "2s", "--", "sh", "-c", &script]);
+    holder.printed("\n").await;
+    let pid = holder.stdout().trim().parse().unwrap();
+    let next = cluster.begin(["lock", "x"]);
+    cluster.waiters("x", 1).await;
+    holder.signal(Signal::STOP);
+    next.printed("token").await;
+    assert!(runs(pid), "only the token tells the two apart");
+    holder.signal(Signal::CONT);
+    let ended = holder.ended().await;
+    assert_eq!(ended.code, 75, "{ended:?}");
+    assert!(ended.complaint().contains("lost"), "{ended:?}");
+    assert!(!runs(pid), "SIGTERM was ignored, SIGKILL came");
+    // It gave up nothing that was not its own any more.
+    let holds = cluster.lock("x").await["holder"]["token"].to_string();
+    assert!(next.stdout().contains(&holds), "{holds} {}", next.stdout());
+}
+
 #[tokio::test]
 async fn signals_reach_the_command() {
     let cluster = one("lock-signals").await;

@@ -24,7 +24,8 @@ pub(super) fn branches(
     let mut chosen = Chosen {
         keyspace,
         sessions,
-        visits: Visits::of(wide_parts(txn)),
+        visits: Visits::new(),
+        is_alone: wide_parts(txn) <= 1,
         branches: Vec::new(),
         ranges: Vec::new(),
         spans: Vec::new(),
@@ -38,6 +39,9 @@ struct Chosen<'a> {
     keyspace: &'a Keyspace,
     sessions: &'a Sessions,
     visits: Visits,
+    /// Nothing but one operation or compare is over a range: an operation is as long then
+    /// as it may be outside of a transaction.
+    is_alone: bool,
     /// Which branch, of each transaction that runs, in the order in which they do.
     branches: Vec<bool>,
     ranges: Vec<&'a Range>,
@@ -88,7 +92,7 @@ impl<'a> Chosen<'a> {
         }
         // Most often there is no need to count.
         let at_most = self.spans.len().saturating_mul(self.keyspace.len());
-        if at_most > self.visits.left {
+        if !self.is_alone && at_most > self.visits.left {
             for span in &self.spans {
                 for _ in self.keyspace.range(span, None) {
                     self.visits.one()?;

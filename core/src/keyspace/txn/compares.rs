@@ -14,8 +14,7 @@ use crate::keyspace::{KeyRange, Keyspace, Record, as_signed};
 
 /// Whether all compares hold, each as [`execute`](super::execute) has it.
 pub fn compare(keyspace: &Keyspace, compares: &[Compare]) -> Result<bool, TxnError> {
-    let wide = compares.iter().filter(|compare| is_wide(compare));
-    all_hold(keyspace, compares, &mut Visits::of(wide.count()))
+    all_hold(keyspace, compares, &mut Visits::new())
 }
 
 pub(super) fn all_hold(

@@ -13,13 +13,10 @@ pub(super) struct Visits {
 }
 
 impl Visits {
-    /// One range is as long as it may be outside of a transaction.
-    pub(super) fn of(wide_parts: usize) -> Self {
-        let left = match wide_parts {
-            0 | 1 => usize::MAX,
-            _ => limits::TXN_VISITS_MAX,
-        };
-        Self { left }
+    pub(super) fn new() -> Self {
+        Self {
+            left: limits::TXN_VISITS_MAX,
+        }
     }
 
     pub(super) fn one(&mut self) -> Result<(), TxnError> {
@@ -31,7 +28,7 @@ impl Visits {
 
 /// How many compares and operations of a transaction, and of all inside it, are over
 /// ranges.
-pub(super) fn wide_parts(txn: &Txn) -> usize {
+pub(crate) fn wide_parts(txn: &Txn) -> usize {
     let compares = txn.compares.iter().filter(|compare| is_wide(compare));
     let operations = txn.success.iter().chain(&txn.failure);
     let of_operations = operations.map(|operation| match &operation.operation {
