@@ -2,28 +2,34 @@
 //!
 //! What this adds to `RawNode`:
 //! - election timeouts that depend on nothing but seed, node, term and role;
-//! - a check of every message from a peer before raft-rs sees it, since it
-//!   panics on some that a correct peer never sends;
+//! - a check of every message from a peer before raft-rs sees it (`checks`), since
+//!   it panics on some that a correct peer never sends;
 //! - appends to followers that make no quorum faster wait a little (`deferral`);
-//! - quorum-confirmed reads only (`ReadOnlyOption::Safe`). raft-rs' lease-based
-//!   reads are stale under partitions even with perfect clocks.
+//! - checkpoints are offered, and never sent, by raft-rs' messages (`offers`);
+//! - quorum-confirmed reads only (`confirmations`, with `ReadOnlyOption::Safe`).
+//!   raft-rs' lease-based reads are stale under partitions even with perfect clocks.
 
+mod checks;
+mod confirmations;
 mod deferral;
 mod memory;
+mod offers;
+mod outgoing;
 
 use std::{collections::BTreeMap, fmt};
 
 use bytes::Bytes;
 use protobuf::Message as _;
 use raft::{
-    Config as RaftConfig, ProgressState, RawNode, Ready, SnapshotStatus, StateRole,
+    Config as RaftConfig, RawNode, StateRole,
     eraftpb::{Entry, HardState as RaftHardState, Message, MessageType},
 };
 use slog::{Discard, Logger, o};
 
 use self::{
     deferral::Deferral,
-    memory::{MemoryLog, fitting, log_entry},
+    memory::{MemoryLog, log_entry},
+    outgoing::encode,
 };
 use crate::{
     ids::{Index, NodeId, Term},
@@ -67,8 +73,6 @@ pub(crate) const fn ticks_per_heartbeat() -> u64 {
 pub(crate) struct Consensus {
     config: ConsensusConfig,
     raw: RawNode<MemoryLog>,
-    /// Between `ready` and `advance`.
-    ready: Option<Ready>,
     /// The term and role for which the election timeout was last drawn.
     drawn_for: (Term, Role),
     /// As last given out for the log.
@@ -87,21 +91,21 @@ pub(crate) struct Unsaved {
     pub(crate) entries: Vec<LogEntry>,
 }
 
-/// The first half of a step: what may leave at once, what must be durable first.
+/// What comes of all that was taken in.
 #[derive(Debug, Default)]
 pub(crate) struct Prepared {
-    /// Encoded messages and their receivers.
+    /// Encoded messages and their receivers, which may leave at once.
     pub(crate) messages: Vec<(NodeId, Bytes)>,
     pub(crate) unsaved: Option<Unsaved>,
+    /// Messages that must not leave before all that was given out to be saved, this
+    /// time and before, is durable.
+    pub(crate) bound: Vec<(NodeId, Bytes)>,
+    /// To be said then; see [`Consensus::saved`].
+    pub(crate) number: u64,
+    /// Entries to be applied: durable here, and committed.
+    pub(crate) committed: Vec<LogEntry>,
     /// Confirmed reads: the sequence given, and the index to wait for.
     pub(crate) reads: Vec<(u64, Index)>,
-}
-
-/// The second half of a step.
-#[derive(Debug, Default)]
-pub(crate) struct Advanced {
-    pub(crate) messages: Vec<(NodeId, Bytes)>,
-    pub(crate) committed: Vec<LogEntry>,
 }
 
 impl fmt::Debug for Consensus {
@@ -152,7 +156,6 @@ impl Consensus {
         let mut consensus = Self {
             config,
             raw,
-            ready: None,
             drawn_for: (0, Role::Joining),
             saved: hard_state,
             told: BTreeMap::new(),
@@ -169,7 +172,6 @@ impl Consensus {
     /// The log stays as far as it holds that entry or goes on behind it; else it
     /// begins anew there, which must be made durable with what follows.
     pub(crate) fn restart(&mut self, applied: (Index, Term)) {
-        assert!(self.ready.is_none(), "restart without advance");
         let log = self.raw.store();
         let entries = match self.holds(applied) {
             true => log.log_entries(),
@@ -207,16 +209,6 @@ impl Consensus {
     pub(crate) fn hard_state(&mut self) -> HardState {
         self.saved = plain(&self.raw.store().hard_state);
         self.saved
-    }
-
-    /// A checkpoint that holds the log up to this entry is durable: followers that
-    /// need what was cut off are offered it.
-    pub(crate) fn offer(&mut self, at: Index) {
-        if let Ok(term) = self.raw.raft.raft_log.term(at)
-            && term > 0
-        {
-            self.raw.mut_store().offer = (at, term);
-        }
     }
 
     pub(crate) fn term(&self) -> Term {
@@ -281,23 +273,6 @@ impl Consensus {
         self.draw_election_timeout();
     }
 
-    /// A follower that was offered a checkpoint hears nothing but heartbeats until it
-    /// has it. The offer may be lost, or the follower may have begun again: it is made
-    /// once more until the follower has got on.
-    fn repeat_offers(&mut self) {
-        let offered: Vec<u64> = self
-            .raw
-            .raft
-            .prs()
-            .iter()
-            .filter(|(_, progress)| progress.state == ProgressState::Snapshot)
-            .map(|(id, _)| *id)
-            .collect();
-        for follower in offered {
-            self.raw.report_snapshot(follower, SnapshotStatus::Failure);
-        }
-    }
-
     /// The connection to a peer broke: messages to it may be lost.
     pub(crate) fn unreachable(&mut self, peer: NodeId) {
         self.raw.report_unreachable(peer.0);
@@ -328,71 +303,9 @@ impl Consensus {
         Ok(offered)
     }
 
-    /// Makes a heartbeat of an offer that is of use: raft-rs would drop the log for
-    /// it at once, and the checkpoint is not here yet. To one that is of no use it
-    /// answers how far this member has come.
-    fn take_offer(&self, message: &mut Message) -> Option<Index> {
-        let metadata = message.get_snapshot().get_metadata();
-        let (index, term) = (metadata.index, metadata.term);
-        let is_offer = message.msg_type == MessageType::MsgSnapshot;
-        if !is_offer || message.term < self.term() {
-            return None;
-        }
-        if index < self.committed() || self.holds((index, term)) {
-            return None;
-        }
-        message.clear_snapshot();
-        message.msg_type = MessageType::MsgHeartbeat;
-        Some(index)
-    }
-
     /// Appends an entry to the log of this leader; false if it cannot now.
     pub(crate) fn propose(&mut self, data: Vec<u8>) -> bool {
         self.raw.raft.state == StateRole::Leader && self.raw.propose(Vec::new(), data).is_ok()
-    }
-
-    /// Whether a follower has acknowledged what is committed, and nothing that was sent
-    /// to it or is about to be says so. Before that, a heartbeat could not tell it: that
-    /// says no more than the follower has acknowledged.
-    pub(crate) fn has_untold_commit(&self) -> bool {
-        let raft = &self.raw.raft;
-        let is_untold = |id: u64, matched: Index| {
-            let told = self.told.get(&id).copied().unwrap_or(0);
-            told < matched.min(raft.raft_log.committed) && !self.deferral.holds(id)
-        };
-        let mut followers = raft.prs().iter().filter(|(id, _)| **id != raft.id);
-        raft.state == StateRole::Leader && followers.any(|(id, p)| is_untold(*id, p.matched))
-    }
-
-    /// Tells followers how much is committed, without waiting for an append that
-    /// would say it in passing. Under load that is what happens, and it halves the
-    /// messages and turns that an entry costs.
-    pub(crate) fn tell_commit(&mut self) {
-        self.raw.ping();
-    }
-
-    /// Asks for a confirmation that this group's leader still leads. `sequence`
-    /// must never have been used before in this start of the process: a late
-    /// answer to an earlier one would confirm this one on a deposed leader (etcd
-    /// issue 20418). Node and boot make it unique in the cluster.
-    pub(crate) fn confirm(&mut self, sequence: u64) {
-        let mut context = self.context_prefix();
-        context.extend_from_slice(&sequence.to_be_bytes());
-        self.raw.read_index(context);
-    }
-
-    fn context_prefix(&self) -> Vec<u8> {
-        let mut prefix = Vec::with_capacity(24);
-        prefix.extend_from_slice(&self.raw.raft.id.to_be_bytes());
-        prefix.extend_from_slice(&self.config.boot.to_be_bytes());
-        prefix
-    }
-
-    fn confirmed(&self, state: &raft::ReadState) -> Option<(u64, Index)> {
-        let sequence = state
-            .request_ctx
-            .strip_prefix(self.context_prefix().as_slice())?;
-        Some((u64::from_be_bytes(sequence.try_into().ok()?), state.index))
     }
 
     /// Hands leadership, if this node has it, to the follower that has most of
@@ -443,9 +356,8 @@ impl Consensus {
         self.raw.has_ready()
     }
 
-    /// The first half of a step. `advance` must follow before anything else.
+    /// What comes of all that was taken in since the last time.
     pub(crate) fn prepare(&mut self, now_us: u64) -> Prepared {
-        assert!(self.ready.is_none(), "prepare without advance");
         if !self.raw.has_ready() {
             return Prepared {
                 messages: encode(self.defer(Vec::new(), now_us)),
@@ -458,77 +370,30 @@ impl Consensus {
         if let Some(hard_state) = ready.hs() {
             self.raw.mut_store().hard_state = hard_state.clone();
         }
-        let messages = ready.take_messages();
+        let (messages, bound) = (ready.take_messages(), ready.take_persisted_messages());
         #[cfg(conclave_plant)]
-        let messages = match crate::plant::is("ack-before-fsync") {
-            true => [messages, ready.take_persisted_messages()].concat(),
-            false => messages,
+        let (messages, bound) = match crate::plant::is("ack-before-fsync") {
+            true => ([messages, bound].concat(), Vec::new()),
+            false => (messages, bound),
         };
+        let committed = ready.take_committed_entries();
+        let reads = ready.take_read_states();
         let prepared = Prepared {
             messages: encode(self.defer(messages, now_us)),
             unsaved: ready.must_sync().then(|| self.unsaved(&entries)),
-            reads: ready
-                .take_read_states()
-                .iter()
-                .filter_map(|s| self.confirmed(s))
-                .collect(),
+            bound: encode(bound),
+            number: ready.number(),
+            committed: committed.iter().map(log_entry).collect(),
+            reads: reads.iter().filter_map(|s| self.confirmed(s)).collect(),
         };
-        self.ready = Some(ready);
+        self.raw.advance_append_async(ready);
+        self.raw.advance_apply();
         prepared
     }
 
-    /// What may leave now of these messages and of earlier ones.
-    fn defer(&mut self, messages: Vec<Message>, now_us: u64) -> Vec<Message> {
-        let raft = &self.raw.raft;
-        if raft.state != StateRole::Leader {
-            self.deferral.forget();
-            self.told.clear();
-            return messages;
-        }
-        let others = raft.prs().iter().filter(|(id, _)| **id != raft.id);
-        let matched = others.map(|(id, progress)| (*id, progress.matched));
-        self.deferral.choose(matched, now_us);
-        let mut leaving = self.deferral.pass(messages, now_us);
-        for message in &mut leaving {
-            self.note_told(message);
-        }
-        leaving
-    }
-
-    /// Notes what a message tells its receiver of commits: an append, no more than up to
-    /// its last entry. One that was held back gets the newest that is known.
-    fn note_told(&mut self, message: &mut Message) {
-        let commit = match message.msg_type {
-            MessageType::MsgAppend => {
-                message.commit = message.commit.max(self.raw.raft.raft_log.committed);
-                let last = message.index + message.entries.len() as u64;
-                message.commit.min(last)
-            }
-            MessageType::MsgHeartbeat => message.commit,
-            _ => return,
-        };
-        let told = self.told.entry(message.to).or_default();
-        *told = commit.max(*told);
-    }
-
-    /// The second half, after what `prepare` gave out is durable.
-    pub(crate) fn advance(&mut self, now_us: u64) -> Advanced {
-        let Some(mut ready) = self.ready.take() else {
-            return Advanced::default();
-        };
-        let mut messages = ready.take_persisted_messages();
-        let mut committed = ready.take_committed_entries();
-        let mut light = self.raw.advance_append(ready);
-        messages.extend(light.take_messages());
-        committed.extend(light.take_committed_entries());
-        if let Some(commit) = light.commit_index() {
-            self.raw.mut_store().hard_state.commit = commit;
-        }
-        self.raw.advance_apply();
-        Advanced {
-            messages: encode(self.defer(messages, now_us)),
-            committed: committed.iter().map(log_entry).collect(),
-        }
+    /// All that was given out to be saved is durable, up to what came with this number.
+    pub(crate) fn saved(&mut self, number: u64) {
+        self.raw.on_persist_ready(number);
     }
 
     fn unsaved(&mut self, entries: &[Entry]) -> Unsaved {
@@ -563,131 +428,6 @@ impl Consensus {
         let ticks = usize::try_from(shortest + draw).expect("a few dozen ticks");
         raft.set_randomized_election_timeout(ticks);
     }
-
-    /// Shapes that raft-rs trusts a peer to keep.
-    fn check(&self, from: NodeId, message: &Message) -> Result<(), &'static str> {
-        use MessageType::{
-            MsgAppend, MsgAppendResponse, MsgHeartbeat, MsgHeartbeatResponse, MsgReadIndex,
-            MsgReadIndexResp, MsgRequestPreVote, MsgRequestPreVoteResponse, MsgRequestVote,
-            MsgRequestVoteResponse, MsgSnapshot, MsgTimeoutNow,
-        };
-        let last = self.last_index();
-        if message.from != from.0 || message.to != self.raw.raft.id {
-            return Err("names another sender or receiver");
-        }
-        if !self.raw.store().voters.contains(&from.0) {
-            return Err("comes from no member");
-        }
-        if (message.term == 0) != (message.msg_type == MsgReadIndex) {
-            return Err("has no term, or should have none");
-        }
-        match message.msg_type {
-            MsgAppend => self.check_append(message),
-            MsgSnapshot => self.check_offer(message),
-            MsgHeartbeat if message.term >= self.term() && message.commit > last => {
-                Err("commits more than this log holds")
-            }
-            MsgAppendResponse if message.reject && message.reject_hint > message.index => {
-                Err("rejects something else than was sent")
-            }
-            MsgAppendResponse
-                if !message.reject && message.term == self.term() && message.index > last =>
-            {
-                Err("acknowledges more than was sent")
-            }
-            MsgReadIndex | MsgReadIndexResp if message.entries.len() != 1 => {
-                Err("asks for a read without a context")
-            }
-            MsgHeartbeat
-            | MsgAppendResponse
-            | MsgReadIndex
-            | MsgReadIndexResp
-            | MsgHeartbeatResponse
-            | MsgRequestPreVote
-            | MsgRequestPreVoteResponse
-            | MsgRequestVote
-            | MsgRequestVoteResponse
-            | MsgTimeoutNow => Ok(()),
-            _ => Err("has a type that members do not exchange"),
-        }
-    }
-
-    fn check_offer(&self, message: &Message) -> Result<(), &'static str> {
-        let snapshot = message.get_snapshot();
-        let metadata = snapshot.get_metadata();
-        let (index, term) = (metadata.index, metadata.term);
-        if index == 0 || term == 0 || term > message.term || !snapshot.data.is_empty() {
-            return Err("offers what is no checkpoint");
-        }
-        if metadata.get_conf_state().voters != self.raw.store().voters {
-            return Err("offers a checkpoint of other members");
-        }
-        if index == self.committed() && !self.holds((index, term)) {
-            return Err("offers another history");
-        }
-        Ok(())
-    }
-
-    fn check_append(&self, message: &Message) -> Result<(), &'static str> {
-        let mut before = (message.index, message.log_term);
-        if before.0 > 0 && before.1 == 0 {
-            // raft-rs takes 0 for the term of everything behind the log.
-            return Err("appends behind an entry without a term");
-        }
-        for entry in message.entries.iter() {
-            if Some(entry.index) != before.0.checked_add(1)
-                || entry.term < before.1
-                || entry.term > message.term
-            {
-                return Err("appends entries out of order");
-            }
-            before = (entry.index, entry.term);
-            // What was cut off cannot be compared, and raft-rs does not look at it.
-            let replaces_committed = entry.index <= self.committed()
-                && entry.index > self.raw.store().cut.0
-                && self.raw.raft.raft_log.term(entry.index).ok() != Some(entry.term);
-            if replaces_committed && message.term >= self.term() {
-                return Err("replaces committed entries");
-            }
-        }
-        Ok(())
-    }
-}
-
-fn encode(messages: Vec<Message>) -> Vec<(NodeId, Bytes)> {
-    messages
-        .into_iter()
-        .flat_map(split)
-        .map(|message| {
-            let bytes = message
-                .write_to_bytes()
-                .expect("writing to memory does not fail");
-            (NodeId(message.to), Bytes::from(bytes))
-        })
-        .collect()
-}
-
-/// raft-rs joins all appends of a turn to one receiver, without limit; a follower
-/// that is far behind would get everything at once. Several in a row say the same.
-fn split(mut message: Message) -> Vec<Message> {
-    if fitting(message.entries.iter(), limits::APPEND_BYTES_MAX) == message.entries.len() {
-        return vec![message];
-    }
-    let mut entries: Vec<_> = message.take_entries().into();
-    let mut parts = Vec::new();
-    loop {
-        let rest = entries.split_off(fitting(entries.iter(), limits::APPEND_BYTES_MAX));
-        let mut part = message.clone();
-        if let Some(last) = entries.last() {
-            (message.index, message.log_term) = (last.index, last.term);
-        }
-        part.set_entries(entries.into());
-        parts.push(part);
-        if rest.is_empty() {
-            return parts;
-        }
-        entries = rest;
-    }
 }
 
 fn plain(hard_state: &RaftHardState) -> HardState {
@@ -695,26 +435,5 @@ fn plain(hard_state: &RaftHardState) -> HardState {
         term: hard_state.term,
         vote: hard_state.vote,
         commit: hard_state.commit,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{memory::tests::entries, *};
-
-    #[test]
-    fn a_long_append_goes_in_parts_that_join() {
-        let mib = 1 << 20;
-        let whole = entries(&[10, mib, 10, mib + 10, mib - 100, 20]);
-        let mut message = Message::default();
-        message.set_entries(whole.clone().into());
-        let parts = split(message);
-        let lengths: Vec<_> = parts.iter().map(|part| part.entries.len()).collect();
-        assert_eq!(lengths, [1, 1, 1, 1, 2]);
-        let before: Vec<_> = parts.iter().map(|p| (p.index, p.log_term)).collect();
-        assert_eq!(before, [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]);
-        let joined: Vec<_> = parts.iter().flat_map(|p| p.entries.to_vec()).collect();
-        assert_eq!(joined, whole);
-        assert_eq!(split(Message::default()).len(), 1);
     }
 }

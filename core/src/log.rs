@@ -95,21 +95,30 @@
 //! overwriting is cheaper to sync than growing. So a segment is always as long as
 //! its header has it for what is attested in it, and one that is shorter was cut off.
 
+mod batch;
 mod body;
+mod error;
 mod record;
 mod recovery;
+mod segments;
 
-use std::{collections::VecDeque, io};
+use std::collections::VecDeque;
 
-use bytes::Bytes;
-
+pub use self::{
+    batch::{Batch, EntryKind, Facts, HardState, LogEntry},
+    error::LogError,
+    segments::Layout,
+};
+use self::{
+    body::Standing,
+    record::{Link, Position},
+    recovery::{Contents, FIRST_SEGMENT},
+    segments::{Older, Tail, close, remove, segment_name, sync},
+};
 use crate::{
     disk::Disk,
     ids::{Index, NodeId, Term},
 };
-use body::Standing;
-use record::{Link, Position};
-use recovery::{Contents, FIRST_SEGMENT};
 
 /// The encoding buffer keeps at most this much room between batches.
 const BUFFER_BYTES_KEPT: usize = 2 << 20;
@@ -123,78 +132,6 @@ pub struct Identity {
     pub node: NodeId,
     /// Random, made with the directory.
     pub incarnation: u64,
-}
-
-/// Raft's hard state.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct HardState {
-    /// The current term.
-    pub term: Term,
-    /// Who got this node's vote in it; 0 for nobody.
-    pub vote: u64,
-    /// Up to where the log is known to be committed.
-    pub commit: Index,
-}
-
-/// What a node must remember beside the log of Raft.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Facts {
-    /// Whether enough other members know this directory's incarnation, so that
-    /// it may vote.
-    pub admitted: bool,
-    /// The incarnations of other members, in order of id; the first one seen stays.
-    pub incarnations: std::collections::BTreeMap<NodeId, u64>,
-    /// The voters, in order of id.
-    pub voters: Vec<NodeId>,
-}
-
-/// One entry of Raft's log.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LogEntry {
-    /// Its position.
-    pub index: Index,
-    /// The term it was proposed in.
-    pub term: Term,
-    /// What `data` is.
-    pub kind: EntryKind,
-    /// An encoded `internal::Entry`, or empty.
-    pub data: Bytes,
-}
-
-/// The kinds of entries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EntryKind {
-    /// Commands.
-    Normal,
-    /// A change of membership.
-    Membership,
-}
-
-/// What one turn makes durable, in one write and one sync.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Batch {
-    /// If changed.
-    pub hard_state: Option<HardState>,
-    /// If changed.
-    pub facts: Option<Facts>,
-    /// An entry, with its term, behind which the log begins anew: all others are
-    /// dropped. A durable checkpoint must hold it.
-    pub base: Option<(Index, Term)>,
-    /// An entry replaces all earlier ones from its index on.
-    pub entries: Vec<LogEntry>,
-}
-
-impl Batch {
-    /// Whether there is nothing to make durable.
-    pub fn is_empty(&self) -> bool {
-        let Self {
-            hard_state,
-            facts,
-            base,
-            entries,
-        } = self;
-        hard_state.is_none() && facts.is_none() && base.is_none() && entries.is_empty()
-    }
 }
 
 /// What a log held when it was opened.
@@ -230,35 +167,6 @@ pub struct Inspection {
     pub unattested_bytes: u64,
 }
 
-/// How a log takes up space. It may change from one start to the next; each segment
-/// keeps the one that it was begun with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Layout {
-    /// How long a segment gets, in bytes. A batch that is longer gets a segment
-    /// of its own, as long as it takes.
-    pub segment_bytes: u64,
-    /// How far the file is filled with zeros at a time, in bytes.
-    pub step_bytes: u64,
-}
-
-impl Default for Layout {
-    /// 16 MiB, in steps of 1 MiB.
-    fn default() -> Self {
-        Self {
-            segment_bytes: 16 << 20,
-            step_bytes: 1 << 20,
-        }
-    }
-}
-
-impl Layout {
-    /// How long a segment is made whose records end here.
-    fn length(self, end: u64) -> u64 {
-        let steps = end.checked_next_multiple_of(self.step_bytes);
-        steps.unwrap_or(end).min(self.segment_bytes).max(end)
-    }
-}
-
 /// The log over a disk.
 ///
 /// After an error of the disk it writes nothing more, and every call fails with
@@ -280,32 +188,6 @@ pub struct Log<D> {
     written_bytes: u64,
     buffer: Vec<u8>,
     is_poisoned: bool,
-}
-
-/// A segment that is complete.
-#[derive(Clone, Copy, Debug)]
-struct Older {
-    number: u64,
-    length: u64,
-    /// Behind the highest index of an entry that was ever written up to its end.
-    behind: Index,
-}
-
-/// The segment that is written to.
-#[derive(Debug)]
-struct Tail {
-    name: String,
-    layout: Layout,
-    /// Where the next record goes.
-    end: Position,
-    /// The checksum of the record before that.
-    previous: u64,
-    /// How long the file is.
-    length: u64,
-    /// Whether it holds nothing but its header.
-    is_fresh: bool,
-    /// See [`Older::behind`].
-    behind: Index,
 }
 
 impl<D: Disk> Log<D> {
@@ -565,191 +447,5 @@ impl<D: Disk> Log<D> {
             self.synced = self.tail.end;
         }
         Ok(())
-    }
-}
-
-impl Tail {
-    /// Makes a segment, durable when this returns.
-    fn begin<D: Disk>(
-        disk: &mut D,
-        layout: Layout,
-        link: &Link,
-        standing: &Standing,
-    ) -> Result<Self, LogError> {
-        let mut tail = Self {
-            name: segment_name(link.at.segment),
-            layout,
-            end: link.at,
-            previous: link.previous,
-            length: 0,
-            is_fresh: true,
-            behind: standing.next,
-        };
-        let mut header = Vec::new();
-        record::begin(&mut header);
-        body::put_header(&mut header, standing, layout);
-        tail.write(disk, &mut header, link.attested)?;
-        sync(disk, &tail.name)?;
-        disk.sync_directory()
-            .map_err(LogError::io("syncing", "."))?;
-        tail.is_fresh = true;
-        Ok(tail)
-    }
-
-    /// Writes the record that was begun in the buffer, and zeros behind it where
-    /// the file has to grow for it.
-    fn write<D: Disk>(
-        &mut self,
-        disk: &mut D,
-        buffer: &mut Vec<u8>,
-        attested: Position,
-    ) -> Result<(), LogError> {
-        let link = Link {
-            at: self.end,
-            previous: self.previous,
-            attested,
-        };
-        let checksum = record::seal(buffer, &link);
-        let end = self.end.offset + buffer.len() as u64;
-        if end > self.length {
-            self.length = self.layout.length(end);
-            buffer.resize((self.length - self.end.offset) as usize, 0);
-        }
-        disk.write(&self.name, self.end.offset, buffer)
-            .map_err(LogError::io("writing", &self.name))?;
-        self.end.offset = end;
-        self.previous = checksum;
-        self.is_fresh = false;
-        Ok(())
-    }
-}
-
-/// Makes durable in a segment that the header of the next one is.
-fn close<D: Disk>(disk: &mut D, link: &Link) -> Result<(), LogError> {
-    let name = segment_name(link.at.segment);
-    let mut record = Vec::new();
-    record::begin(&mut record);
-    body::put_batch(&mut record, &Batch::default());
-    record::seal(&mut record, link);
-    disk.write(&name, link.at.offset, &record)
-        .map_err(LogError::io("writing", &name))?;
-    sync(disk, &name)
-}
-
-fn sync<D: Disk>(disk: &mut D, name: &str) -> Result<(), LogError> {
-    disk.sync(name).map_err(LogError::io("syncing", name))
-}
-
-fn remove<D: Disk>(disk: &mut D, name: &str) -> Result<(), LogError> {
-    disk.remove(name).map_err(LogError::io("removing", name))?;
-    disk.sync_directory().map_err(LogError::io("syncing", "."))
-}
-
-fn segment_name(number: u64) -> String {
-    format!("log-{number:020}")
-}
-
-/// Why the log cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum LogError {
-    /// The disk failed.
-    #[error("{doing} `{file}` failed")]
-    Io {
-        /// What was being done.
-        doing: &'static str,
-        /// With which file; `.` is the directory.
-        file: String,
-        /// How it failed.
-        #[source]
-        source: io::Error,
-    },
-    /// There is no space left. A start after space was made finds everything
-    /// that was synced.
-    #[error("{doing} `{file}` failed: the disk is full; make space and start again")]
-    Full {
-        /// What was being done.
-        doing: &'static str,
-        /// With which file.
-        file: String,
-        /// How it failed.
-        #[source]
-        source: io::Error,
-    },
-    /// Something that was durable is not there any more.
-    #[error(
-        "`{file}` is damaged at byte {offset}: {reason}; nothing was changed: restore this \
-         directory as it was (this version cannot yet replace a member)"
-    )]
-    Damaged {
-        /// In which file.
-        file: String,
-        /// Where what is left of it ends.
-        offset: u64,
-        /// How it is known.
-        reason: &'static str,
-    },
-    /// What is there is whole, but no correct program writes it.
-    #[error(
-        "`{file}` contradicts itself at byte {offset}: {reason}; nothing was changed: please \
-         report this with a copy of the directory, and restore it as it was"
-    )]
-    Corrupt {
-        /// In which file.
-        file: String,
-        /// The offset of the record.
-        offset: u64,
-        /// What is wrong with it.
-        reason: &'static str,
-    },
-    /// It was written by a newer or older program.
-    #[error(
-        "`{file}` has version {found} of the log format; this program reads version {supported}"
-    )]
-    Version {
-        /// In which file.
-        file: String,
-        /// The version it has.
-        found: u32,
-        /// The version that could be read.
-        supported: u32,
-    },
-    /// A file that is named almost like a segment.
-    #[error("`{file}` is not the name of a log segment (`log-` and 20 digits); move it away")]
-    Name {
-        /// The file.
-        file: String,
-    },
-    /// There is a log already where one was to be made.
-    #[error("the directory holds a log already")]
-    Exists,
-    /// What was to be written makes no sense; nothing was written.
-    #[error("refused to write {reason}")]
-    Invalid {
-        /// What it is.
-        reason: &'static str,
-    },
-    /// The disk failed before; nothing more is written.
-    #[error("the log is closed since its disk failed")]
-    Poisoned,
-}
-
-impl LogError {
-    /// Says what an error of the disk interrupted.
-    fn io(doing: &'static str, file: &str) -> impl FnOnce(io::Error) -> Self {
-        move |source| {
-            let file = file.to_owned();
-            match source.kind() {
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full {
-                    doing,
-                    file,
-                    source,
-                },
-                _ => Self::Io {
-                    doing,
-                    file,
-                    source,
-                },
-            }
-        }
     }
 }

@@ -3,13 +3,17 @@
 //!
 //! The rest of the process talks to it through a [`Handle`], which puts requests
 //! into the inbox. Each turn takes all that has arrived, in this order: what peers
-//! sent, renewals, what gives something back, then other work; so under load,
-//! batches form by themselves while the disk is busy. There is one sync a turn at
-//! most, between the two halves of the turn.
+//! sent, renewals, what gives something back, then other work. What must be durable
+//! is given out as a [`Save`], one at a time, while turns go on; so under load,
+//! batches form by themselves while the disk is busy.
 //!
 //! Whoever runs the node does nothing but this, on one thread: wait for
-//! [`Node::wait`] or until woken, [`Node::begin_turn`], let leave what was sent,
-//! [`Node::finish_turn`].
+//! [`Node::wait`] or until woken, [`Node::begin_turn`], have done what is to be saved,
+//! [`Node::finish_turn`]; and [`Node::saved`] before a turn, once that is done.
+
+mod checkpoints;
+mod handle;
+mod inbox;
 
 use std::{
     collections::BTreeMap,
@@ -22,20 +26,19 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use conclave_proto::internal::{PeerMessage, command};
-use prost::Message as _;
+use conclave_proto::internal::PeerMessage;
 use rustix::time::{ClockId, clock_gettime};
 
+pub use self::handle::{Handle, Sent};
+use self::inbox::{Inbox, Request, Taken};
 use crate::{
-    checkpoint::{Done, Schedule, Sink, Writer},
+    checkpoint::{Schedule, Sink, Writer},
     disk::Disk,
-    ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId},
-    limits,
+    ids::{Index, NodeId, RequestNumber},
     log::{Batch, Log, LogError, Recovered},
     machine::Machine,
     replica::{
-        Answer, Config, Event, Failure, Fatal, Fetch, Finished, Input, Now, Query, Replica, Role,
-        Status,
+        Answer, Config, Event, Failure, Fatal, Fetch, Finished, Input, Now, Replica, Role, Status,
     },
     state::State,
     watch,
@@ -78,25 +81,6 @@ pub struct Outlets<M: Machine> {
 impl<M: Machine> fmt::Debug for Outlets<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Outlets").finish_non_exhaustive()
-    }
-}
-
-/// How the rest of the process talks to the node. Cheap to clone.
-pub struct Handle<M: Machine> {
-    shared: Arc<Shared<M>>,
-}
-
-impl<M: Machine> Clone for Handle<M> {
-    fn clone(&self) -> Self {
-        Self {
-            shared: Arc::clone(&self.shared),
-        }
-    }
-}
-
-impl<M: Machine> fmt::Debug for Handle<M> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Handle").finish_non_exhaustive()
     }
 }
 
@@ -160,7 +144,11 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         election_us: config.election_ms * 1_000,
         schedule: Schedule::new(checkpoint_every, log_bytes_max, newest),
         replica: Replica::new(config, recovered, state, now),
-        log,
+        written_bytes: log.written_bytes(),
+        log: Some(log),
+        unsaved: Vec::new(),
+        handed: 0,
+        received: None,
         checkpoints,
         is_warned: false,
         answered,
@@ -175,129 +163,12 @@ pub fn open<M: Machine + Send + 'static, D: Disk>(
         last_number: 0,
         last_append_us: now.boot_us,
         is_more_left: false,
-        unsaved: None,
         give_up_us: None,
     };
     (handle, node)
 }
 
-impl<M: Machine> Handle<M> {
-    /// Hands a command over. `respond` is called exactly once, on the node's thread.
-    ///
-    /// # Errors
-    ///
-    /// If the queue is full or the node is stopping; then `respond` is not called.
-    pub fn command(&self, body: command::Body, respond: Responder<M>) -> Result<(), Failure> {
-        self.shared.request(Request::Command(body), respond)
-    }
-
-    /// Hands over a command that gives something back: a release, a cancel, the end
-    /// of a session. It goes ahead of other work that has arrived, and overload with
-    /// that does not refuse it; otherwise as [`Handle::command`].
-    pub fn ending(&self, body: command::Body, respond: Responder<M>) -> Result<(), Failure> {
-        self.shared.request(Request::Ending(body), respond)
-    }
-
-    /// Asks a linearizable question; otherwise as [`Handle::command`].
-    pub fn read(&self, query: Query<M>, respond: Responder<M>) -> Result<(), Failure> {
-        self.shared.request(Request::Read(query), respond)
-    }
-
-    /// Asks what this node has applied, without a word to others; otherwise as
-    /// [`Handle::command`].
-    pub fn read_local(&self, query: Query<M>, respond: Responder<M>) -> Result<(), Failure> {
-        self.shared.request(Request::LocalRead(query), respond)
-    }
-
-    /// Renews a session for one of its attachments; otherwise as [`Handle::command`].
-    pub fn renew(&self, of: Attachment, respond: Responder<M>) -> Result<(), Failure> {
-        self.shared.request(Request::Renew(of), respond)
-    }
-
-    /// Hands over what a reader of events asks for; it is told by notices.
-    ///
-    /// # Errors
-    ///
-    /// If a new watcher or a question is too much at the moment, or the node is
-    /// stopping.
-    pub fn watch(&self, request: watch::Request) -> Result<(), Failure> {
-        self.shared.watch(request)
-    }
-
-    /// Asks how long a session has left, which only the leader knows; otherwise as
-    /// [`Handle::command`].
-    pub fn time_left(&self, session: SessionId, respond: Responder<M>) -> Result<(), Failure> {
-        self.shared.request(Request::TimeLeft(session), respond)
-    }
-
-    /// Asks for a hash over all keys as this node has them, at a revision or now;
-    /// otherwise as [`Handle::command`].
-    pub fn hash(&self, at: Option<Revision>, respond: Responder<M>) -> Result<(), Failure> {
-        self.shared.request(Request::Hash(at), respond)
-    }
-
-    /// Has leadership handed over to a member, if this one has it. Whether it comes to
-    /// that is seen by [`Handle::status`], after one election timeout at most.
-    pub fn hand_over(&self, to: NodeId) {
-        unpoisoned(self.shared.inbox.lock()).hand_over = Some(to);
-        (self.shared.wake)();
-    }
-
-    /// Hands over what a peer sent, in one go, so that one turn takes it all.
-    /// Dropped if too much is waiting, as a network would.
-    pub fn peer(&self, from: NodeId, messages: impl IntoIterator<Item = PeerMessage>) {
-        let inputs = messages.into_iter();
-        self.shared
-            .peer(inputs.map(|message| Input::Peer { from, message }));
-    }
-
-    /// Says that the connection to a peer broke.
-    pub fn peer_lost(&self, peer: NodeId) {
-        self.shared.peer([Input::PeerLost { peer }]);
-    }
-
-    /// What the node knows of itself, as of its last turn.
-    pub fn status(&self) -> Arc<Status> {
-        Arc::clone(&*unpoisoned(self.shared.status.lock()))
-    }
-
-    /// How many checkpoints of other members this one has gone on from, since its start.
-    pub fn installs(&self) -> u64 {
-        self.shared.installs.load(Ordering::Relaxed)
-    }
-
-    /// Bytes of the log on disk.
-    pub fn log_bytes(&self) -> u64 {
-        self.shared.log_bytes.load(Ordering::Relaxed)
-    }
-
-    /// The newest checkpoint that is durable; 0 for none.
-    pub fn checkpoint(&self) -> Index {
-        self.shared.checkpoint.load(Ordering::Relaxed)
-    }
-
-    /// Asks that a checkpoint be made which reaches up to this entry, once that can be.
-    pub fn want_checkpoint(&self, at_least: Index) {
-        self.shared.wanted.fetch_max(at_least, Ordering::Relaxed);
-    }
-
-    /// While what this gives is there, the log is kept behind a checkpoint: another
-    /// member is sent it, and will need what follows.
-    pub fn keep_log_behind(&self, at: Index) -> Sent {
-        let all = Arc::clone(&self.shared.sent);
-        unpoisoned(all.lock()).push(at);
-        Sent { all, at }
-    }
-
-    /// Refuses new work, hands leadership over if this node has it, waits for answers
-    /// to what is under way, but for locks, and then stops; after one election timeout
-    /// at most.
-    pub fn stop(&self) {
-        unpoisoned(self.shared.inbox.lock()).stopping = true;
-        (self.shared.wake)();
-    }
-}
-
+/// What the node has in common with its handles.
 struct Shared<M: Machine> {
     inbox: Mutex<Inbox<M>>,
     wake: Box<dyn Fn() + Send + Sync>,
@@ -312,244 +183,20 @@ struct Shared<M: Machine> {
     sent: Arc<Mutex<Vec<Index>>>,
 }
 
-/// A checkpoint that another member is sent; see [`Handle::keep_log_behind`].
-#[derive(Debug)]
-pub struct Sent {
-    all: Arc<Mutex<Vec<Index>>>,
-    at: Index,
-}
-
-impl Drop for Sent {
-    fn drop(&mut self) {
-        let mut sent = unpoisoned(self.all.lock());
-        if let Some(place) = sent.iter().position(|at| *at == self.at) {
-            sent.swap_remove(place);
-        }
-    }
-}
-
-/// What has arrived, by urgency.
-struct Inbox<M: Machine> {
-    peers: Vec<Input<M>>,
-    peer_bytes: usize,
-    renewals: Queue<Attachment, Responder<M>>,
-    endings: Queue<command::Body, Responder<M>>,
-    work: Queue<Request<M>, Responder<M>>,
-    watches: Queue<watch::Request, ()>,
-    hand_over: Option<NodeId>,
-    stopping: bool,
-}
-
-/// Requests that wait, the oldest first, within bounds on their number and bytes; each
-/// with whom to answer.
-struct Queue<T, R> {
-    waiting: Vec<(T, usize, R)>,
-    bytes: usize,
-}
-
-enum Request<M: Machine> {
-    Command(command::Body),
-    Ending(command::Body),
-    Read(Query<M>),
-    LocalRead(Query<M>),
-    Renew(Attachment),
-    TimeLeft(SessionId),
-    Hash(Option<Revision>),
-}
-
-impl<M: Machine> Default for Inbox<M> {
-    fn default() -> Self {
-        Self {
-            peers: Vec::new(),
-            peer_bytes: 0,
-            renewals: Queue::default(),
-            endings: Queue::default(),
-            work: Queue::default(),
-            watches: Queue::default(),
-            hand_over: None,
-            stopping: false,
-        }
-    }
-}
-
-impl<T, R> Default for Queue<T, R> {
-    fn default() -> Self {
-        Self {
-            waiting: Vec::new(),
-            bytes: 0,
-        }
-    }
-}
-
-impl<T, R> Queue<T, R> {
-    /// Adds a request of so many bytes, if there is room: for `max` in all.
-    fn put(&mut self, request: T, bytes: usize, respond: R, max: usize) -> Result<(), Failure> {
-        if self.waiting.len() >= max || self.bytes + bytes > limits::QUEUED_BYTES_MAX {
-            return Err(Failure::Overloaded);
-        }
-        self.bytes += bytes;
-        self.waiting.push((request, bytes, respond));
-        Ok(())
-    }
-
-    /// Splits the first `max` off.
-    fn take(&mut self, max: usize) -> Self {
-        let rest = self.waiting.split_off(max.min(self.waiting.len()));
-        let waiting = mem::replace(&mut self.waiting, rest);
-        let bytes = waiting.iter().map(|(_, bytes, _)| bytes).sum();
-        self.bytes -= bytes;
-        Self { waiting, bytes }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
-    }
-
-    fn into_iter(self) -> impl Iterator<Item = (T, R)> {
-        let waiting = self.waiting.into_iter();
-        waiting.map(|(request, _, respond)| (request, respond))
-    }
-}
-
-impl<M: Machine> Inbox<M> {
-    fn is_empty(&self) -> bool {
-        self.peers.is_empty()
-            && self.renewals.is_empty()
-            && self.endings.is_empty()
-            && self.work.is_empty()
-            && self.watches.is_empty()
-    }
-}
-
-impl<M: Machine> Shared<M> {
-    fn request(&self, request: Request<M>, respond: Responder<M>) -> Result<(), Failure> {
-        let mut inbox = unpoisoned(self.inbox.lock());
-        if inbox.stopping {
-            return Err(Failure::ShuttingDown);
-        }
-        let was_empty = inbox.is_empty();
-        let bytes = match &request {
-            Request::Command(body) | Request::Ending(body) => body.encoded_len(),
-            Request::Read(_)
-            | Request::LocalRead(_)
-            | Request::Renew(_)
-            | Request::TimeLeft(_)
-            | Request::Hash(_) => 0,
-        };
-        match request {
-            Request::Renew(of) => {
-                let max = limits::QUEUED_RENEWALS_MAX;
-                inbox.renewals.put(of, bytes, respond, max)?;
-            }
-            Request::Ending(body) => {
-                let max = limits::QUEUED_ENDINGS_MAX;
-                inbox.endings.put(body, bytes, respond, max)?;
-            }
-            Request::Command(_)
-            | Request::Read(_)
-            | Request::LocalRead(_)
-            | Request::TimeLeft(_)
-            | Request::Hash(_) => {
-                let max = limits::QUEUED_REQUESTS_MAX;
-                inbox.work.put(request, bytes, respond, max)?;
-            }
-        }
-        drop(inbox);
-        self.wake_if(was_empty);
-        Ok(())
-    }
-
-    fn watch(&self, request: watch::Request) -> Result<(), Failure> {
-        let mut inbox = unpoisoned(self.inbox.lock());
-        if inbox.stopping {
-            return Err(Failure::ShuttingDown);
-        }
-        let was_empty = inbox.is_empty();
-        let (bytes, max) = match &request {
-            watch::Request::Create { of, .. } => (of.range.bytes(), limits::QUEUED_WATCHES_MAX),
-            watch::Request::Progress { .. } | watch::Request::ProgressOf { .. } => {
-                (0, limits::QUEUED_WATCHES_MAX)
-            }
-            // They give something back, and are no more than there are of the others.
-            watch::Request::Cancel { .. }
-            | watch::Request::Consumed { .. }
-            | watch::Request::Close { .. } => (0, usize::MAX),
-        };
-        inbox.watches.put(request, bytes, (), max)?;
-        drop(inbox);
-        self.wake_if(was_empty);
-        Ok(())
-    }
-
-    fn peer(&self, inputs: impl IntoIterator<Item = Input<M>>) {
-        let mut inbox = unpoisoned(self.inbox.lock());
-        let was_empty = inbox.is_empty();
-        for input in inputs {
-            let bytes = match &input {
-                Input::Peer { message, .. } => message.encoded_len(),
-                _ => 0,
-            };
-            if inbox.peers.len() < limits::QUEUED_PEER_MESSAGES_MAX
-                && inbox.peer_bytes + bytes <= limits::QUEUED_PEER_BYTES_MAX
-            {
-                inbox.peer_bytes += bytes;
-                inbox.peers.push(input);
-            }
-        }
-        drop(inbox);
-        self.wake_if(was_empty);
-    }
-
-    /// Only the first that arrives after a turn began wakes, and after the lock is
-    /// free, or the node would run into it.
-    fn wake_if(&self, was_empty: bool) {
-        if was_empty {
-            (self.wake)();
-        }
-    }
-
-    /// Takes what there is, as much of it as one turn bears. The oldest of what is
-    /// left stays the first.
-    fn take(&self) -> Taken<M> {
-        let mut inbox = unpoisoned(self.inbox.lock());
-        let stopping = inbox.stopping;
-        let taken = Inbox {
-            peers: mem::take(&mut inbox.peers),
-            peer_bytes: mem::take(&mut inbox.peer_bytes),
-            renewals: inbox.renewals.take(limits::RENEWALS_PER_TURN_MAX),
-            endings: inbox.endings.take(limits::REQUESTS_PER_TURN_MAX),
-            work: inbox.work.take(limits::REQUESTS_PER_TURN_MAX),
-            watches: inbox.watches.take(limits::REQUESTS_PER_TURN_MAX),
-            hand_over: inbox.hand_over.take(),
-            stopping,
-        };
-        Taken {
-            inbox: taken,
-            is_more_left: !inbox.is_empty(),
-        }
-    }
-
-    /// Takes everything, and lets nothing in any more.
-    fn close(&self) -> Inbox<M> {
-        let mut inbox = unpoisoned(self.inbox.lock());
-        let rest = mem::take(&mut *inbox);
-        inbox.stopping = true;
-        rest
-    }
-}
-
-/// What one turn took.
-struct Taken<M: Machine> {
-    inbox: Inbox<M>,
-    /// The next turn is to follow at once: nobody wakes for what lies there already.
-    is_more_left: bool,
-}
-
 /// One member of the cluster with its log. See the module. When it is dropped,
 /// everybody who still waits is answered.
 pub struct Node<M: Machine, D: Disk> {
     replica: Replica<M>,
-    log: Log<D>,
+    /// Unless it is away to be written.
+    log: Option<Log<D>>,
+    /// To be written when it is back.
+    unsaved: Vec<Batch>,
+    /// A checkpoint that has arrived, or has not, before the replica knows.
+    received: Option<Option<Box<State<M>>>>,
+    /// How many batches have gone there before these.
+    handed: u64,
+    /// As of when the log was here last.
+    written_bytes: u64,
     checkpoints: Writer<M>,
     schedule: Schedule,
     /// Whether it was said that the log is cut although a member needs it.
@@ -569,8 +216,6 @@ pub struct Node<M: Machine, D: Disk> {
     last_append_us: u64,
     /// More has arrived than the last turn took.
     is_more_left: bool,
-    /// Between the halves of a turn.
-    unsaved: Option<Batch>,
     /// Once it is to stop: when it does so at the latest.
     give_up_us: Option<u64>,
 }
@@ -608,11 +253,11 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         }
     }
 
-    /// The first half of a turn: takes in what has arrived, and sends what may
-    /// leave before anything is durable. Whether something was sent, and something
-    /// must be synced: then the one should be on its way before the other blocks in
-    /// [`Node::finish_turn`].
-    pub fn begin_turn(&mut self) -> Result<bool, Fatal> {
+    /// The first half of a turn: takes in what has arrived, and sends what may leave
+    /// before anything is durable. If something must be saved, and the log is here, that
+    /// is given: whoever runs the node does it at once or on another thread, and gives it
+    /// back to [`Node::saved`]. Meanwhile turns go on.
+    pub fn begin_turn(&mut self) -> Result<Option<Save<D>>, Fatal> {
         let now = now();
         let Taken {
             inbox,
@@ -627,15 +272,59 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             inputs.push(Input::Resign);
         }
         let begun = self.replica.begin(now, inputs)?;
-        self.unsaved = begun.batch;
-        let is_sent_early = self.unsaved.is_some() && !begun.messages.is_empty();
+        let begins_anew = begun
+            .batch
+            .as_ref()
+            .is_some_and(|batch| batch.base.is_some());
+        self.unsaved.extend(begun.batch);
         self.send(begun.messages);
-        Ok(is_sent_early)
+        if begins_anew {
+            // The checkpoint takes its name after that.
+            self.save()?;
+        }
+        let is_late = now.boot_us - self.last_append_us >= MARK_AFTER_US;
+        let wants_mark = is_late && self.log.as_ref().is_some_and(Log::wants_mark);
+        Ok((!self.unsaved.is_empty() || wants_mark)
+            .then(|| self.hand_log())
+            .flatten())
     }
 
-    /// The second half: makes durable what must be, applies, and answers.
+    fn hand_log(&mut self) -> Option<Save<D>> {
+        let log = self.log.take()?;
+        let batches = mem::take(&mut self.unsaved);
+        self.handed += batches.len() as u64;
+        Some(Save { log, batches })
+    }
+
+    /// Saves what is to be saved, if the log is here.
+    fn save(&mut self) -> Result<(), Fatal> {
+        if self.unsaved.is_empty() {
+            return Ok(());
+        }
+        self.hand_log()
+            .map_or(Ok(()), |save| self.saved(save.run()))
+    }
+
+    /// Whether something has arrived that the last turn did not take.
+    pub fn has_arrived(&self) -> bool {
+        self.is_more_left || !unpoisoned(self.shared.inbox.lock()).is_empty()
+    }
+
+    /// Takes back what was given to be saved.
+    pub fn saved(&mut self, saved: Saved<D>) -> Result<(), Fatal> {
+        let Saved { log, outcome } = saved;
+        if outcome.map_err(storage)? {
+            self.last_append_us = now().boot_us;
+        }
+        self.written_bytes = log.written_bytes();
+        self.shared.log_bytes.store(log.bytes(), Ordering::Relaxed);
+        self.log = Some(log);
+        self.replica.saved(self.handed);
+        self.cut()
+    }
+
+    /// The second half: applies, and answers.
     pub fn finish_turn(&mut self) -> Result<Progress, Fatal> {
-        self.save().map_err(storage)?;
         let Finished {
             messages,
             answers,
@@ -681,97 +370,6 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             Some(give_up_us) if is_free || now().boot_us >= give_up_us => Progress::Stopped,
             _ => Progress::GoOn,
         })
-    }
-
-    fn save(&mut self) -> Result<(), LogError> {
-        let now_us = now().boot_us;
-        if let Some(batch) = self.unsaved.take() {
-            self.log.append(&batch)?;
-            self.log.sync()?;
-            self.last_append_us = now_us;
-            self.shared
-                .log_bytes
-                .store(self.log.bytes(), Ordering::Relaxed);
-        } else if self.log.wants_mark() && now_us - self.last_append_us >= MARK_AFTER_US {
-            self.log.mark()?;
-        }
-        Ok(())
-    }
-
-    /// Takes note of what the writer has done.
-    fn checkpoints_done(&mut self) -> Result<Vec<Input<M>>, Fatal> {
-        let mut inputs = Vec::new();
-        if mem::take(&mut self.is_fetch_refused) {
-            inputs.push(Input::Fetched(None));
-        }
-        while let Some(done) = self.checkpoints.poll() {
-            match done.map_err(|error| Fatal::Storage(error.to_string()))? {
-                Done::Written(at) => {
-                    self.schedule.complete(at);
-                    self.checkpointed(at);
-                }
-                Done::Received(received) => {
-                    self.schedule.discard();
-                    if let Err(reason) = &received {
-                        tracing::warn!(%reason, "a checkpoint of another member did not arrive");
-                    }
-                    inputs.push(Input::Fetched(received.ok()));
-                }
-                Done::Adopted(at) => self.checkpointed(at),
-            }
-        }
-        Ok(inputs)
-    }
-
-    fn checkpointed(&mut self, at: Index) {
-        self.replica.checkpointed(at);
-        self.shared.checkpoint.store(at, Ordering::Relaxed);
-    }
-
-    /// The state of another member's checkpoint is that of this one.
-    fn installed(&mut self, at: Index) {
-        self.shared.installs.fetch_add(1, Ordering::Relaxed);
-        self.schedule.install(at);
-        self.checkpoints.adopt(at);
-    }
-
-    /// Orders a checkpoint when one is due, and cuts the log.
-    fn keep_checkpoints(&mut self) -> Result<(), Fatal> {
-        self.schedule
-            .want(self.shared.wanted.load(Ordering::Relaxed));
-        let written_bytes = self.log.written_bytes();
-        let state = self.replica.state();
-        let (applied, state_bytes) = (state.applied(), state.bytes());
-        if self.schedule.is_due(applied, written_bytes, state_bytes) {
-            self.schedule.begin(applied, written_bytes);
-            self.replica.begin_image();
-            self.checkpoints.begin(applied, self.schedule.newest());
-        }
-        if self.checkpoints.has_room()
-            && let Some(part) = self.replica.draw_part(limits::DRAWN_PER_TURN_MAX)
-        {
-            self.checkpoints.take(part);
-        }
-        self.cut()
-    }
-
-    fn cut(&mut self) -> Result<(), Fatal> {
-        let held = self.replica.held_by_all();
-        let sent = unpoisoned(self.shared.sent.lock()).iter().min().copied();
-        let upto = self.schedule.cut(held, sent, self.log.bytes());
-        if upto > held && !self.is_warned {
-            let reason = "the log is too long to keep it for a member that is away";
-            tracing::info!(upto, held, reason, "that member will get a checkpoint");
-        }
-        self.is_warned = upto > held;
-        // Before its base a log holds nothing.
-        if self.log.cut(upto.max(self.log.base())).map_err(storage)? {
-            self.replica.cut(upto);
-            let bytes = self.log.bytes();
-            tracing::info!(upto, bytes, "cut the log");
-            self.shared.log_bytes.store(bytes, Ordering::Relaxed);
-        }
-        Ok(())
     }
 
     fn inputs(&mut self, inbox: Inbox<M>) -> Vec<Input<M>> {
@@ -821,6 +419,45 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
     }
 }
 
+/// Batches that are to be made durable, and the log for that. The node waits for it.
+#[must_use]
+#[derive(Debug)]
+pub struct Save<D> {
+    log: Log<D>,
+    batches: Vec<Batch>,
+}
+
+/// What has come of a [`Save`].
+#[derive(Debug)]
+pub struct Saved<D> {
+    log: Log<D>,
+    /// Whether there was a batch.
+    outcome: Result<bool, LogError>,
+}
+
+impl<D: Disk> Save<D> {
+    /// Makes them durable, with one sync for all; blocks.
+    pub fn run(mut self) -> Saved<D> {
+        let outcome = self.write();
+        Saved {
+            log: self.log,
+            outcome,
+        }
+    }
+
+    fn write(&mut self) -> Result<bool, LogError> {
+        for batch in &self.batches {
+            self.log.append(batch)?;
+        }
+        if self.batches.is_empty() {
+            self.log.mark()?;
+            return Ok(false);
+        }
+        self.log.sync()?;
+        Ok(true)
+    }
+}
+
 impl<M: Machine, D: Disk> Drop for Node<M, D> {
     fn drop(&mut self) {
         let rest = self.shared.close();
@@ -864,25 +501,5 @@ fn now() -> Now {
     Now {
         boot_us: seconds * 1_000_000 + nanos / 1_000,
         date_ms: u64::try_from(date.as_millis()).unwrap_or(u64::MAX),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_queue_is_full_by_number_or_by_bytes_until_some_are_taken() {
-        let mut queue = Queue::default();
-        let half = limits::QUEUED_BYTES_MAX / 2;
-        queue.put(1, half, (), 3).unwrap();
-        queue.put(2, half, (), 3).unwrap();
-        assert_eq!(queue.put(3, 1, (), 3), Err(Failure::Overloaded));
-        assert!(queue.take(1).into_iter().eq([(1, ())]));
-        queue.put(3, 1, (), 3).unwrap();
-        queue.put(4, 1, (), 3).unwrap();
-        assert_eq!(queue.put(5, 1, (), 3), Err(Failure::Overloaded));
-        assert!(queue.take(9).into_iter().eq([(2, ()), (3, ()), (4, ())]));
-        assert_eq!(queue.bytes, 0);
     }
 }

@@ -21,63 +21,63 @@
 
 mod admission;
 mod api;
+mod apply;
 mod commands;
 mod compaction;
 mod divergence;
 mod hashing;
 mod install;
 mod leadership;
+mod peers;
+mod queries;
 mod quota;
 mod reads;
 mod renewals;
+mod status;
 mod versions;
+mod waiting;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     mem,
-    sync::Arc,
 };
 
-use bytes::Bytes;
-use conclave_proto::internal::{
-    Compare, Forward, ForwardRefused, Held, Hello, HelloReply, Origin, PeerMessage, RenewalReplies,
-    RenewalReply, Renewals, command, peer_message,
-};
+use conclave_proto::internal::{Forward, Origin, PeerMessage, RenewalReply, command};
 
-pub use self::api::{
-    Answer, AnswerBody, Begun, Config, Event, EventBody, Failure, Fatal, Finished, Input, Now,
-    Query, Role, Status,
-};
 use self::{
     admission::Admission,
     divergence::Digests,
     hashing::Hashings,
     install::Install,
     leadership::{Leadership, Taken},
+    peers::raft_message,
+    queries::Readable,
     reads::{Ask, AskBody, Reads, Renewer, Wish},
+    waiting::{Pending, PendingRenewal},
 };
-pub use self::{compaction::Retention, install::Fetch};
+pub use self::{
+    api::{
+        Answer, AnswerBody, Begun, Config, Event, EventBody, Failure, Fatal, Finished, Input, Now,
+        Query,
+    },
+    compaction::Retention,
+    install::Fetch,
+    status::{Role, Status},
+};
 use crate::{
     checkpoint::Part,
     clock::Clock,
     consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
-    ids::{Attachment, Index, NodeId, RequestNumber, Revision, SessionId, Term},
-    keyspace::{Filter, KeyRange, Piece, RevisionError, txn},
+    ids::{Attachment, Index, NodeId, RequestNumber, Revision, Term},
     limits,
-    log::{Batch, EntryKind, Facts, LogEntry, Recovered},
-    machine::{Machine, Outcome, Place},
-    session::Session,
-    state::{Applied, Resolved, State},
+    log::{Batch, Facts, LogEntry, Recovered},
+    machine::{Machine, Place},
+    state::State,
     watch::{self, Hub, Notice},
 };
 
 /// Between two attempts to propose an entry for timers that are due.
 const TIMER_RETRY_US: u64 = 1_000;
-
-/// How long followers may not know of a commit, if no append tells them. Clients
-/// of a follower who wait for a lock are granted it that much later on an idle
-/// cluster; answers to their own requests are not delayed.
-const TELL_COMMIT_WITHIN_US: u64 = 1_000;
 
 /// One member. See the module.
 #[derive(Debug)]
@@ -147,19 +147,14 @@ pub struct Replica<M: Machine> {
     renewal_replies: BTreeMap<(NodeId, u64), Vec<RenewalReply>>,
     /// Must not leave before the batch of this turn is durable.
     outbox_durable: Vec<(NodeId, PeerMessage)>,
+    /// How many batches were given out, and what waits for those that are not durable.
+    batches: u64,
+    bound: VecDeque<Bound>,
     facts_changed: bool,
     output: Finished<M>,
     status: Status,
     /// As of `status.members`.
     published_seen: u64,
-}
-
-#[derive(Debug)]
-struct Readable<M: Machine> {
-    number: RequestNumber,
-    query: Query<M>,
-    /// After this it is given up, by CLOCK_BOOTTIME.
-    deadline_us: u64,
 }
 
 /// Commands and renewals of one turn, before it is clear who leads.
@@ -170,18 +165,13 @@ struct Arrived {
     renewals: Vec<Wish>,
 }
 
+/// What waits until a batch is durable, and all before it.
 #[derive(Debug)]
-struct Pending {
-    /// The leader and term under which it was proposed or passed on.
-    under: (NodeId, Term),
-    deadline_us: u64,
-}
-
-#[derive(Debug)]
-struct PendingRenewal {
-    session: SessionId,
-    under: (NodeId, Term),
-    deadline_us: u64,
+struct Bound {
+    batch: u64,
+    /// To be told to consensus then.
+    number: u64,
+    messages: Vec<(NodeId, PeerMessage)>,
 }
 
 impl<M: Machine> Replica<M> {
@@ -254,6 +244,8 @@ impl<M: Machine> Replica<M> {
             refusals: BTreeMap::new(),
             renewal_replies: BTreeMap::new(),
             outbox_durable: Vec::new(),
+            batches: 0,
+            bound: VecDeque::new(),
             facts_changed: false,
             output: Finished::default(),
             status: Status::default(),
@@ -354,29 +346,26 @@ impl<M: Machine> Replica<M> {
         self.dispatch();
         self.tell_commit();
         self.ask_for_confirmation();
-        let prepared = self.consensus.prepare(self.now.boot_us);
-        for (sequence, index) in prepared.reads {
-            self.reads.confirm(sequence, index, self.leader_and_term());
-        }
-        let mut messages = self.take_outbox();
-        messages.extend(prepared.messages.into_iter().map(raft_message));
+        let batch = self.advance();
         Ok(Begun {
-            messages,
-            batch: self.batch(prepared.unsaved),
+            messages: self.take_outbox(),
+            batch,
         })
     }
 
-    /// The second half, once `Begun::batch` is durable: applies and answers.
-    pub fn finish(&mut self) -> Result<Finished<M>, Fatal> {
-        let advanced = self.consensus.advance(self.now.boot_us);
-        self.output.messages = mem::take(&mut self.outbox_durable);
-        self.output
-            .messages
-            .extend(advanced.messages.into_iter().map(raft_message));
-        // Without a state, nobody can apply them.
-        if self.consensus.has_state() {
-            self.unapplied.extend(advanced.committed);
+    /// So many batches, from the first that [`Replica::begin`] gave, are durable.
+    pub fn saved(&mut self, batches: u64) {
+        while let Some(bound) = self.bound.pop_front_if(|bound| bound.batch <= batches) {
+            self.consensus.saved(bound.number);
+            self.outbox.extend(bound.messages);
         }
+    }
+
+    /// The second half: applies and answers. What is durable by now may have been said
+    /// in between.
+    pub fn finish(&mut self) -> Result<Finished<M>, Fatal> {
+        let batch = self.advance();
+        assert!(batch.is_none(), "only what is taken in must be saved");
         let mut changes = 0;
         while changes < limits::CHANGES_PER_TURN_MAX
             && let Some(entry) = self.unapplied.pop_front()
@@ -396,8 +385,7 @@ impl<M: Machine> Replica<M> {
         }
         self.tell_digest();
         self.plan_fetch();
-        let messages = self.take_outbox();
-        self.output.messages.extend(messages);
+        self.output.messages = self.take_outbox();
         self.update_status();
         Ok(mem::take(&mut self.output))
     }
@@ -450,97 +438,6 @@ impl<M: Machine> Replica<M> {
         Ok(())
     }
 
-    fn receive(&mut self, from: NodeId, message: PeerMessage) -> Result<(), Fatal> {
-        use peer_message::Message;
-        // An unknown kind of message comes from a newer version; the handshake
-        // decides who may talk to whom, so it can only be one that may be lost.
-        let Some(message) = message.message else {
-            return Ok(());
-        };
-        match message {
-            Message::Hello(hello) => self.receive_hello(from, &hello),
-            Message::HelloReply(reply) => return self.receive_hello_reply(from, &reply),
-            _ if self.admission.is_some() => {}
-            Message::Raft(bytes) => match self.consensus.step(from, &bytes, self.now.boot_us) {
-                Ok(None) => {}
-                Ok(Some(offered)) => self.install.want(offered),
-                Err(why) => {
-                    tracing::warn!(peer = %from, why, "dropped a malformed message");
-                }
-            },
-            Message::Forward(forward) => {
-                self.consensus.serves(from, self.now.boot_us);
-                self.arrived.forwarded.push((from, forward));
-            }
-            Message::ForwardRefused(refused) => self.receive_refusal(&refused),
-            Message::Renewals(renewals) => {
-                self.consensus.serves(from, self.now.boot_us);
-                let Renewals { boot, renewals } = renewals;
-                self.arrived
-                    .renewals
-                    .extend(renewals.into_iter().map(|renewal| {
-                        let from = Renewer::There {
-                            node: from,
-                            boot,
-                            number: renewal.number,
-                        };
-                        let of = Attachment {
-                            session: SessionId(renewal.session_id),
-                            number: renewal.attachment,
-                        };
-                        Wish {
-                            of,
-                            from,
-                            only_asks: renewal.only_asks,
-                        }
-                    }));
-            }
-            Message::RenewalReplies(replies) => self.receive_renewal_replies(replies),
-            Message::StateDigest(digest) => return self.receive_digest(from, digest),
-            // What every member holds, this one does, too.
-            Message::Held(Held { index }) if index > self.consensus.last_index() => {}
-            Message::Held(Held { index }) => self.held = self.held.max(index),
-        }
-        Ok(())
-    }
-
-    fn receive_hello(&mut self, from: NodeId, hello: &Hello) {
-        if !self.facts.voters.contains(&from) || hello.incarnation == 0 {
-            return;
-        }
-        let incarnation = hello.incarnation;
-        let known = *self.facts.incarnations.entry(from).or_insert_with(|| {
-            self.facts_changed = true;
-            incarnation
-        });
-        let reply = HelloReply { incarnation, known };
-        self.outbox_durable
-            .push(to(from, peer_message::Message::HelloReply(reply)));
-    }
-
-    fn receive_hello_reply(&mut self, from: NodeId, reply: &HelloReply) -> Result<(), Fatal> {
-        let Some(admission) = &mut self.admission else {
-            return Ok(());
-        };
-        if reply.incarnation != self.incarnation {
-            return Ok(());
-        }
-        if reply.known != self.incarnation {
-            return Err(Fatal::Replaced {
-                node: self.config.node,
-            });
-        }
-        admission.known_by(from);
-        Ok(())
-    }
-
-    /// The connection to a peer broke: what was on its way there, or the answer
-    /// that was on its way back, may be lost.
-    fn lose_peer(&mut self, peer: NodeId) {
-        self.consensus.unreachable(peer);
-        self.fail_pending(|under| under.0 == peer);
-    }
-
     fn tick(&mut self) {
         if self.now.boot_us < self.next_tick_us {
             return;
@@ -549,260 +446,11 @@ impl<M: Machine> Replica<M> {
         // what happened meanwhile.
         self.next_tick_us = self.now.boot_us + self.tick_us();
         self.has_ticked = true;
-        let Some(admission) = &self.admission else {
-            self.consensus.tick(self.facts.voters.len() == 1);
-            self.tell_held();
-            return;
-        };
-        if admission.is_complete() {
-            self.admission = None;
-            self.facts.admitted = true;
-            self.facts_changed = true;
-            return;
+        if self.admission.is_some() {
+            return self.seek_admission();
         }
-        let hello = Hello {
-            incarnation: self.incarnation,
-        };
-        for peer in admission.unanswered() {
-            self.outbox
-                .push(to(peer, peer_message::Message::Hello(hello)));
-        }
-    }
-
-    /// Tells the others how much of the log nobody needs any more, if that has grown.
-    fn tell_held(&mut self) {
-        let index = self.consensus.held_by_all();
-        if index <= self.held {
-            return;
-        }
-        self.held = index;
-        let others = self.facts.voters.iter().copied();
-        for peer in others.filter(|peer| *peer != self.config.node) {
-            let held = peer_message::Message::Held(Held { index });
-            self.outbox.push(to(peer, held));
-        }
-    }
-
-    /// Makes or drops what belongs to a term of leadership.
-    fn follow_role(&mut self) {
-        let term = self.consensus.term();
-        let leads = self.consensus.role() == Role::Leader;
-        if leads
-            && self
-                .leadership
-                .as_ref()
-                .is_some_and(|leadership| leadership.term == term)
-        {
-            return;
-        }
-        if let Some(leadership) = self.leadership.take() {
-            #[cfg(conclave_plant)]
-            {
-                self.old_liveness = leadership.liveness;
-            }
-            let parked = leadership.parked.into_values().flatten();
-            let given_up = leadership.early.into_iter().chain(parked);
-            for renewal in given_up.chain(self.reads.take_renewals()) {
-                self.refuse_renewal(renewal.wish.from);
-            }
-        }
-        if leads {
-            self.clock.raise(self.state.system().log_time());
-            self.leadership = Some(Leadership::new(term));
-            self.taken = Taken::new(term);
-        }
-    }
-
-    /// Before its first commit a leader drops the question without a word. A
-    /// follower that knows of a commit in this term knows that the leader does.
-    fn can_confirm(&self) -> bool {
-        self.consensus.leader().is_some() && self.consensus.has_committed_in_term()
-    }
-
-    /// Tells followers of a commit when it is time and no append has.
-    fn tell_commit(&mut self) {
-        let Some(leadership) = &mut self.leadership else {
-            return;
-        };
-        if leadership
-            .tell_commit_us
-            .is_some_and(|at| at <= self.now.boot_us)
-        {
-            leadership.tell_commit_us = None;
-            if self.consensus.has_untold_commit() {
-                self.consensus.tell_commit();
-            }
-        }
-    }
-
-    fn plan_to_tell_commit(&mut self) {
-        if let Some(leadership) = &mut self.leadership {
-            let at = leadership
-                .tell_commit_us
-                .unwrap_or(self.now.boot_us + TELL_COMMIT_WITHIN_US);
-            leadership.tell_commit_us = self.consensus.has_untold_commit().then_some(at);
-        }
-    }
-
-    fn ask_for_confirmation(&mut self) {
-        let of = self.leader_and_term();
-        self.reads.renew_stale(of, self.now.boot_us);
-        if let Some(of) = of
-            && self.reads.has_fresh()
-            && self.can_confirm()
-        {
-            let sequence = self.reads.ask(of, self.now.boot_us + self.election_us());
-            self.consensus.confirm(sequence);
-        }
-    }
-
-    fn answer_reads(&mut self) {
-        for ask in self.reads.take_ready(self.state.applied()) {
-            match ask.body {
-                AskBody::Read { number, query } => self.may_be_read(number, query),
-                AskBody::Renewal(renewal) => self.renew(renewal),
-            }
-        }
-        self.read_steps_left = limits::READ_STEPS_PER_TURN_MAX;
-        while self.read_steps_left > 0
-            && let Some(Readable { number, query, .. }) = self.readable.pop_front()
-        {
-            if let Query::Swept(revision) = query {
-                let deadline_us = self.request_deadline_us();
-                self.sweeps.push((number, revision, deadline_us));
-            } else {
-                let body = self.query(query);
-                self.answer(number, body);
-            }
-            self.took_steps(limits::READ_STEPS_EACH);
-        }
-        self.answer_sweeps();
-    }
-
-    /// A read is answered as soon as a turn has time for it.
-    fn may_be_read(&mut self, number: RequestNumber, query: Query<M>) {
-        if self.readable.len() >= limits::READABLE_MAX {
-            return self.fail(number, Failure::Overloaded);
-        }
-        self.readable.push_back(Readable {
-            number,
-            query,
-            deadline_us: self.request_deadline_us(),
-        });
-    }
-
-    fn took_steps(&mut self, steps: usize) {
-        self.read_steps_left = self.read_steps_left.saturating_sub(steps);
-    }
-
-    /// A sweep that is late is answered, too: what was asked for is done, only its
-    /// traces are not gone yet.
-    fn answer_sweeps(&mut self) {
-        let (keyspace, now_us) = (self.state.keyspace(), self.now.boot_us);
-        let is_over = |(_, revision, deadline_us): &(RequestNumber, Revision, u64)| {
-            keyspace.is_swept(*revision) || *deadline_us <= now_us
-        };
-        let over: Vec<_> = self.sweeps.extract_if(.., |sweep| is_over(sweep)).collect();
-        for (number, ..) in over {
-            self.answer(number, AnswerBody::Done);
-        }
-    }
-
-    fn range(
-        &mut self,
-        range: &KeyRange,
-        revision: Option<Revision>,
-        filter: &Filter,
-        limit: usize,
-    ) -> Result<Piece, RevisionError> {
-        let keyspace = self.state.keyspace();
-        let at = revision.unwrap_or_else(|| keyspace.revision());
-        keyspace.check_readable(at)?;
-        let steps = self
-            .read_steps_left
-            .clamp(limits::READ_STEPS_MIN, limits::READ_STEPS_MAX);
-        let piece = keyspace.piece(range, at, filter, limit, steps);
-        self.took_steps(piece.steps);
-        Ok(piece)
-    }
-
-    fn query(&mut self, query: Query<M>) -> AnswerBody<M> {
-        if let Query::Range {
-            range,
-            revision,
-            filter,
-            limit,
-        } = query
-        {
-            return AnswerBody::Range(self.range(&range, revision, &filter, limit));
-        }
-        let (keyspace, sessions) = (self.state.keyspace(), self.state.sessions());
-        let (body, steps) = match query {
-            // A range was read above.
-            Query::Barrier | Query::Swept(_) | Query::Range { .. } => (AnswerBody::Done, 0),
-            Query::Compare(compares) => {
-                let steps = |compare: &Compare| match compare.end.is_empty() {
-                    true => 1,
-                    false => limits::READ_STEPS_MAX,
-                };
-                let compared = txn::compare(keyspace, &compares);
-                let steps = compares.iter().map(steps).sum();
-                (AnswerBody::Compared(compared), steps)
-            }
-            Query::Session(id) => match sessions.get(id) {
-                Some(session) => {
-                    let face = session.face(keyspace.keys_bound(id));
-                    (AnswerBody::Session(face), limits::READ_STEPS_LISTED)
-                }
-                None => (self.session_ended(id), 0),
-            },
-            Query::Sessions { after, limit } => {
-                let mut behind = sessions.behind(after);
-                let listed = behind.by_ref().take(limit);
-                let face = |(id, session): (SessionId, &Session)| {
-                    (id, session.face(keyspace.keys_bound(id)))
-                };
-                let listed: Vec<_> = listed.map(face).collect();
-                let steps = listed.len() * limits::READ_STEPS_LISTED;
-                let body = AnswerBody::Sessions {
-                    log_time_ms: self.state.system().log_time(),
-                    sessions: listed,
-                    more: behind.next().is_some(),
-                };
-                (body, steps)
-            }
-            Query::SessionIds => {
-                let ids = sessions.iter().map(|(id, _)| id).collect();
-                (AnswerBody::SessionIds(ids), sessions.len())
-            }
-            Query::KeysOf(id) if sessions.get(id).is_some() => {
-                let keys = keyspace.keys_of(id).cloned().collect();
-                (AnswerBody::Keys(keys), keyspace.keys_bound(id))
-            }
-            Query::KeysOf(id) => (self.session_ended(id), 0),
-            Query::Alarms => {
-                let raised_by = self.state.system().out_of_space();
-                let raised_by = raised_by.iter().copied().collect();
-                (AnswerBody::Alarms(raised_by), 0)
-            }
-            Query::Machine(query) => {
-                let answer = self.state.machine().query(self.state.view(), query);
-                let steps = M::work(&answer);
-                (AnswerBody::Query(answer), steps)
-            }
-        };
-        self.took_steps(steps);
-        body
-    }
-
-    fn session_ended(&self, id: SessionId) -> AnswerBody<M> {
-        AnswerBody::SessionEnded(self.state.system().end_reason(id))
-    }
-
-    /// Whether clients are told what is in this node's state: not before it is one of
-    /// the members, nor while it waits for a checkpoint.
-    fn may_read(&self) -> bool {
-        !self.is_behind() && self.admission.is_none()
+        self.consensus.tick(self.facts.voters.len() == 1);
+        self.tell_held();
     }
 
     fn watch(&mut self, request: watch::Request) {
@@ -817,173 +465,36 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    /// Applies an entry; how many keys it changed.
-    fn apply(&mut self, entry: &LogEntry) -> Result<usize, Fatal> {
-        if entry.kind == EntryKind::Membership {
-            let what = "a change of membership".to_owned();
-            return Err(Fatal::Unknown {
-                index: entry.index,
-                what,
+    /// Takes what consensus has come to. What must be saved first is given, and numbered.
+    fn advance(&mut self) -> Option<Batch> {
+        let prepared = self.consensus.prepare(self.now.boot_us);
+        for (sequence, index) in prepared.reads {
+            self.reads.confirm(sequence, index, self.leader_and_term());
+        }
+        // Without a state, nobody can apply them.
+        if self.consensus.has_state() {
+            self.unapplied.extend(prepared.committed);
+        }
+        let messages = prepared.messages.into_iter().map(raft_message);
+        self.outbox.extend(messages);
+        let batch = self.batch(prepared.unsaved);
+        let mut messages = mem::take(&mut self.outbox_durable);
+        messages.extend(prepared.bound.into_iter().map(raft_message));
+        if batch.is_some() {
+            self.batches += 1;
+            self.bound.push_back(Bound {
+                batch: self.batches,
+                number: prepared.number,
+                messages,
             });
+        } else if let Some(last) = self.bound.back_mut() {
+            last.number = last.number.max(prepared.number);
+            last.messages.extend(messages);
+        } else {
+            self.consensus.saved(prepared.number);
+            self.outbox.extend(messages);
         }
-        #[cfg(conclave_plant)]
-        crate::plant::note_node_term(self.consensus.term());
-        let (node, boot) = (self.config.node.0, self.config.boot);
-        let is_own = |origin: &Origin| origin.node == node && origin.boot == boot;
-        let applied = self
-            .state
-            .apply_for(entry.index, entry.term, &entry.data, is_own)?;
-        self.watchers
-            .advance(self.state.keyspace(), &mut self.output.notices);
-        self.note_own_digest()?;
-        if self.leadership.is_none() && !entry.data.is_empty() {
-            self.clock.follow(self.state.system().log_time());
-        }
-        let Applied {
-            outcomes,
-            resolved,
-            events,
-            lives,
-            changes,
-        } = applied;
-        for (origin, outcome) in outcomes {
-            if let Some(leadership) = &mut self.leadership
-                && origin.node != self.config.node.0
-            {
-                // A client of that node waits for it to apply this.
-                leadership.tell_commit_us = Some(self.now.boot_us);
-            }
-            if self.is_mine(&origin) && self.pending.remove(&origin.number).is_some() {
-                match outcome {
-                    Outcome::Done(answer) => self.output.answers.push((origin.number, Ok(answer))),
-                    Outcome::Waiting(place) => {
-                        self.wait_at(place, origin.number);
-                    }
-                }
-            }
-        }
-        for resolved in resolved {
-            self.resolve(resolved, entry.term);
-        }
-        self.output.events.extend(events);
-        self.follow_lives(entry.term, &lives);
-        Ok(changes)
-    }
-
-    fn wait_at(&mut self, place: Place, number: RequestNumber) {
-        // Without a number they are those of different callers, who all wait.
-        let has_number = self.state.sessions().waits_at(&place).is_some();
-        let waiting = self.waiting.entry(place).or_default();
-        waiting.push(number);
-        if has_number && waiting.len() > limits::REQUESTS_PER_PLACE_MAX {
-            let oldest = waiting.remove(0);
-            self.fail(oldest, Failure::OutcomeUnknown);
-        }
-    }
-
-    fn resolve(&mut self, resolved: Resolved<M>, term: Term) {
-        let Resolved {
-            place,
-            revision,
-            result,
-        } = resolved;
-        for number in self.waiting.remove(&place).unwrap_or_default() {
-            let body = AnswerBody::Machine(result.clone());
-            self.output.answers.push((
-                number,
-                Ok(Answer {
-                    revision,
-                    term,
-                    body,
-                }),
-            ));
-        }
-    }
-
-    /// Commands on their way under another leader or in another term than now
-    /// may or may not be applied one day; nobody will tell this node.
-    fn fail_what_lost_its_leader(&mut self) {
-        let now_under = self.leader_and_term();
-        if now_under == self.served_under {
-            return;
-        }
-        self.served_under = now_under;
-        self.fail_pending(|under| Some(under) != now_under);
-    }
-
-    /// Gives up what is on its way under certain leaders and terms.
-    fn fail_pending(&mut self, lost: impl Fn((NodeId, Term)) -> bool) {
-        let commands = self
-            .pending
-            .extract_if(.., |_, pending| lost(pending.under));
-        let renewals = self
-            .renewals
-            .extract_if(.., |_, renewal| lost(renewal.under));
-        let numbers = commands
-            .map(|(number, _)| number)
-            .chain(renewals.map(|(number, _)| number));
-        self.output
-            .answers
-            .extend(numbers.map(|number| (number, Err(Failure::OutcomeUnknown))));
-    }
-
-    fn give_up_late(&mut self) {
-        self.give_up_late_hashings();
-        let now_us = self.now.boot_us;
-        let leader = self.consensus.leader();
-        for ask in self.reads.take_late(now_us) {
-            match ask.body {
-                AskBody::Read { number, .. } => self.fail(number, Failure::NotLeader { leader }),
-                AskBody::Renewal(renewal) => {
-                    if !renewal.wish.only_asks
-                        && let Some(leadership) = &mut self.leadership
-                        && let Some(liveness) = &mut leadership.liveness
-                    {
-                        liveness.renewal_over(renewal.wish.of.session, None);
-                    }
-                    self.refuse_renewal(renewal.wish.from);
-                }
-            }
-        }
-        while let Some(late) = self.readable.front()
-            && late.deadline_us <= now_us
-        {
-            let number = late.number;
-            self.readable.pop_front();
-            self.fail(number, Failure::Overloaded);
-        }
-        // Numbers grow with time, so the oldest are first. What was proposed here
-        // ends with this term: a leader that reaches no quorum steps down.
-        while let Some((&number, pending)) = self.pending.first_key_value()
-            && pending.deadline_us <= now_us
-            && pending.under.0 != self.config.node
-        {
-            self.pending.remove(&number);
-            self.fail(number, Failure::OutcomeUnknown);
-        }
-        while let Some((&number, renewal)) = self.renewals.first_key_value()
-            && renewal.deadline_us <= now_us
-        {
-            self.renewals.remove(&number);
-            self.fail(number, Failure::OutcomeUnknown);
-        }
-    }
-
-    fn answer(&mut self, number: RequestNumber, body: AnswerBody<M>) {
-        let revision = self.state.keyspace().revision();
-        let term = self.consensus.term();
-        self.output.answers.push((
-            number,
-            Ok(Answer {
-                revision,
-                term,
-                body,
-            }),
-        ));
-    }
-
-    fn fail(&mut self, number: RequestNumber, failure: Failure) {
-        self.output.answers.push((number, Err(failure)));
+        batch
     }
 
     fn batch(&mut self, unsaved: Option<Unsaved>) -> Option<Batch> {
@@ -1006,60 +517,10 @@ impl<M: Machine> Replica<M> {
         })
     }
 
-    fn update_status(&mut self) {
-        let system = self.state.system();
-        if system.publications() != self.published_seen {
-            self.published_seen = system.publications();
-            let members = system.members().iter();
-            let members =
-                members.map(|(id, member)| (*id, member.name.clone(), member.client_urls.clone()));
-            self.status.members = Arc::new(members.collect());
-        }
-        self.status.term = self.consensus.term();
-        self.status.leader = self.consensus.leader();
-        self.status.role = match self.admission {
-            Some(_) => Role::Joining,
-            None => self.consensus.role(),
-        };
-        self.status.applied = self.state.applied();
-        self.status.committed = self.consensus.committed();
-        self.status.last = self.consensus.last_index();
-        self.status.revision = self.state.keyspace().revision();
-        self.status.compacted = self.state.keyspace().compacted();
-        self.status.sessions = self.state.sessions().len();
-        self.status.keys = self.state.keyspace().len();
-        self.status.state_bytes = self.state.bytes();
-        self.status.watching = self.watchers.load();
-        self.status.is_behind = self.is_behind();
-        let out_of_space = self.state.system().out_of_space();
-        self.status.out_of_space = out_of_space.iter().copied().collect();
-    }
-
-    fn take_outbox(&mut self) -> Vec<(NodeId, PeerMessage)> {
-        let mut messages = mem::take(&mut self.outbox);
-        for ((node, boot), numbers) in mem::take(&mut self.refusals) {
-            let refused = ForwardRefused { boot, numbers };
-            messages.push(to(node, peer_message::Message::ForwardRefused(refused)));
-        }
-        for ((node, boot), replies) in mem::take(&mut self.renewal_replies) {
-            let replies = RenewalReplies { boot, replies };
-            messages.push(to(node, peer_message::Message::RenewalReplies(replies)));
-        }
-        messages
-    }
-
     fn leader_and_term(&self) -> Option<(NodeId, Term)> {
         self.consensus
             .leader()
             .map(|leader| (leader, self.consensus.term()))
-    }
-
-    fn origin(&self, number: RequestNumber) -> Origin {
-        Origin {
-            node: self.config.node.0,
-            boot: self.config.boot,
-            number,
-        }
     }
 
     fn is_mine(&self, origin: &Origin) -> bool {
@@ -1073,22 +534,4 @@ impl<M: Machine> Replica<M> {
     fn election_us(&self) -> u64 {
         self.config.election_ms * 1_000
     }
-
-    /// Long enough for an election.
-    fn request_deadline_us(&self) -> u64 {
-        self.now.boot_us + 3 * self.election_us()
-    }
-}
-
-fn to(node: NodeId, message: peer_message::Message) -> (NodeId, PeerMessage) {
-    (
-        node,
-        PeerMessage {
-            message: Some(message),
-        },
-    )
-}
-
-fn raft_message((node, bytes): (NodeId, Bytes)) -> (NodeId, PeerMessage) {
-    to(node, peer_message::Message::Raft(bytes))
 }

@@ -187,6 +187,10 @@ type Outcomes = BTreeMap<RequestNumber, Result<AnswerBody<Register>, Failure>>;
 struct Node {
     replica: Replica<Register>,
     log: Recovered,
+    /// How many batches it was given to save.
+    batches: u64,
+    /// Saves take long: none ends, while turns go on.
+    is_slow: bool,
     inbox: VecDeque<Input<Register>>,
     outcomes: Outcomes,
     events: Vec<(SessionId, EventBody<()>)>,
@@ -560,6 +564,8 @@ impl Node {
         Self {
             replica,
             log,
+            batches: 0,
+            is_slow: false,
             inbox: VecDeque::new(),
             outcomes: BTreeMap::new(),
             events: Vec::new(),
@@ -588,6 +594,10 @@ impl Node {
                     .retain(|earlier| earlier.index < entry.index);
                 self.log.entries.push(entry);
             }
+            self.batches += 1;
+        }
+        if !self.is_slow {
+            self.replica.saved(self.batches);
         }
         let Finished {
             messages,
@@ -624,6 +634,35 @@ fn a_sole_member_serves_at_once() {
         cluster.outcome(NodeId(1), number),
         r#"Ok(Machine(Ok(b"a")))"#
     );
+}
+
+#[test]
+fn nothing_is_committed_before_a_quorum_has_saved_it_and_turns_go_on_meanwhile() {
+    let mut cluster = Cluster::ready(3);
+    let leader = cluster.leader();
+    let slow = |cluster: &mut Cluster, is_slow: &dyn Fn(NodeId) -> bool| {
+        for (id, node) in cluster.nodes.iter_mut() {
+            node.is_slow = is_slow(*id);
+        }
+    };
+    slow(&mut cluster, &|id| id != leader);
+    let first = cluster.append(leader, "a");
+    cluster.run_ms(300);
+    assert!(!cluster.nodes[&leader].outcomes.contains_key(&first));
+
+    // The followers are enough for a commit; the leader answers when it has saved it, too.
+    slow(&mut cluster, &|id| id == leader);
+    let second = cluster.append(leader, "b");
+    cluster.run_ms(500);
+    assert_eq!(cluster.outcome(leader, first), r#"Ok(Machine(Ok(b"a")))"#);
+    assert!(!cluster.nodes[&leader].outcomes.contains_key(&second));
+    let applied = |cluster: &Cluster, id| cluster.nodes[&id].replica.state().applied();
+    let follower = cluster.follower();
+    assert!(applied(&cluster, follower) > applied(&cluster, leader));
+
+    slow(&mut cluster, &|_| false);
+    cluster.run_ms(100);
+    assert_eq!(cluster.outcome(leader, second), r#"Ok(Machine(Ok(b"ab")))"#);
 }
 
 #[test]
@@ -1576,7 +1615,9 @@ impl Member {
 
     fn turn(&mut self) {
         if !self.is_stopped {
-            self.node.begin_turn().unwrap();
+            if let Some(save) = self.node.begin_turn().unwrap() {
+                self.node.saved(save.run()).unwrap();
+            }
             self.is_stopped = self.node.finish_turn().unwrap() == node::Progress::Stopped;
         }
     }

@@ -1,7 +1,8 @@
 //! The simulated world, in reading order: [`world`] is where things happen,
-//! [`node`] is a server, [`client`], [`register`], [`kv`], [`lease`], [`watch`] and [`operator`] are who
-//! calls it, [`faults`] is what goes wrong, [`ground`] is what all of them stand on,
-//! and [`checks`] tells the checkers what happened, with [`replay`] for what was committed.
+//! [`node`] is a server, [`client`], [`register`], [`kv`], [`lease`], [`watch`] and
+//! [`operator`] are who calls it, most of them at a [`pace`], [`faults`] is what goes
+//! wrong, [`ground`] is what all of them stand on, and [`checks`] tells the checkers what
+//! happened, with [`replay`] for what was committed.
 
 mod alarm;
 mod checks;
@@ -15,6 +16,7 @@ mod link;
 mod network;
 mod node;
 mod operator;
+mod pace;
 mod queue;
 mod register;
 mod replay;

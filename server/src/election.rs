@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use conclave_core::ids::SessionId;
-use conclave_core::limits;
 use conclave_primitives::{self as primitives, Reply, name::contender_key, observer::Observation};
 use conclave_proto::{
     internal::{ElectCampaign, ElectProclaim, ElectResign, primitive_command::Command},
@@ -20,7 +19,7 @@ use crate::{
     metrics::Method,
     observe,
     status::Refusal,
-    validate::{self, Invalid},
+    validate,
 };
 
 const ANOTHER_KIND: Refusal = Refusal::Internal("election");
@@ -225,13 +224,7 @@ async fn list(
     request: v1::ListElectionsRequest,
 ) -> Result<v1::ListElectionsResponse, Refusal> {
     let v1::ListElectionsRequest { name, limit, after } = request;
-    if after.len() > limits::NAME_BYTES_MAX {
-        return Err(Invalid::Argument("after: it is longer than any name").into());
-    }
-    let name = (!name.is_empty()).then_some(name);
-    if let Some(name) = &name {
-        validate::lock_name(name)?;
-    }
+    let name = validate::listed(name, &after)?;
     // The primitive bounds it, and takes 0 for as many as there may be.
     let limit = limit as usize;
     let question = primitives::Query::Elections { name, after, limit };

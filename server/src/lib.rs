@@ -17,7 +17,8 @@
 //!   and errors mapped to the wire, each in one place;
 //! - `events`: streams that follow sessions; `readers`: streams that watch keys;
 //!   `observe`: streams that observe elections;
-//! - `turns`: the thread of the node, with `peers`, the links between members;
+//! - `turns`: the thread of the node, with `saver`, the one that writes its log while it
+//!   goes on, and `peers`, the links between members;
 //! - `metrics`: what is counted.
 //!
 //! Nothing here decides who holds what, and nothing here keeps state that
@@ -46,6 +47,7 @@ mod peers;
 mod readers;
 mod retention;
 mod routes;
+mod saver;
 pub mod server;
 mod session;
 pub mod shutdown;

@@ -293,13 +293,7 @@ async fn list(
     request: v1::ListLocksRequest,
 ) -> Result<v1::ListLocksResponse, Refusal> {
     let v1::ListLocksRequest { name, limit, after } = request;
-    if after.len() > limits::NAME_BYTES_MAX {
-        return Err(Invalid::Argument("after: it is longer than any name").into());
-    }
-    let name = (!name.is_empty()).then_some(name);
-    if let Some(name) = &name {
-        validate::lock_name(name)?;
-    }
+    let name = validate::listed(name, &after)?;
     // The primitive bounds it, and takes 0 for as many as there may be.
     let limit = limit as usize;
     let (header, found) = query(gateway, primitives::Query::Locks { name, after, limit }).await?;

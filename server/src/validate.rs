@@ -52,6 +52,18 @@ pub(crate) fn lock_name(name: &str) -> Result<(), Invalid> {
     Ok(name::validate_name(name)?)
 }
 
+/// What a list shows: the one of this name, or all after another name.
+pub(crate) fn listed(name: String, after: &str) -> Result<Option<String>, Invalid> {
+    if after.len() > limits::NAME_BYTES_MAX {
+        return Err(Invalid::Argument("after: it is longer than any name"));
+    }
+    if name.is_empty() {
+        return Ok(None);
+    }
+    lock_name(&name)?;
+    Ok(Some(name))
+}
+
 /// How long nobody else gets a lock whose holder is lost.
 pub(crate) fn lock_delay(delay_ms: u64) -> Result<(), Invalid> {
     if delay_ms > limits::LOCK_DELAY_MS_MAX {
@@ -153,6 +165,15 @@ mod tests {
         for bad in [1, 499, 86_400_001, u64::MAX] {
             assert_eq!(ttl_ms(bad), Err(Invalid::Ttl));
         }
+    }
+
+    #[test]
+    fn what_is_listed() {
+        let longest = "n".repeat(limits::NAME_BYTES_MAX);
+        assert_eq!(listed(String::new(), &longest), Ok(None));
+        assert_eq!(listed("one".into(), ""), Ok(Some("one".into())));
+        assert!(listed(String::new(), &format!("{longest}n")).is_err());
+        assert!(listed("/".into(), "").is_err());
     }
 
     #[test]

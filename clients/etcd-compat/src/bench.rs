@@ -7,12 +7,15 @@ use std::{
     cell::RefCell,
     collections::BTreeMap,
     error::Error,
+    fmt::Display,
     fs,
     rc::Rc,
     time::{Duration, Instant},
 };
 
-use etcd_client::{Client, LockOptions, ResignOptions, WatchOptions};
+use etcd_client::{
+    Client, GetOptions, LockOptions, ResignOptions, Txn, TxnOp, WatchOptions,
+};
 use tokio::task::LocalSet;
 
 use crate::Arguments;
@@ -26,12 +29,16 @@ const WORKLOADS: [&str; 8] = [
 const WARM_UP: Duration = Duration::from_millis(500);
 const LEASE_SECONDS: i64 = 120;
 const VALUE: [u8; 128] = [b'v'; 128];
+/// How many keys a transaction makes, before the measured time.
+const KEYS_OF_TXN: usize = 100;
 
 /// What all clients of a workload share.
 struct Plan {
     clients: Vec<Client>,
     count: usize,
     name: String,
+    /// Puts and gets are of one of so many keys, drawn evenly; of one a client if none.
+    keys: usize,
     begin: Instant,
     end: Instant,
     /// In microseconds.
@@ -61,6 +68,7 @@ pub async fn run(endpoints: &[String], arguments: &Arguments) -> Result<(), Fail
     };
     let seconds = arguments.number("seconds", 5);
     let connections = arguments.number("connections", 4);
+    let keys = arguments.number("keys", 0);
     let pids = arguments.list("pids");
     for name in names {
         let count = match name.as_str() {
@@ -72,7 +80,7 @@ pub async fn run(endpoints: &[String], arguments: &Arguments) -> Result<(), Fail
             clients.push(crate::connect(endpoints).await?);
         }
         LocalSet::new()
-            .run_until(workload(&name, clients, count, seconds, &pids))
+            .run_until(workload(&name, clients, count, seconds, keys, &pids))
             .await?;
     }
     Ok(())
@@ -83,6 +91,7 @@ async fn workload(
     mut clients: Vec<Client>,
     count: usize,
     seconds: usize,
+    keys: usize,
     pids: &[String],
 ) -> Result<(), Failure> {
     let mut leases = Vec::new();
@@ -90,11 +99,17 @@ async fn workload(
         let of = number % clients.len();
         leases.push(clients[of].lease_grant(LEASE_SECONDS, None).await?.id());
     }
+    let keys = match name {
+        "put" | "get" => keys,
+        _ => 0,
+    };
+    fill(&clients, keys).await?;
     let begin = Instant::now() + WARM_UP;
     let plan = Rc::new(Plan {
         clients,
         count,
         name: format!("bench/{name}/{}", std::process::id()),
+        keys,
         begin,
         end: begin + Duration::from_secs(seconds as u64),
         latencies: RefCell::new(Vec::new()),
@@ -144,6 +159,7 @@ fn report(name: &str, plan: &Plan, seconds: usize, pids: &[String], used: Durati
     fields.insert("clients", plan.count as u64);
     fields.insert("connections", plan.clients.len() as u64);
     fields.insert("seconds", seconds as u64);
+    fields.insert("keys", plan.keys as u64);
     fields.insert("ops", ops as u64);
     fields.insert("ops_s", (ops / seconds.max(1)) as u64);
     fields.insert("p50_us", quantile(50));
@@ -178,12 +194,60 @@ impl Plan {
     }
 }
 
+/// Makes the keys that are drawn from, unless they are there.
+async fn fill(clients: &[Client], keys: usize) -> Result<(), Failure> {
+    let range = GetOptions::new().with_prefix().with_count_only();
+    let mut client = clients[0].clone();
+    let there = client.get(format!("bench/of-{keys}/"), Some(range)).await?.count();
+    if usize::try_from(there) == Ok(keys) {
+        return Ok(());
+    }
+    let mut filling = Vec::new();
+    let txns = keys.div_ceil(KEYS_OF_TXN);
+    for (number, client) in clients.iter().cycle().take(64).enumerate() {
+        let mut client = client.clone();
+        filling.push(tokio::task::spawn_local(async move {
+            for txn in (number..txns).step_by(64) {
+                let keys_of = txn * KEYS_OF_TXN..keys.min((txn + 1) * KEYS_OF_TXN);
+                let puts = keys_of.map(|key| TxnOp::put(drawn_key(keys, key), VALUE, None));
+                let txn = Txn::new().and_then(puts.collect::<Vec<_>>());
+                client.txn(txn).await?;
+            }
+            Ok::<_, etcd_client::Error>(())
+        }));
+    }
+    for part in filling {
+        part.await??;
+    }
+    Ok(())
+}
+
+fn drawn_key(keys: usize, key: impl Display) -> String {
+    format!("bench/of-{keys}/{key:0>8}")
+}
+
+/// The keys that a client puts or gets, one after the other.
+fn keys_of(plan: &Plan, number: usize) -> impl FnMut() -> String {
+    let (own, keys) = (format!("{}/{number}", plan.name), plan.keys as u64);
+    let mut drawn = number as u64;
+    move || {
+        if keys == 0 {
+            return own.clone();
+        }
+        // Knuth's linear congruential generator; its high bits are the better ones.
+        drawn = drawn
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        drawn_key(keys as usize, (drawn >> 33) % keys)
+    }
+}
+
 async fn put(plan: &Plan, number: usize) -> Result<(), Failure> {
     let mut client = plan.client(number);
-    let key = format!("{}/{number}", plan.name);
+    let mut key = keys_of(plan, number);
     while plan.goes_on() {
         let since = Instant::now();
-        client.put(key.as_str(), VALUE, None).await?;
+        client.put(key(), VALUE, None).await?;
         plan.done(since);
     }
     Ok(())
@@ -191,11 +255,13 @@ async fn put(plan: &Plan, number: usize) -> Result<(), Failure> {
 
 async fn get(plan: &Plan, number: usize) -> Result<(), Failure> {
     let mut client = plan.client(number);
-    let key = format!("{}/{number}", plan.name);
-    client.put(key.as_str(), VALUE, None).await?;
+    let mut key = keys_of(plan, number);
+    if plan.keys == 0 {
+        client.put(key(), VALUE, None).await?;
+    }
     while plan.goes_on() {
         let since = Instant::now();
-        client.get(key.as_str(), None).await?;
+        client.get(key(), None).await?;
         plan.done(since);
     }
     Ok(())

@@ -3,7 +3,8 @@
 //!
 //! ```sh
 //! etcd-compat calls --endpoints A,B,C [--may-refuse NAME,NAME]
-//! etcd-compat bench --endpoints A,B,C [--clients 64] [--seconds 5] [--pids P,P,P] [NAME...]
+//! etcd-compat bench --endpoints A,B,C [--clients 64] [--seconds 5] [--keys N] \
+//!     [--pids P,P,P] [NAME...]
 //! ```
 //!
 //! `calls` makes every call that the crate has, and checks what comes back. `bench`
@@ -18,7 +19,8 @@ use std::{collections::BTreeMap, process::ExitCode, time::Duration};
 use etcd_client::{Client, Error};
 
 const USAGE: &str = "etcd-compat calls|bench --endpoints A,B,C [--may-refuse NAME,NAME] \
-                     [--clients N] [--connections N] [--seconds S] [--pids P,P] [NAME...]";
+                     [--clients N] [--connections N] [--seconds S] [--keys N] [--pids P,P] \
+                     [NAME...]";
 
 /// What the command line says: options with their values, and names.
 struct Arguments {

@@ -1,23 +1,30 @@
 //! Transactions of clients on plain keys, with etcd's meaning: compares, and the
 //! operations they choose, transactions inside them included.
 //!
-//! [`check`] and its like refuse what is wrong whatever the state is. Whoever proposes a
-//! transaction asks them first, and applying asks again.
+//! [`check`] and its like refuse what is wrong whatever the state is (`checks`). Whoever
+//! proposes a transaction asks them first, and applying asks again. Then the state before
+//! it says which branches run, and whether they can (`chosen`, `compares`, within the
+//! bound of `visits`). What is left cannot fail (`run`).
 
-use std::collections::BTreeSet;
+mod checks;
+mod chosen;
+mod compares;
+mod run;
+mod visits;
 
-use bytes::Bytes;
-use conclave_proto::internal::{
-    Compare, DeleteRange, Operation, Put, Range, Txn,
-    compare::{Result as Relation, Target},
-    operation::Operation as Kind,
+use conclave_proto::internal::{DeleteRange, Put, Txn};
+
+pub use self::{
+    checks::{check, check_delete, check_put, check_range},
+    chosen::check_state_for_range,
+    compares::compare,
 };
-
-use super::{
-    Found, KeyRange, Keyspace, Overlay, Piece, RESERVED_PREFIX, Record, RevisionError, Selection,
-    as_signed,
+use self::{
+    chosen::{branches, check_kept, check_session},
+    run::{run_delete, run_put, run_txn},
 };
-use crate::{ids::SessionId, limits, session::Sessions};
+use super::{Found, Overlay, Record, RevisionError};
+use crate::{ids::SessionId, session::Sessions};
 
 /// The result of a transaction.
 #[derive(Clone, Debug, PartialEq)]
@@ -85,159 +92,6 @@ pub enum TxnError {
     UnknownOperation,
 }
 
-/// Whether a put could ever run.
-pub fn check_put(put: &Put) -> Result<(), TxnError> {
-    non_empty(&put.key)?;
-    if put.ignore_value && !put.value.is_empty() {
-        return Err(TxnError::ValueGiven);
-    }
-    if put.ignore_lease && put.lease != 0 {
-        return Err(TxnError::SessionGiven);
-    }
-    not_reserved(&put.key)
-}
-
-/// Whether a delete could ever run. One over several keys leaves those of the service
-/// alone; one of a single key of theirs is refused.
-pub fn check_delete(delete: &DeleteRange) -> Result<(), TxnError> {
-    non_empty(&delete.key)?;
-    if delete.end.is_empty() {
-        return not_reserved(&delete.key);
-    }
-    Ok(())
-}
-
-/// Whether a range could ever run.
-pub fn check_range(range: &Range) -> Result<(), TxnError> {
-    non_empty(&range.key)?;
-    match Selection::new(range) {
-        Some(_) => Ok(()),
-        None => Err(TxnError::UnknownOrder),
-    }
-}
-
-/// Whether a transaction could ever run: keys, orders, and how many operations it has.
-/// A list has `operations_max` at most; a transaction inside has what its surroundings
-/// leave of that. As in etcd, both branches count, and no branch may have an outcome
-/// that hangs on the order of its writes.
-pub fn check(txn: &Txn, operations_max: usize) -> Result<(), TxnError> {
-    let mut total = 0;
-    check_operations(txn, operations_max, 1, &mut total)?;
-    check_writes(&txn.success)?;
-    check_writes(&txn.failure)?;
-    Ok(())
-}
-
-fn check_operations(
-    txn: &Txn,
-    operations_max: usize,
-    depth: usize,
-    total: &mut usize,
-) -> Result<(), TxnError> {
-    let branches = [&txn.success, &txn.failure];
-    let longest = branches.iter().map(|branch| branch.len()).max();
-    let longest = longest.unwrap_or(0).max(txn.compares.len());
-    *total += txn.compares.len() + txn.success.len() + txn.failure.len();
-    if longest > operations_max
-        || depth > limits::TXN_DEPTH_MAX
-        || *total > limits::TXN_OPERATIONS_MAX
-    {
-        return Err(TxnError::TooManyOperations);
-    }
-    for compare in &txn.compares {
-        non_empty(&compare.key)?;
-    }
-    for operation in branches.into_iter().flatten() {
-        match operation.operation.as_ref() {
-            Some(Kind::Range(range)) => check_range(range)?,
-            Some(Kind::Put(put)) => check_put(put)?,
-            Some(Kind::DeleteRange(delete)) => check_delete(delete)?,
-            Some(Kind::Txn(txn)) => {
-                check_operations(txn, operations_max - longest, depth + 1, total)?;
-            }
-            None => return Err(TxnError::UnknownOperation),
-        }
-    }
-    Ok(())
-}
-
-/// The end of a range of all keys from one on.
-const FROM_KEY: &[u8] = &[0];
-
-/// What the branches of a list of operations write: the keys they put, and what they
-/// delete.
-type Written<'a> = (BTreeSet<&'a [u8]>, Vec<KeyRange>);
-
-/// Refuses two puts of a key, and a put of a key that is deleted; between the two
-/// branches of a transaction inside, of which only one runs, they are no conflict. As in
-/// etcd, neither is a put inside a transaction with a delete inside a later one, nor any
-/// put with a delete of all keys from one on: they run in their order.
-fn check_writes(operations: &[Operation]) -> Result<Written<'_>, TxnError> {
-    let mut puts = BTreeSet::new();
-    let mut deletes = Vec::new();
-    for operation in operations {
-        if let Some(Kind::DeleteRange(delete)) = &operation.operation
-            && delete.end != *FROM_KEY
-        {
-            deletes.push(KeyRange::new(delete.key.clone(), delete.end.clone()));
-        }
-    }
-    for operation in operations {
-        let Some(Kind::Txn(txn)) = &operation.operation else {
-            continue;
-        };
-        let (then_puts, then_deletes) = check_writes(&txn.success)?;
-        let (else_puts, else_deletes) = check_writes(&txn.failure)?;
-        for of_branch in [&then_puts, &else_puts] {
-            if !puts.is_disjoint(of_branch) || deletes.iter().any(|range| has_any(of_branch, range))
-            {
-                return Err(TxnError::DuplicateKey);
-            }
-        }
-        puts.extend(then_puts);
-        puts.extend(else_puts);
-        deletes.extend(then_deletes);
-        deletes.extend(else_deletes);
-    }
-    for operation in operations {
-        if let Some(Kind::Put(put)) = &operation.operation
-            && !puts.insert(&put.key[..])
-        {
-            return Err(TxnError::DuplicateKey);
-        }
-    }
-    if deletes.iter().any(|range| own_puts(operations, range)) {
-        return Err(TxnError::DuplicateKey);
-    }
-    Ok((puts, deletes))
-}
-
-fn has_any(puts: &BTreeSet<&[u8]>, range: &KeyRange) -> bool {
-    puts.range::<[u8], _>(range.bounds()).next().is_some()
-}
-
-fn own_puts(operations: &[Operation], range: &KeyRange) -> bool {
-    operations.iter().any(|operation| {
-        matches!(&operation.operation, Some(Kind::Put(put)) if range.contains(&put.key))
-    })
-}
-
-fn non_empty(key: &Bytes) -> Result<(), TxnError> {
-    if key.is_empty() {
-        Err(TxnError::EmptyKey)
-    } else {
-        Ok(())
-    }
-}
-
-fn not_reserved(key: &[u8]) -> Result<(), TxnError> {
-    if key.starts_with(RESERVED_PREFIX) {
-        Err(TxnError::Reserved)
-    } else {
-        Ok(())
-    }
-}
-
 /// Runs a transaction. On `Err` the overlay must be dropped.
 ///
 /// As in etcd, all compares are made against the state before it; what an operation
@@ -247,6 +101,8 @@ fn not_reserved(key: &[u8]) -> Result<(), TxnError> {
 /// [`limits::TXN_VISITS_MAX`] records together.
 /// `answers` says whether anybody is to see what operations read: if not, ranges are
 /// not walked.
+///
+/// [`limits::TXN_VISITS_MAX`]: crate::limits::TXN_VISITS_MAX
 pub fn execute(
     overlay: &mut Overlay<'_>,
     sessions: &Sessions,
@@ -254,22 +110,8 @@ pub fn execute(
     answers: bool,
 ) -> Result<TxnReply, TxnError> {
     check(&txn, usize::MAX)?;
-    let mut chosen = Chosen {
-        keyspace: overlay.base(),
-        sessions,
-        visits: Visits::of(wide_parts(&txn)),
-        branches: Vec::new(),
-        ranges: Vec::new(),
-        spans: Vec::new(),
-    };
-    chosen.choose(&txn)?;
-    let branches = chosen.checked()?;
-    let mut run = Run {
-        overlay,
-        answers,
-        chosen: branches.into_iter(),
-    };
-    Ok(run.txn(txn))
+    let chosen = branches(overlay.base(), sessions, &txn)?;
+    Ok(run_txn(overlay, txn, chosen, answers))
 }
 
 /// Runs one put.
@@ -294,330 +136,17 @@ pub fn execute_delete(
     Ok(run_delete(overlay, delete, answers))
 }
 
-/// Whether all compares hold, each as [`execute`] has it.
-pub fn compare(keyspace: &Keyspace, compares: &[Compare]) -> Result<bool, TxnError> {
-    let wide = compares.iter().filter(|compare| is_wide(compare));
-    all_hold(keyspace, compares, &mut Visits::of(wide.count()))
-}
-
-fn all_hold(
-    keyspace: &Keyspace,
-    compares: &[Compare],
-    visits: &mut Visits,
-) -> Result<bool, TxnError> {
-    for compare in compares {
-        if !holds(keyspace, compare, visits)? {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// How many compares and operations of a transaction, and of all inside it, are over
-/// ranges.
-fn wide_parts(txn: &Txn) -> usize {
-    let compares = txn.compares.iter().filter(|compare| is_wide(compare));
-    let operations = txn.success.iter().chain(&txn.failure);
-    let of_operations = operations.map(|operation| match &operation.operation {
-        Some(Kind::Range(range)) => usize::from(!range.end.is_empty()),
-        Some(Kind::DeleteRange(delete)) => usize::from(!delete.end.is_empty()),
-        Some(Kind::Txn(txn)) => wide_parts(txn),
-        Some(Kind::Put(_)) | None => 0,
-    });
-    compares.count() + of_operations.sum::<usize>()
-}
-
-fn is_wide(compare: &Compare) -> bool {
-    !compare.end.is_empty()
-}
-
-/// How many records the ranges of a transaction may still look at. Every member counts
-/// them, as it has to come to the same end, whether it walks all of the ranges or not:
-/// so what counts is what there is before the transaction.
-struct Visits {
-    left: usize,
-}
-
-impl Visits {
-    /// One range is as long as it may be outside of a transaction.
-    fn of(wide_parts: usize) -> Self {
-        let left = match wide_parts {
-            0 | 1 => usize::MAX,
-            _ => limits::TXN_VISITS_MAX,
-        };
-        Self { left }
-    }
-
-    fn one(&mut self) -> Result<(), TxnError> {
-        let left = self.left.checked_sub(1);
-        self.left = left.ok_or(TxnError::TooManyOperations)?;
-        Ok(())
-    }
-}
-
-/// What of a transaction runs.
-struct Chosen<'a> {
-    keyspace: &'a Keyspace,
-    sessions: &'a Sessions,
-    visits: Visits,
-    /// Which branch, of each transaction that runs, in the order in which they do.
-    branches: Vec<bool>,
-    ranges: Vec<&'a Range>,
-    /// What its operations look at.
-    spans: Vec<KeyRange>,
-}
-
-impl<'a> Chosen<'a> {
-    /// Notes what runs, and refuses puts that cannot run on this state. What is wrong
-    /// with a range comes after that, as in etcd.
-    fn choose(&mut self, txn: &'a Txn) -> Result<(), TxnError> {
-        let succeeded = all_hold(self.keyspace, &txn.compares, &mut self.visits)?;
-        self.branches.push(succeeded);
-        let branch = if succeeded {
-            &txn.success
-        } else {
-            &txn.failure
-        };
-        for operation in branch {
-            match operation.operation.as_ref() {
-                Some(Kind::Put(put)) => {
-                    // As in etcd the other way round than for a put alone.
-                    check_kept(self.keyspace, put)?;
-                    check_session(self.sessions, put)?;
-                }
-                Some(Kind::Range(range)) => {
-                    self.ranges.push(range);
-                    self.will_walk(&range.key, &range.end);
-                }
-                Some(Kind::Txn(txn)) => self.choose(txn)?,
-                Some(Kind::DeleteRange(delete)) => self.will_walk(&delete.key, &delete.end),
-                None => {}
-            }
-        }
-        Ok(())
-    }
-
-    fn will_walk(&mut self, key: &Bytes, end: &Bytes) {
-        if !end.is_empty() {
-            self.spans.push(KeyRange::new(key.clone(), end.clone()));
-        }
-    }
-
-    /// The branches, if the rest can run on this state, too.
-    fn checked(mut self) -> Result<Vec<bool>, TxnError> {
-        for range in &self.ranges {
-            check_state_for_range(self.keyspace, range)?;
-        }
-        // Most often there is no need to count.
-        let at_most = self.spans.len().saturating_mul(self.keyspace.len());
-        if at_most > self.visits.left {
-            for span in &self.spans {
-                for _ in self.keyspace.range(span, None) {
-                    self.visits.one()?;
-                }
-            }
-        }
-        Ok(self.branches)
-    }
-}
-
-fn check_session(sessions: &Sessions, put: &Put) -> Result<(), TxnError> {
-    let session = SessionId(put.lease);
-    if put.lease != 0 && sessions.get(session).is_none() {
-        return Err(TxnError::SessionNotAlive(session));
-    }
-    Ok(())
-}
-
-/// Whether there is what a put is to keep.
-fn check_kept(keyspace: &Keyspace, put: &Put) -> Result<(), TxnError> {
-    if (put.ignore_value || put.ignore_lease) && keyspace.get(&put.key).is_none() {
-        return Err(TxnError::KeyNotFound);
-    }
-    Ok(())
-}
-
-/// Whether a range of a transaction can be read at its revision.
-pub fn check_state_for_range(keyspace: &Keyspace, range: &Range) -> Result<(), TxnError> {
-    match u64::try_from(range.revision) {
-        Ok(0) => Ok(()),
-        Ok(revision) => Ok(keyspace.check_readable(revision)?),
-        Err(_) if keyspace.compacted() == 0 => Ok(()),
-        Err(_) => Err(TxnError::Revision(RevisionError::Compacted {
-            asked: 0,
-            compacted: keyspace.compacted(),
-        })),
-    }
-}
-
-/// Whether a compare holds for every key there is; if there is none, for a key that is
-/// all zeros, except that no compare of values holds then.
-fn holds(keyspace: &Keyspace, compare: &Compare, visits: &mut Visits) -> Result<bool, TxnError> {
-    let relation =
-        Relation::try_from(compare.result).map_err(|_unknown| TxnError::UnknownOperation)?;
-    if !is_wide(compare) {
-        #[cfg(conclave_plant)]
-        if crate::plant::is("compare-against-stale-state")
-            && let stale = keyspace.revision() - 1
-            && keyspace.check_readable(stale).is_ok()
-        {
-            let range = KeyRange::single(compare.key.clone());
-            let record = keyspace.range(&range, Some(stale)).next();
-            return Ok(holds_for(record, relation, compare));
-        }
-        return Ok(holds_for(keyspace.get(&compare.key), relation, compare));
-    }
-    let range = KeyRange::new(compare.key.clone(), compare.end.clone());
-    let mut is_empty = true;
-    for record in keyspace.range(&range, None) {
-        is_empty = false;
-        visits.one()?;
-        if !holds_for(Some(record), relation, compare) {
-            return Ok(false);
-        }
-    }
-    Ok(!is_empty || holds_for(None, relation, compare))
-}
-
-fn holds_for(record: Option<&Record>, relation: Relation, compare: &Compare) -> bool {
-    let number = |of: fn(&Record) -> u64, wanted: i64| as_signed(record.map_or(0, of)).cmp(&wanted);
-    let ordering = match &compare.target {
-        None => number(|record| record.version, 0),
-        Some(Target::Version(wanted)) => number(|record| record.version, *wanted),
-        Some(Target::CreateRevision(wanted)) => number(|record| record.create_revision, *wanted),
-        Some(Target::ModRevision(wanted)) => number(|record| record.mod_revision, *wanted),
-        Some(Target::Lease(wanted)) => record
-            .and_then(|record| record.lease)
-            .map_or(0, |session| session.0)
-            .cmp(wanted),
-        Some(Target::Value(wanted)) => match record {
-            Some(record) => record.value.cmp(wanted),
-            None => return false,
-        },
-    };
-    match relation {
-        Relation::Equal => ordering.is_eq(),
-        Relation::NotEqual => ordering.is_ne(),
-        Relation::Greater => ordering.is_gt(),
-        Relation::Less => ordering.is_lt(),
-    }
-}
-
-/// A transaction that is under way: nothing of it can fail any more.
-struct Run<'a, 'b> {
-    overlay: &'a mut Overlay<'b>,
-    answers: bool,
-    /// See [`Chosen`].
-    chosen: std::vec::IntoIter<bool>,
-}
-
-impl Run<'_, '_> {
-    fn txn(&mut self, txn: Txn) -> TxnReply {
-        let succeeded = self.chosen.next().expect("every transaction was looked at");
-        #[cfg(conclave_plant)]
-        let succeeded = match crate::plant::is("compare-after-own-writes") {
-            true => self.compare_late(&txn, succeeded),
-            false => succeeded,
-        };
-        let branch = if succeeded { txn.success } else { txn.failure };
-        let operations = branch
-            .into_iter()
-            .filter_map(|operation| operation.operation);
-        let results = operations.map(|operation| self.operation(operation));
-        let results = results.collect();
-        TxnReply { succeeded, results }
-    }
-
-    /// A mistake: compares see what was written before them. Of transactions inside this
-    /// one nobody knows then which branch runs, so one with some is left alone.
-    #[cfg(conclave_plant)]
-    fn compare_late(&self, txn: &Txn, succeeded: bool) -> bool {
-        let mut all = txn.success.iter().chain(&txn.failure);
-        let mut compares = txn.compares.iter();
-        if all.any(|one| matches!(one.operation, Some(Kind::Txn(_))))
-            || compares.any(|compare| !compare.end.is_empty())
-        {
-            return succeeded;
-        }
-        txn.compares.iter().all(|compare| {
-            let relation = Relation::try_from(compare.result).unwrap_or(Relation::Equal);
-            holds_for(self.overlay.get(&compare.key), relation, compare)
-        })
-    }
-
-    fn operation(&mut self, operation: Kind) -> OperationReply {
-        match operation {
-            Kind::Put(put) => OperationReply::Put(run_put(self.overlay, put)),
-            Kind::DeleteRange(delete) => run_delete(self.overlay, delete, self.answers),
-            Kind::Range(range) if self.answers => OperationReply::Range(self.range(range)),
-            Kind::Range(_) => OperationReply::Range(Found::default()),
-            Kind::Txn(txn) => OperationReply::Txn(self.txn(txn)),
-        }
-    }
-
-    fn range(&self, range: Range) -> Found {
-        let mut selection = Selection::new(&range).expect("its order was looked at");
-        let (filter, limit) = (selection.filter(), selection.wanted());
-        let keys = KeyRange::new(range.key, range.end);
-        let mut piece = Piece::default();
-        let mut add = |record: &Record| piece.add(record, &filter, limit);
-        match u64::try_from(range.revision) {
-            Ok(0) | Err(_) => self.overlay.range(&keys).for_each(&mut add),
-            Ok(at) => self
-                .overlay
-                .base()
-                .range(&keys, Some(at))
-                .for_each(&mut add),
-        }
-        selection.add(piece);
-        selection.finish()
-    }
-}
-
-fn run_put(overlay: &mut Overlay<'_>, put: Put) -> Option<Record> {
-    let before = overlay.get(&put.key);
-    let lease = match before {
-        Some(before) if put.ignore_lease => before.lease,
-        _ => (put.lease != 0).then_some(SessionId(put.lease)),
-    };
-    let value = match before {
-        Some(before) if put.ignore_value => before.value.clone(),
-        _ => put.value,
-    };
-    let previous = put.previous.then(|| before.cloned()).flatten();
-    overlay.put(put.key, value, lease);
-    previous
-}
-
-fn run_delete(overlay: &mut Overlay<'_>, delete: DeleteRange, answers: bool) -> OperationReply {
-    let range = KeyRange::new(delete.key, delete.end);
-    let there = overlay.range(&range);
-    let deleted: Vec<Record> = there
-        .filter(|record| !record.key.starts_with(RESERVED_PREFIX))
-        .cloned()
-        .collect();
-    #[cfg(conclave_plant)]
-    let deleted = match crate::plant::is("delete-range-misses-last") && deleted.len() > 1 {
-        true => deleted[..deleted.len() - 1].to_vec(),
-        false => deleted,
-    };
-    for record in &deleted {
-        overlay.delete(&record.key);
-    }
-    OperationReply::DeleteRange {
-        deleted: deleted.len() as u64,
-        previous: if delete.previous && answers {
-            deleted
-        } else {
-            Vec::new()
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+    use conclave_proto::internal::{
+        Compare, Operation, Range,
+        compare::{Result as Relation, Target},
+        operation::Operation as Kind,
+    };
+
     use super::*;
-    use crate::keyspace::Keyspace;
+    use crate::{keyspace::Keyspace, limits};
 
     #[test]
     fn ranges_of_a_transaction_are_bounded_together() {

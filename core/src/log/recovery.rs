@@ -10,11 +10,10 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 
 use super::{
-    Inspection, Layout, LogEntry, LogError, Older, Recovered,
+    Inspection, Layout, LogEntry, LogError, Recovered,
     body::{self, FORMAT_VERSION, Malformed, Standing},
-    close,
     record::{self, Link, Position, Record},
-    segment_name,
+    segments::{Older, close, segment_name},
 };
 use crate::{disk::Disk, ids::Index};
 

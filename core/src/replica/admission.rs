@@ -9,7 +9,10 @@
 
 use std::collections::BTreeSet;
 
-use crate::ids::NodeId;
+use conclave_proto::internal::{Hello, HelloReply, peer_message};
+
+use super::{Fatal, Replica, peers::to};
+use crate::{ids::NodeId, machine::Machine};
 
 /// The questions of a new directory.
 #[derive(Debug)]
@@ -48,6 +51,63 @@ impl Admission {
 
     pub(super) fn is_complete(&self) -> bool {
         self.known_by.len() >= self.needed
+    }
+}
+
+impl<M: Machine> Replica<M> {
+    /// Asks those who have not said that they know this directory. Once enough do, this
+    /// member takes part.
+    pub(super) fn seek_admission(&mut self) {
+        let Some(admission) = &self.admission else {
+            return;
+        };
+        if admission.is_complete() {
+            self.admission = None;
+            self.facts.admitted = true;
+            self.facts_changed = true;
+            return;
+        }
+        let hello = Hello {
+            incarnation: self.incarnation,
+        };
+        for peer in admission.unanswered() {
+            self.outbox
+                .push(to(peer, peer_message::Message::Hello(hello)));
+        }
+    }
+
+    pub(super) fn receive_hello(&mut self, from: NodeId, hello: &Hello) {
+        if !self.facts.voters.contains(&from) || hello.incarnation == 0 {
+            return;
+        }
+        let incarnation = hello.incarnation;
+        let known = *self.facts.incarnations.entry(from).or_insert_with(|| {
+            self.facts_changed = true;
+            incarnation
+        });
+        let reply = HelloReply { incarnation, known };
+        self.outbox_durable
+            .push(to(from, peer_message::Message::HelloReply(reply)));
+    }
+
+    pub(super) fn receive_hello_reply(
+        &mut self,
+        from: NodeId,
+        reply: &HelloReply,
+    ) -> Result<(), Fatal> {
+        let Some(admission) = &mut self.admission else {
+            return Ok(());
+        };
+        if reply.incarnation != self.incarnation {
+            return Ok(());
+        }
+        if reply.known != self.incarnation {
+            return Err(Fatal::Replaced {
+                node: self.config.node,
+            });
+        }
+        admission.known_by(from);
+        Ok(())
     }
 }
 

@@ -1,7 +1,5 @@
 //! What goes into a replica and what comes out of it.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 use conclave_proto::internal::{Compare, PeerMessage, command};
 
@@ -332,7 +330,8 @@ pub enum EventBody<E> {
 pub struct Begun {
     /// May be sent at once.
     pub messages: Vec<(NodeId, PeerMessage)>,
-    /// Must be durable before `finish` is called.
+    /// Must be made durable in its turn; then [`Replica::saved`](super::Replica::saved)
+    /// is to be called. Batches are numbered from 1 in the order in which they are given.
     pub batch: Option<Batch>,
 }
 
@@ -367,62 +366,6 @@ impl<M: Machine> Default for Finished<M> {
             installed: None,
         }
     }
-}
-
-/// What a node knows of itself and the cluster, for status, metrics, leader hints.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Status {
-    /// The current term.
-    pub term: Term,
-    /// Who leads, if known.
-    pub leader: Option<NodeId>,
-    /// What this node is.
-    pub role: Role,
-    /// Up to where entries are applied.
-    pub applied: Index,
-    /// Up to where entries are committed.
-    pub committed: Index,
-    /// The last entry of the log.
-    pub last: Index,
-    /// The newest revision.
-    pub revision: Revision,
-    /// The lowest revision that can be read; 0 if all can.
-    pub compacted: Revision,
-    /// Live sessions.
-    pub sessions: usize,
-    /// Live keys.
-    pub keys: usize,
-    /// The size of the state; see [`crate::state::State::bytes`].
-    pub state_bytes: u64,
-    /// What readers of events take, on this node.
-    pub watching: watch::Load,
-    /// Whether this node waits for a checkpoint of the leader.
-    pub is_behind: bool,
-    /// The members that raised the alarm NOSPACE.
-    pub out_of_space: Vec<NodeId>,
-    /// Members that have served: id, name, client addresses.
-    pub members: Arc<Vec<(NodeId, String, Vec<String>)>>,
-}
-
-impl Status {
-    /// Whether the alarm NOSPACE is raised.
-    pub fn is_out_of_space(&self) -> bool {
-        !self.out_of_space.is_empty()
-    }
-}
-
-/// See [`Status::role`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Role {
-    /// Its directory is new; it may not vote before enough others know it.
-    #[default]
-    Joining,
-    /// Follows a leader, or waits for one.
-    Follower,
-    /// Asks for votes.
-    Candidate,
-    /// Leads.
-    Leader,
 }
 
 /// A reason to stop this node for good.

@@ -8,7 +8,7 @@ use conclave_proto::internal::{
 };
 use prost::Message as _;
 
-use super::{Arrived, Failure, Pending, Replica, reads::Wish, to};
+use super::{Arrived, Failure, Replica, peers::to, reads::Wish, waiting::Pending};
 use crate::{
     APPLY_VERSION,
     ids::{NodeId, RequestNumber, SessionId},
@@ -317,6 +317,14 @@ impl<M: Machine> Replica<M> {
             if self.pending.remove(number).is_some() {
                 self.fail(*number, Failure::NotLeader { leader });
             }
+        }
+    }
+
+    fn origin(&self, number: RequestNumber) -> Origin {
+        Origin {
+            node: self.config.node.0,
+            boot: self.config.boot,
+            number,
         }
     }
 

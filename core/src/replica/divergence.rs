@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use conclave_proto::internal::{StateDigest, peer_message};
 
-use super::{Fatal, Replica, to};
+use super::{Fatal, Replica, peers::to};
 use crate::{
     ids::{Index, NodeId},
     limits,

@@ -105,6 +105,7 @@ impl<M: Machine> Replica<M> {
             self.install.want(self.consensus.before_first());
             return;
         }
+        assert!(self.bound.is_empty(), "the log is not at rest");
         tracing::info!(index = at.0, keeps_log = holds, "installs a checkpoint");
         self.consensus.restart(at);
         self.unapplied.clear();

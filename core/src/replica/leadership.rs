@@ -3,11 +3,17 @@
 
 use std::collections::BTreeMap;
 
-use super::{compaction::Compactor, reads::RenewalAsk};
+use super::{Replica, Role, compaction::Compactor, reads::RenewalAsk};
 use crate::{
     ids::{Index, NodeId, RequestNumber, SessionId, Term},
     liveness::Liveness,
+    machine::Machine,
 };
+
+/// How long followers may not know of a commit, if no append tells them. Clients
+/// of a follower who wait for a lock are granted it that much later on an idle
+/// cluster; answers to their own requests are not delayed.
+const TELL_COMMIT_WITHIN_US: u64 = 1_000;
 
 /// See the module.
 #[derive(Debug)]
@@ -65,6 +71,63 @@ impl Leadership {
     pub(super) fn next_expiry_us(&self, applied: Index) -> Option<u64> {
         self.expiry_resumes_us
             .filter(|_| self.expiry_entry <= applied)
+    }
+}
+
+impl<M: Machine> Replica<M> {
+    /// Makes or drops what belongs to a term of leadership.
+    pub(super) fn follow_role(&mut self) {
+        let term = self.consensus.term();
+        let leads = self.consensus.role() == Role::Leader;
+        if leads
+            && self
+                .leadership
+                .as_ref()
+                .is_some_and(|leadership| leadership.term == term)
+        {
+            return;
+        }
+        if let Some(leadership) = self.leadership.take() {
+            #[cfg(conclave_plant)]
+            {
+                self.old_liveness = leadership.liveness;
+            }
+            let parked = leadership.parked.into_values().flatten();
+            let given_up = leadership.early.into_iter().chain(parked);
+            for renewal in given_up.chain(self.reads.take_renewals()) {
+                self.refuse_renewal(renewal.wish.from);
+            }
+        }
+        if leads {
+            self.clock.raise(self.state.system().log_time());
+            self.leadership = Some(Leadership::new(term));
+            self.taken = Taken::new(term);
+        }
+    }
+
+    /// Tells followers of a commit when it is time and no append has.
+    pub(super) fn tell_commit(&mut self) {
+        let Some(leadership) = &mut self.leadership else {
+            return;
+        };
+        if leadership
+            .tell_commit_us
+            .is_some_and(|at| at <= self.now.boot_us)
+        {
+            leadership.tell_commit_us = None;
+            if self.consensus.has_untold_commit() {
+                self.consensus.tell_commit();
+            }
+        }
+    }
+
+    pub(super) fn plan_to_tell_commit(&mut self) {
+        if let Some(leadership) = &mut self.leadership {
+            let at = leadership
+                .tell_commit_us
+                .unwrap_or(self.now.boot_us + TELL_COMMIT_WITHIN_US);
+            leadership.tell_commit_us = self.consensus.has_untold_commit().then_some(at);
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use super::api::Query;
+use super::{Query, Replica};
 use crate::{
     ids::{Attachment, Index, NodeId, RequestNumber, Term},
     machine::Machine,
@@ -193,5 +193,25 @@ impl<M: Machine> Reads<M> {
             taken.extend(asks.extract_if(.., |ask| which(ask)));
         }
         taken
+    }
+}
+
+impl<M: Machine> Replica<M> {
+    /// Before its first commit a leader drops the question without a word. A
+    /// follower that knows of a commit in this term knows that the leader does.
+    pub(super) fn can_confirm(&self) -> bool {
+        self.consensus.leader().is_some() && self.consensus.has_committed_in_term()
+    }
+
+    pub(super) fn ask_for_confirmation(&mut self) {
+        let of = self.leader_and_term();
+        self.reads.renew_stale(of, self.now.boot_us);
+        if let Some(of) = of
+            && self.reads.has_fresh()
+            && self.can_confirm()
+        {
+            let sequence = self.reads.ask(of, self.now.boot_us + self.election_us());
+            self.consensus.confirm(sequence);
+        }
     }
 }

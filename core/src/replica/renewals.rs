@@ -8,9 +8,10 @@ use conclave_proto::internal::{
 };
 
 use super::{
-    AnswerBody, Failure, PendingRenewal, Replica,
+    AnswerBody, Failure, Replica,
+    peers::to,
     reads::{Ask, AskBody, RenewalAsk, Renewer, Wish},
-    to,
+    waiting::PendingRenewal,
 };
 use crate::{
     ids::{NodeId, RequestNumber, Term},

@@ -24,7 +24,7 @@ use conclave_proto::v1::RequestNumber;
 
 use super::{
     alarm::{Alarm, Owner},
-    clock::Clock,
+    clock::{self, Clock},
     ground::{About, CallBody, Ground, Reply},
     link::{CallOutcome, Link, Pending, Refusal, outcome},
     tally::{Fault, Operation},
@@ -102,8 +102,7 @@ enum Step {
 
 impl LockClient {
     pub(crate) fn new(actor: usize, ground: &mut Ground) -> Self {
-        let rate = 1_000_000 - super::clock::RATE_ERROR_PPM
-            + ground.rng.below(2 * super::clock::RATE_ERROR_PPM + 1);
+        let rate = clock::draw_rate(&mut ground.rng);
         let owners = ["", "", "worker", "a b/é:%"];
         let mut client = Self {
             link: Link::new(actor, ground),
@@ -279,10 +278,7 @@ impl LockClient {
         if ground.checks.lock_delay.lost(self.actor()) {
             ground.did(Operation::LostWithDelay);
         }
-        ground
-            .checks
-            .liveness
-            .completes(self.actor(), ground.now_us);
+        self.link.served(ground);
         if let Some(pending) = self.pending.take() {
             self.link.abandon(pending, ground);
         }
@@ -304,7 +300,7 @@ impl LockClient {
         });
         let comes_back = ground.rng.chance(600_000);
         self.lose_session(ground);
-        ground.checks.liveness.gone(self.actor());
+        self.link.gone(ground);
         let until_us = ground.now_us
             + match comes_back {
                 true => ground.rng.between(1_000, 600_000),
@@ -410,7 +406,7 @@ impl LockClient {
     }
 
     fn open(&mut self, ground: &mut Ground) {
-        ground.checks.liveness.begins(self.actor(), ground.now_us);
+        self.link.begins(ground);
         // A session that may be over before it is heard of is of no use.
         let now = self.clock.local(ground.now_us);
         let is_old = |opening: &Opening| now > opening.sent + self.ttl_ms * 500;
@@ -467,10 +463,7 @@ impl LockClient {
         });
         ground.did(Operation::SessionOpened);
         ground.attach(session.0, self.link.actor, self.link.node);
-        ground
-            .checks
-            .liveness
-            .completes(self.actor(), ground.now_us);
+        self.link.served(ground);
         self.rest_a_little(ground);
     }
 
@@ -480,7 +473,7 @@ impl LockClient {
             self.step = Step::Rest;
             return;
         }
-        ground.checks.liveness.begins(self.actor(), ground.now_us);
+        self.link.begins(ground);
         if ground.rng.chance(10_000) {
             self.step = Step::Close;
             return self.close(ground);

@@ -1,7 +1,14 @@
 //! Clocks that run at their own rate.
 
+use crate::rng::Rng;
+
 /// Rates differ from true time by at most this many parts in a million.
-pub(crate) const RATE_ERROR_PPM: u64 = 50_000;
+const RATE_ERROR_PPM: u64 = 50_000;
+
+/// The rate of a machine's clock, in parts of a million.
+pub(crate) fn draw_rate(rng: &mut Rng) -> u64 {
+    rng.between(1_000_000 - RATE_ERROR_PPM, 1_000_000 + RATE_ERROR_PPM)
+}
 
 /// A clock as one machine sees it, in microseconds.
 #[derive(Clone, Copy, Debug)]
@@ -47,13 +54,9 @@ mod tests {
 
     #[test]
     fn both_directions_agree() {
-        let mut rng = crate::rng::Rng::new(3);
+        let mut rng = Rng::new(3);
         for _ in 0..1_000 {
-            let clock = Clock::new(
-                rng.below(1_000),
-                rng.below(1_000),
-                rng.between(950_000, 1_050_000),
-            );
+            let clock = Clock::new(rng.below(1_000), rng.below(1_000), draw_rate(&mut rng));
             let local = 1_000 + rng.below(1 << 40);
             let at = clock.true_at(local);
             assert!(clock.local(at) >= local);

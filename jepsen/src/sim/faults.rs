@@ -173,20 +173,9 @@ fn partition(kind: Kind, nodes: &[Node], actors: usize, ground: &mut Ground) {
             }
             if ground.rng.chance(300_000) {
                 let at_us = ground.now_us + ground.rng.below(1_000_000);
-                ground.schedule(
-                    at_us,
-                    Event::PeerLost {
-                        node: from,
-                        peer: to,
-                    },
-                );
-                ground.schedule(
-                    at_us,
-                    Event::PeerLost {
-                        node: to,
-                        peer: from,
-                    },
-                );
+                for (node, peer) in [(from, to), (to, from)] {
+                    ground.schedule(at_us, Event::PeerLost { node, peer });
+                }
             }
         }
     }
@@ -230,12 +219,16 @@ fn lose_peer(nodes: &mut [Node], ground: &mut Ground) {
     }
 }
 
+fn victims(kind: Kind, nodes: &[Node], ground: &mut Ground) -> Vec<usize> {
+    match kind {
+        Kind::CrashAll | Kind::PauseAll => (0..nodes.len()).collect(),
+        Kind::CrashLeader | Kind::PauseLeader => vec![leader(nodes, ground)],
+        _ => vec![ground.rng.index(nodes.len())],
+    }
+}
+
 fn crash(kind: Kind, nodes: &mut [Node], ground: &mut Ground) {
-    let victims: Vec<usize> = match kind {
-        Kind::Crash => vec![ground.rng.index(nodes.len())],
-        Kind::CrashLeader => vec![leader(nodes, ground)],
-        _ => (0..nodes.len()).collect(),
-    };
+    let victims = victims(kind, nodes, ground);
     ground.tally.fault(match kind {
         Kind::Crash => Fault::Crash,
         Kind::CrashLeader => Fault::CrashOfLeader,
@@ -252,11 +245,7 @@ fn crash(kind: Kind, nodes: &mut [Node], ground: &mut Ground) {
 }
 
 fn pause(kind: Kind, nodes: &mut [Node], ground: &mut Ground) {
-    let victims: Vec<usize> = match kind {
-        Kind::Pause => vec![ground.rng.index(nodes.len())],
-        Kind::PauseLeader => vec![leader(nodes, ground)],
-        _ => (0..nodes.len()).collect(),
-    };
+    let victims = victims(kind, nodes, ground);
     ground.tally.fault(match kind {
         Kind::Pause => Fault::Pause,
         Kind::PauseLeader => Fault::PauseOfLeader,

@@ -15,8 +15,9 @@ use conclave_proto::internal::Compare;
 
 use self::generate::{Drawn, draw};
 use super::{
-    ground::{CallBody, Ground, Reply},
-    link::{Due, Pace, Pending, outcome},
+    ground::{About, CallBody, Ground, Reply},
+    link::{Pending, outcome},
+    pace::{Pace, Paced},
     tally::Operation as Counted,
 };
 use crate::checkers::{Verdict, serializable::Asked};
@@ -24,15 +25,12 @@ use crate::checkers::{Verdict, serializable::Asked};
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct KvClient {
-    pace: Pace,
-    /// Values written so far; each is written once.
-    values: u64,
-    under_way: Option<UnderWay>,
+    pace: Pace<UnderWay>,
 }
 
 /// What a call asks.
 #[derive(Debug)]
-enum UnderWay {
+pub(crate) enum UnderWay {
     Command(Counted),
     Range(Reading),
     Compare {
@@ -43,7 +41,7 @@ enum UnderWay {
 
 /// A read, which may take several calls.
 #[derive(Debug)]
-struct Reading {
+pub(crate) struct Reading {
     /// Of this call.
     asked: Asked,
     /// Of what one member has applied.
@@ -55,35 +53,31 @@ struct Reading {
 
 impl KvClient {
     pub(crate) fn new(actor: usize, ground: &mut Ground) -> Self {
-        let begin_us = ground.rng.below(500_000);
-        let until_us = ground.settings.drain_us;
-        Self {
-            pace: Pace::new(actor, begin_us, until_us, ground),
-            values: 0,
-            under_way: None,
-        }
+        let pace = Pace::new(actor, ground);
+        Self { pace }
     }
 
-    pub(crate) fn wake(&mut self, ground: &mut Ground) {
-        match self.pace.wake(ground) {
-            Some(Due::GiveUp(pending)) => self.ended(pending, Reply::Broken, ground),
-            Some(Due::Begin) => self.begin(ground),
-            None => {}
-        }
+    fn read(&mut self, reading: Reading, ground: &mut Ground) {
+        let query = generate::query(&reading.asked);
+        let body = query_of(query, reading.is_local);
+        self.call(body, UnderWay::Range(reading), ground);
     }
 
-    pub(crate) fn hear(&mut self, id: u64, reply: Reply, ground: &mut Ground) {
-        if let Some(pending) = self.pace.ended(id) {
-            self.ended(pending, reply, ground);
-        }
+    fn call(&mut self, body: CallBody, under_way: UnderWay, ground: &mut Ground) {
+        self.pace.call(body, About::Other, under_way, ground);
+    }
+}
+
+impl Paced for KvClient {
+    type Call = UnderWay;
+
+    fn pace(&mut self) -> &mut Pace<Self::Call> {
+        &mut self.pace
     }
 
     fn begin(&mut self, ground: &mut Ground) {
-        if ground.rng.chance(50_000) {
-            self.pace.link.move_on(None, ground);
-        }
-        self.values += 1;
-        let value = (self.pace.link.actor as u64 + 1) << 32 | self.values;
+        self.pace.wander(ground);
+        let value = self.pace.fresh_value();
         let newest = ground.checks.serializable.model.revision();
         match draw(&mut ground.rng, value, newest) {
             Drawn::Command(body, counted) => {
@@ -110,31 +104,15 @@ impl KvClient {
         }
     }
 
-    fn read(&mut self, reading: Reading, ground: &mut Ground) {
-        let query = generate::query(&reading.asked);
-        let body = query_of(query, reading.is_local);
-        self.call(body, UnderWay::Range(reading), ground);
-    }
-
-    fn call(&mut self, body: CallBody, under_way: UnderWay, ground: &mut Ground) {
-        let patience_us = ground.rng.between(200_000, 1_500_000);
-        self.pace.begin(body, patience_us, ground);
-        self.under_way = Some(under_way);
-    }
-
-    fn ended(&mut self, pending: Pending, reply: Reply, ground: &mut Ground) {
-        let Some(under_way) = self.under_way.take() else {
-            return;
-        };
+    fn ended(&mut self, under_way: UnderWay, pending: Pending, reply: Reply, ground: &mut Ground) {
         let (outcome, hint) = outcome(reply);
         let Outcome::Answered(answer) = outcome else {
-            return self.failed(hint, ground);
+            return self.pace.failed(hint, ground);
         };
         let verdict = judge(&under_way, pending, &answer, ground);
         ground.checks.note(verdict);
         ground.did(counted(&under_way, &answer));
-        let actor = self.pace.link.actor;
-        ground.checks.liveness.completes(actor, ground.now_us);
+        self.pace.link.served(ground);
         if let UnderWay::Range(reading) = under_way
             && let AnswerBody::Range(Ok(piece)) = &answer.body
             && let Some(next) = next_piece(reading, piece, answer.revision)
@@ -142,15 +120,6 @@ impl KvClient {
             return self.read(next, ground);
         }
         let rest_us = ground.rng.skewed(30_000);
-        self.pace.rest(rest_us, ground);
-    }
-
-    fn failed(&mut self, hint: Option<usize>, ground: &mut Ground) {
-        ground.did(Counted::Unknown);
-        // Given up, not served: the next one counts as another.
-        ground.checks.liveness.gone(self.pace.link.actor);
-        self.pace.link.move_on(hint, ground);
-        let rest_us = ground.rng.between(10_000, 100_000);
         self.pace.rest(rest_us, ground);
     }
 }

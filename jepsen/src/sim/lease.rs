@@ -16,7 +16,8 @@ use conclave_proto::internal::{
 
 use super::{
     ground::{About, CallBody, Ground, Reply},
-    link::{Due, Pace, Pending, Refusal, outcome},
+    link::{Pending, Refusal, outcome},
+    pace::{Pace, Paced},
     tally::Operation as Counted,
 };
 use crate::checkers::leases::Call;
@@ -31,15 +32,14 @@ const TTL_MS_MAX: u64 = 4_000;
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct LeaseClient {
-    pace: Pace,
+    pace: Pace<UnderWay>,
     /// The leases that it may have.
     leases: Vec<i64>,
-    values: u64,
-    under_way: Option<UnderWay>,
 }
 
+/// What a call asks.
 #[derive(Clone, Copy, Debug)]
-enum UnderWay {
+pub(crate) enum UnderWay {
     Grant { chosen: bool },
     Of(Call),
     Bind(Counted),
@@ -48,65 +48,9 @@ enum UnderWay {
 
 impl LeaseClient {
     pub(crate) fn new(actor: usize, ground: &mut Ground) -> Self {
-        let begin_us = ground.rng.below(500_000);
-        let until_us = ground.settings.drain_us;
         Self {
-            pace: Pace::new(actor, begin_us, until_us, ground),
+            pace: Pace::new(actor, ground),
             leases: Vec::new(),
-            values: 0,
-            under_way: None,
-        }
-    }
-
-    pub(crate) fn wake(&mut self, ground: &mut Ground) {
-        match self.pace.wake(ground) {
-            Some(Due::GiveUp(pending)) => self.ended(pending, Reply::Broken, ground),
-            Some(Due::Begin) => self.begin(ground),
-            None => {}
-        }
-    }
-
-    pub(crate) fn hear(&mut self, id: u64, reply: Reply, ground: &mut Ground) {
-        if let Some(pending) = self.pace.ended(id) {
-            self.ended(pending, reply, ground);
-        }
-    }
-
-    fn begin(&mut self, ground: &mut Ground) {
-        if ground.rng.chance(50_000) {
-            self.pace.link.move_on(None, ground);
-        }
-        if !self.leases.is_empty() && ground.rng.chance(10_000) {
-            // It lets one go, which will expire.
-            let gone = ground.rng.index(self.leases.len());
-            self.leases.swap_remove(gone);
-        }
-        let wants_more = self.leases.len() < LEASES_MAX && ground.rng.chance(300_000);
-        if self.leases.is_empty() || wants_more {
-            return self.grant(ground);
-        }
-        let id = self.leases[ground.rng.index(self.leases.len())];
-        match ground.rng.below(100) {
-            0..45 => self.ask(Call::Renew(id), ground),
-            45..60 => self.ask(Call::TimeLeft(id), ground),
-            60..66 => self.ask(Call::Revoke(id), ground),
-            66..84 => {
-                let put = command::Body::Put(self.put(id, ground));
-                self.call(
-                    CallBody::Command(put),
-                    UnderWay::Bind(Counted::KeyBound),
-                    ground,
-                );
-            }
-            84..92 => {
-                let txn = command::Body::Txn(self.txn(id, ground));
-                let under_way = UnderWay::Bind(Counted::BoundInTxn);
-                self.call(CallBody::Command(txn), under_way, ground);
-            }
-            _ => {
-                let query = Query::KeysOf(SessionId(id));
-                self.call(CallBody::Read(query), UnderWay::KeysOf(id), ground);
-            }
         }
     }
 
@@ -144,9 +88,7 @@ impl LeaseClient {
             UnderWay::Of(call) => About::Lease(call),
             UnderWay::Bind(_) | UnderWay::KeysOf(_) => About::Other,
         };
-        let patience_us = ground.rng.between(200_000, 1_500_000);
-        self.pace.begin_as(body, about, patience_us, ground);
-        self.under_way = Some(under_way);
+        self.pace.call(body, about, under_way, ground);
     }
 
     /// Some keys are those that clients of plain keys write.
@@ -159,8 +101,7 @@ impl LeaseClient {
     }
 
     fn put(&mut self, lease: i64, ground: &mut Ground) -> Put {
-        self.values += 1;
-        let value = (self.pace.link.actor as u64 + 1) << 32 | self.values;
+        let value = self.pace.fresh_value();
         Put {
             key: Self::key(ground),
             value: value.to_string().into(),
@@ -190,35 +131,6 @@ impl LeaseClient {
             success: vec![operation(bound)],
             failure: vec![operation(free)],
         }
-    }
-
-    fn ended(&mut self, pending: Pending, reply: Reply, ground: &mut Ground) {
-        let Some(under_way) = self.under_way.take() else {
-            return;
-        };
-        let (outcome, hint) = outcome(reply);
-        match outcome {
-            Outcome::Answered(answer) => self.answered(under_way, pending, &answer, ground),
-            // It is over.
-            Outcome::Refused(Refusal::Rejected(_)) => {
-                if let UnderWay::Of(Call::Renew(id) | Call::TimeLeft(id) | Call::Revoke(id))
-                | UnderWay::KeysOf(id) = under_way
-                {
-                    self.forget(id);
-                }
-                ground.did(Counted::LeaseOver);
-            }
-            _ => {
-                ground.did(Counted::Unknown);
-                // Given up, not served: the next one counts as another.
-                ground.checks.liveness.gone(self.pace.link.actor);
-                self.pace.link.move_on(hint, ground);
-            }
-        }
-        let actor = self.pace.link.actor;
-        ground.checks.liveness.completes(actor, ground.now_us);
-        let rest_us = ground.rng.skewed(60_000);
-        self.pace.rest(rest_us, ground);
     }
 
     fn answered(
@@ -263,5 +175,72 @@ impl LeaseClient {
 
     fn forget(&mut self, id: i64) {
         self.leases.retain(|known| *known != id);
+    }
+}
+
+impl Paced for LeaseClient {
+    type Call = UnderWay;
+
+    fn pace(&mut self) -> &mut Pace<Self::Call> {
+        &mut self.pace
+    }
+
+    fn begin(&mut self, ground: &mut Ground) {
+        self.pace.wander(ground);
+        if !self.leases.is_empty() && ground.rng.chance(10_000) {
+            // It lets one go, which will expire.
+            let gone = ground.rng.index(self.leases.len());
+            self.leases.swap_remove(gone);
+        }
+        let wants_more = self.leases.len() < LEASES_MAX && ground.rng.chance(300_000);
+        if self.leases.is_empty() || wants_more {
+            return self.grant(ground);
+        }
+        let id = self.leases[ground.rng.index(self.leases.len())];
+        match ground.rng.below(100) {
+            0..45 => self.ask(Call::Renew(id), ground),
+            45..60 => self.ask(Call::TimeLeft(id), ground),
+            60..66 => self.ask(Call::Revoke(id), ground),
+            66..84 => {
+                let put = command::Body::Put(self.put(id, ground));
+                self.call(
+                    CallBody::Command(put),
+                    UnderWay::Bind(Counted::KeyBound),
+                    ground,
+                );
+            }
+            84..92 => {
+                let txn = command::Body::Txn(self.txn(id, ground));
+                let under_way = UnderWay::Bind(Counted::BoundInTxn);
+                self.call(CallBody::Command(txn), under_way, ground);
+            }
+            _ => {
+                let query = Query::KeysOf(SessionId(id));
+                self.call(CallBody::Read(query), UnderWay::KeysOf(id), ground);
+            }
+        }
+    }
+
+    fn ended(&mut self, under_way: UnderWay, pending: Pending, reply: Reply, ground: &mut Ground) {
+        let (outcome, hint) = outcome(reply);
+        match outcome {
+            Outcome::Answered(answer) => self.answered(under_way, pending, &answer, ground),
+            // It is over.
+            Outcome::Refused(Refusal::Rejected(_)) => {
+                if let UnderWay::Of(Call::Renew(id) | Call::TimeLeft(id) | Call::Revoke(id))
+                | UnderWay::KeysOf(id) = under_way
+                {
+                    self.forget(id);
+                }
+                ground.did(Counted::LeaseOver);
+            }
+            _ => {
+                ground.did(Counted::Unknown);
+                self.pace.not_served(hint, ground);
+            }
+        }
+        self.pace.link.served(ground);
+        let rest_us = ground.rng.skewed(60_000);
+        self.pace.rest(rest_us, ground);
     }
 }

@@ -1,7 +1,6 @@
 //! What all clients share: a server they talk to, and numbered calls.
 
 use super::{
-    alarm::{Alarm, Owner},
     ground::{About, Call, CallBody, Ground, Reply},
     tally::Fault,
 };
@@ -104,6 +103,21 @@ impl Link {
         ground.send_abandon(pending.node, self.actor, pending.id);
     }
 
+    /// From now on its client must be served in time.
+    pub(crate) fn begins(&self, ground: &mut Ground) {
+        ground.checks.liveness.begins(self.actor, ground.now_us);
+    }
+
+    /// Its client was served.
+    pub(crate) fn served(&self, ground: &mut Ground) {
+        ground.checks.liveness.completes(self.actor, ground.now_us);
+    }
+
+    /// Its client gives up, or is gone; what it begins next counts as another.
+    pub(crate) fn gone(&self, ground: &mut Ground) {
+        ground.checks.liveness.gone(self.actor);
+    }
+
     /// Goes to another server: mostly where the leader is said to be.
     pub(crate) fn move_on(&mut self, hint: Option<usize>, ground: &mut Ground) {
         let nodes = ground.settings.nodes;
@@ -111,103 +125,6 @@ impl Link {
             Some(leader) if ground.rng.chance(700_000) => leader,
             _ => (self.node + 1 + ground.rng.index(nodes - 1)) % nodes,
         };
-    }
-}
-
-/// A client with one call at a time and rests between them.
-#[derive(Debug)]
-pub(crate) struct Pace {
-    pub(crate) link: Link,
-    alarm: Alarm,
-    pending: Option<Pending>,
-    /// When it begins the next call.
-    next_us: u64,
-    /// From when on it begins nothing new.
-    until_us: u64,
-}
-
-/// What is due for such a client.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Due {
-    /// It gives its call up.
-    GiveUp(Pending),
-    /// It begins another.
-    Begin,
-}
-
-impl Pace {
-    /// A client that begins at `next_us`, and begins nothing new from `until_us` on.
-    pub(crate) fn new(actor: usize, next_us: u64, until_us: u64, ground: &mut Ground) -> Self {
-        let mut pace = Self {
-            link: Link::new(actor, ground),
-            alarm: Alarm::new(Owner::Actor(actor)),
-            pending: None,
-            next_us,
-            until_us,
-        };
-        pace.rearm(ground);
-        pace
-    }
-
-    /// Its alarm may ring: what it must do then.
-    pub(crate) fn wake(&mut self, ground: &mut Ground) -> Option<Due> {
-        if !self.alarm.rings(ground) {
-            return None;
-        }
-        let due = match self.pending {
-            Some(pending) if pending.until_us <= ground.now_us => {
-                self.link.abandon(pending, ground);
-                self.pending = None;
-                Some(Due::GiveUp(pending))
-            }
-            None if self.next_us <= ground.now_us && ground.now_us < self.until_us => {
-                Some(Due::Begin)
-            }
-            _ => None,
-        };
-        if due.is_none() {
-            self.rearm(ground);
-        }
-        due
-    }
-
-    /// The call that a reply ends.
-    pub(crate) fn ended(&mut self, id: u64) -> Option<Pending> {
-        self.pending.take_if(|pending| pending.id == id)
-    }
-
-    /// Sends a call, which must be served in time.
-    pub(crate) fn begin(&mut self, body: CallBody, patience_us: u64, ground: &mut Ground) {
-        self.begin_as(body, About::Other, patience_us, ground);
-    }
-
-    /// The same of one that means something to checkers.
-    pub(crate) fn begin_as(
-        &mut self,
-        body: CallBody,
-        about: About,
-        patience_us: u64,
-        ground: &mut Ground,
-    ) {
-        let (actor, now_us) = (self.link.actor, ground.now_us);
-        ground.checks.liveness.begins(actor, now_us);
-        self.pending = Some(self.link.call(body, about, patience_us, ground));
-        self.rearm(ground);
-    }
-
-    /// Begins the next call after a rest.
-    pub(crate) fn rest(&mut self, rest_us: u64, ground: &mut Ground) {
-        self.next_us = ground.now_us + rest_us;
-        self.rearm(ground);
-    }
-
-    fn rearm(&mut self, ground: &mut Ground) {
-        let at_us = match self.pending {
-            Some(pending) => pending.until_us,
-            None if ground.now_us >= self.until_us => return,
-            None => self.next_us,
-        };
-        self.alarm.set(at_us, ground);
     }
 }
 

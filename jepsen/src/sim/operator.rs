@@ -8,15 +8,16 @@ use conclave_proto::internal::{Compact, LockForceRelease, NoSpace, command, prim
 
 use super::{
     checks::lock_name,
-    ground::{CallBody, Ground, Reply},
-    link::{Due, Pace, Refusal, outcome},
+    ground::{About, CallBody, Ground, Reply},
+    link::{Pending, Refusal, outcome},
+    pace::{Pace, Paced},
     tally::Operation,
 };
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Operator {
-    pace: Pace,
+    pace: Pace<()>,
     /// The newest revision it was told of.
     revision: u64,
     /// What it does next about the alarm.
@@ -32,24 +33,18 @@ impl Operator {
             false => settings.drain_us,
         };
         Self {
-            pace: Pace::new(actor, 1_000_000, until_us, ground),
+            pace: Pace::within(actor, 1_000_000, until_us, ground),
             revision: 0,
             made_room: false,
         }
     }
+}
 
-    pub(crate) fn wake(&mut self, ground: &mut Ground) {
-        match self.pace.wake(ground) {
-            Some(Due::GiveUp(_)) => self.ended(Reply::Broken, ground),
-            Some(Due::Begin) => self.begin(ground),
-            None => {}
-        }
-    }
+impl Paced for Operator {
+    type Call = ();
 
-    pub(crate) fn hear(&mut self, id: u64, reply: Reply, ground: &mut Ground) {
-        if self.pace.ended(id).is_some() {
-            self.ended(reply, ground);
-        }
+    fn pace(&mut self) -> &mut Pace<Self::Call> {
+        &mut self.pace
     }
 
     fn begin(&mut self, ground: &mut Ground) {
@@ -89,10 +84,11 @@ impl Operator {
             };
             CallBody::Read(Query::Machine(query))
         };
-        self.pace.begin(body, 1_000_000, ground);
+        self.pace
+            .call_for(1_000_000, body, About::Other, (), ground);
     }
 
-    fn ended(&mut self, reply: Reply, ground: &mut Ground) {
+    fn ended(&mut self, (): (), _: Pending, reply: Reply, ground: &mut Ground) {
         let outcome = outcome(reply);
         if let Outcome::Answered(answer) = &outcome.0 {
             self.revision = answer.revision;
@@ -130,15 +126,9 @@ impl Operator {
             ) => ground.did(Operation::Disarmed),
             (Outcome::Answered(_) | Outcome::Refused(Refusal::Rejected(Rejection::NotHeld)), _) => {
             }
-            (_, hint) => {
-                ground.checks.liveness.gone(self.pace.link.actor);
-                self.pace.link.move_on(hint, ground);
-            }
+            (_, hint) => self.pace.not_served(hint, ground),
         }
-        ground
-            .checks
-            .liveness
-            .completes(self.pace.link.actor, ground.now_us);
+        self.pace.link.served(ground);
         let rest_us = match ground.settings.is_scarce() {
             true => ground.rng.between(50_000, 500_000),
             false => ground.rng.between(200_000, 1_500_000),

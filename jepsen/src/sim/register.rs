@@ -20,8 +20,9 @@ use conclave_proto::internal::{
 
 use super::{
     checks::{register_key, register_value},
-    ground::{CallBody, Ground, Reply},
-    link::{CallOutcome, Due, Pace, Pending, outcome},
+    ground::{About, CallBody, Ground, Reply},
+    link::{CallOutcome, Pending, outcome},
+    pace::{Pace, Paced},
     tally::Operation as Counted,
 };
 use crate::checkers::linearizable::{ABSENT, Action, Operation};
@@ -32,48 +33,33 @@ const KEY_US: u64 = 4_000_000;
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct RegisterClient {
-    pace: Pace,
+    pace: Pace<(u64, Action)>,
     /// The register, of which there are a few.
     register: u64,
-    /// Values written so far; each is written once.
-    values: u64,
     /// The key and value last seen.
     seen: (u64, u64),
-    /// The key of the call under way, and what it does.
-    under_way: Option<(u64, Action)>,
 }
 
 impl RegisterClient {
     pub(crate) fn new(actor: usize, ground: &mut Ground) -> Self {
-        let begin_us = ground.rng.below(500_000);
-        let until_us = ground.settings.drain_us;
         Self {
-            pace: Pace::new(actor, begin_us, until_us, ground),
+            pace: Pace::new(actor, ground),
             register: actor as u64 % ground.settings.registers,
-            values: 0,
             seen: (0, ABSENT),
-            under_way: None,
         }
     }
+}
 
-    pub(crate) fn wake(&mut self, ground: &mut Ground) {
-        match self.pace.wake(ground) {
-            Some(Due::GiveUp(pending)) => self.ended(pending, Reply::Broken, ground),
-            Some(Due::Begin) => self.begin(ground),
-            None => {}
-        }
-    }
+impl Paced for RegisterClient {
+    /// A key, and what is done to it.
+    type Call = (u64, Action);
 
-    pub(crate) fn hear(&mut self, id: u64, reply: Reply, ground: &mut Ground) {
-        if let Some(pending) = self.pace.ended(id) {
-            self.ended(pending, reply, ground);
-        }
+    fn pace(&mut self) -> &mut Pace<Self::Call> {
+        &mut self.pace
     }
 
     fn begin(&mut self, ground: &mut Ground) {
-        if ground.rng.chance(50_000) {
-            self.pace.link.move_on(None, ground);
-        }
+        self.pace.wander(ground);
         let key = self.register * 1_000_000 + ground.now_us / KEY_US;
         if self.seen.0 != key {
             self.seen = (key, ABSENT);
@@ -81,11 +67,11 @@ impl RegisterClient {
         let (body, action) = match ground.rng.below(100) {
             0..45 => (read(key), Action::Read(ABSENT)),
             45..65 => {
-                let new = self.fresh_value();
+                let new = self.pace.fresh_value();
                 (write(key, new), Action::Write(new))
             }
             65..70 => {
-                let new = self.fresh_value();
+                let new = self.pace.fresh_value();
                 let put = command::Body::Put(put_of(key, new));
                 (CallBody::Command(put), Action::Write(new))
             }
@@ -94,24 +80,20 @@ impl RegisterClient {
                 (delete(key, alone), Action::Write(ABSENT))
             }
             _ => {
-                let (old, new) = (self.seen.1, self.fresh_value());
+                let (old, new) = (self.seen.1, self.pace.fresh_value());
                 (swap(key, old, new), Action::Swap { old, new })
             }
         };
-        let patience_us = ground.rng.between(200_000, 1_500_000);
-        self.pace.begin(body, patience_us, ground);
-        self.under_way = Some((key, action));
+        self.pace.call(body, About::Other, (key, action), ground);
     }
 
-    fn fresh_value(&mut self) -> u64 {
-        self.values += 1;
-        (self.pace.link.actor as u64 + 1) << 32 | self.values
-    }
-
-    fn ended(&mut self, pending: Pending, reply: Reply, ground: &mut Ground) {
-        let Some((key, action)) = self.under_way.take() else {
-            return;
-        };
+    fn ended(
+        &mut self,
+        (key, action): (u64, Action),
+        pending: Pending,
+        reply: Reply,
+        ground: &mut Ground,
+    ) {
         let (outcome, hint) = outcome(reply);
         judge(&outcome, pending, ground);
         let returned = |action| {
@@ -157,31 +139,19 @@ impl RegisterClient {
             _ => None,
         };
         let Some(operation) = operation else {
-            return self.failed(hint, ground);
+            return self.pace.failed(hint, ground);
         };
         ground.checks.linearizable.record(key, operation);
         if operation.returned_us.is_none() {
-            return self.failed(hint, ground);
+            return self.pace.failed(hint, ground);
         }
         self.seen = match operation.action {
             Action::Read(value) | Action::Write(value) => (key, value),
             Action::Swap { new, .. } => (key, new),
         };
         ground.did(counted(action, operation.action));
-        ground
-            .checks
-            .liveness
-            .completes(self.pace.link.actor, ground.now_us);
+        self.pace.link.served(ground);
         let rest_us = ground.rng.skewed(20_000);
-        self.pace.rest(rest_us, ground);
-    }
-
-    fn failed(&mut self, hint: Option<usize>, ground: &mut Ground) {
-        ground.did(Counted::Unknown);
-        // Given up, not served: the next one counts as another.
-        ground.checks.liveness.gone(self.pace.link.actor);
-        self.pace.link.move_on(hint, ground);
-        let rest_us = ground.rng.between(10_000, 100_000);
         self.pace.rest(rest_us, ground);
     }
 }

@@ -109,11 +109,10 @@ impl WatchClient {
 
     fn begin(&mut self, ground: &mut Ground) {
         self.goal = Some(ground.checks.serializable.model.revision());
-        let (actor, now_us) = (self.link.actor, ground.now_us);
-        ground.checks.liveness.begins(actor, now_us);
+        self.link.begins(ground);
         if ground.troubled() && ground.rng.chance(50_000) {
             ground.tally.fault(Fault::ReaderSlow);
-            self.slow_until_us = now_us + ground.rng.between(200_000, 2_000_000);
+            self.slow_until_us = ground.now_us + ground.rng.between(200_000, 2_000_000);
         }
         self.has_come(ground);
     }
@@ -132,9 +131,9 @@ impl WatchClient {
         self.stream = None;
         self.connects_us = ground.now_us + ground.rng.between(1_000, 300_000);
         self.link.move_on(None, ground);
-        // Served by nobody; what comes next counts as another.
+        // Served by nobody.
         self.goal = None;
-        ground.checks.liveness.gone(self.link.actor);
+        self.link.gone(ground);
     }
 
     /// As the server does for a stream that takes what it is sent.
@@ -280,8 +279,7 @@ impl WatchClient {
         if self.watches.iter().all(has_come) {
             self.goal = None;
             self.next_us = ground.now_us + ground.rng.between(50_000, 400_000);
-            let actor = self.link.actor;
-            ground.checks.liveness.completes(actor, ground.now_us);
+            self.link.served(ground);
         }
     }
 }

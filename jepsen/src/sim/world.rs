@@ -10,6 +10,7 @@ use super::{
     lease::LeaseClient,
     node::{self, Node, id},
     operator::Operator,
+    pace::Paced as _,
     register::RegisterClient,
     settings::Settings,
     tally::Tally,

@@ -3,14 +3,11 @@
 use std::pin::Pin;
 
 use conclave_proto::v1::{self, election_server, session_event::Event};
-use tokio::{
-    sync::mpsc,
-    time::{Duration, Instant, timeout_at},
-};
+use tokio::sync::mpsc;
 use tokio_stream::{Stream, wrappers::UnboundedReceiverStream};
 use tonic::{Request, Response, Status};
 
-use super::{Holder, Server, Servers, State, number, refusal};
+use super::{Found, Holder, Server, Servers, State, key, number, refusal};
 
 /// Of all elections together.
 #[derive(Debug, Default)]
@@ -116,20 +113,13 @@ impl Servers {
 
 /// The term, or `None` if the candidate must wait.
 fn try_lead(state: &mut State, request: &v1::CampaignRequest) -> Result<Option<u64>, Status> {
-    if !state.sessions.contains_key(&request.session_id) {
-        return Err(refusal("SESSION_EXPIRED"));
-    }
     let number = number(request.number.as_ref());
-    if state.cancelled.contains(&(request.session_id, number)) {
-        return Err(refusal("CANCELLED"));
-    }
-    match state.elections.leaders.get(&request.name) {
-        Some((holder, _)) if (holder.session, holder.request) == (request.session_id, number) => {
-            return Ok(Some(holder.token));
-        }
-        Some(_) if request.wait_ms == Some(0) => return Err(refusal("LOCK_HELD")),
-        Some(_) => return Ok(None),
-        None => {}
+    let leader = state.elections.leaders.get(&request.name);
+    let holder = leader.map(|(holder, _)| holder);
+    match state.find(holder, (request.session_id, number), request.wait_ms)? {
+        Found::Itself(term) => return Ok(Some(term)),
+        Found::Another => return Ok(None),
+        Found::Nobody => {}
     }
     state.last += 1;
     let term = state.last;
@@ -163,23 +153,13 @@ impl election_server::Election for Server {
     ) -> Result<Response<v1::CampaignResponse>, Status> {
         self.enter().await?;
         let request = request.into_inner();
-        let wait = Duration::from_millis(request.wait_ms.unwrap_or(3_600_000));
-        let deadline = Instant::now() + wait;
-        loop {
-            let notified = self.shared.changed.notified();
-            let led = try_lead(&mut self.shared.state(), &request)?;
-            if let Some(term) = led {
-                let key = format!("{}/{:x}", request.name, request.session_id).into();
-                return self.leave(v1::CampaignResponse {
-                    header: self.header(),
-                    key,
-                    term,
-                });
-            }
-            if timeout_at(deadline, notified).await.is_err() {
-                return Err(refusal("WAIT_TIMED_OUT"));
-            }
-        }
+        let attempt = |state: &mut State| try_lead(state, &request);
+        let term = self.granted(request.wait_ms, attempt).await?;
+        self.leave(v1::CampaignResponse {
+            header: self.header(),
+            key: key(&request.name, request.session_id),
+            term,
+        })
     }
 
     async fn proclaim(

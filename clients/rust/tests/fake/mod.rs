@@ -11,6 +11,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
+use bytes::Bytes;
 use conclave_proto::v1::{
     self,
     call::Request as Body,
@@ -220,35 +221,80 @@ impl Server {
         })
     }
 
-    /// The grant, or `None` if the request must wait.
-    fn try_acquire(&self, request: &v1::AcquireRequest) -> Result<Option<u64>, Status> {
-        let mut state = self.shared.state();
-        if !state.sessions.contains_key(&request.session_id) {
+    /// Tries until there is a grant, for as long as the request waits.
+    async fn granted(
+        &self,
+        wait_ms: Option<u64>,
+        mut attempt: impl FnMut(&mut State) -> Result<Option<u64>, Status>,
+    ) -> Result<u64, Status> {
+        let wait = Duration::from_millis(wait_ms.unwrap_or(3_600_000));
+        let deadline = Instant::now() + wait;
+        loop {
+            let notified = self.shared.changed.notified();
+            let granted = attempt(&mut self.shared.state())?;
+            if let Some(token) = granted {
+                return Ok(token);
+            }
+            if timeout_at(deadline, notified).await.is_err() {
+                return Err(refusal("WAIT_TIMED_OUT"));
+            }
+        }
+    }
+}
+
+/// Who has what a request wants.
+enum Found {
+    Nobody,
+    /// The same request, by this token.
+    Itself(u64),
+    /// Another one, for which it waits.
+    Another,
+}
+
+impl State {
+    /// What a request of a session, by its number, finds there.
+    fn find(
+        &self,
+        holder: Option<&Holder>,
+        asking: (i64, u64),
+        wait_ms: Option<u64>,
+    ) -> Result<Found, Status> {
+        if !self.sessions.contains_key(&asking.0) {
             return Err(refusal("SESSION_EXPIRED"));
         }
-        let number = number(request.number.as_ref());
-        if state.cancelled.contains(&(request.session_id, number)) {
+        if self.cancelled.contains(&asking) {
             return Err(refusal("CANCELLED"));
         }
-        match state.holders.get(&request.name) {
-            Some(holder) if (holder.session, holder.request) == (request.session_id, number) => {
-                return Ok(Some(holder.token));
+        match holder {
+            None => Ok(Found::Nobody),
+            Some(holder) if (holder.session, holder.request) == asking => {
+                Ok(Found::Itself(holder.token))
             }
-            Some(_) if request.wait_ms == Some(0) => return Err(refusal("LOCK_HELD")),
-            Some(_) => return Ok(None),
-            None => {}
+            Some(_) if wait_ms == Some(0) => Err(refusal("LOCK_HELD")),
+            Some(_) => Ok(Found::Another),
         }
-        state.last += 1;
-        state.grants += 1;
-        let holder = Holder {
-            session: request.session_id,
-            owner: request.owner.clone(),
-            request: number,
-            token: state.last,
-        };
-        state.holders.insert(request.name.clone(), holder);
-        Ok(Some(state.last))
     }
+}
+
+/// The grant, or `None` if the request must wait.
+fn try_acquire(state: &mut State, request: &v1::AcquireRequest) -> Result<Option<u64>, Status> {
+    let number = number(request.number.as_ref());
+    let holder = state.holders.get(&request.name);
+    match state.find(holder, (request.session_id, number), request.wait_ms)? {
+        Found::Itself(token) => return Ok(Some(token)),
+        Found::Another => return Ok(None),
+        Found::Nobody => {}
+    }
+    state.last += 1;
+    state.grants += 1;
+    let holder = Holder {
+        session: request.session_id,
+        owner: request.owner.clone(),
+        request: number,
+        token: state.last,
+    };
+    state.holders.insert(request.name.clone(), holder);
+    Ok(Some(state.last))
 }
 
 /// The client numbers everything.
@@ -256,6 +302,10 @@ fn number(number: Option<&v1::RequestNumber>) -> u64 {
     let number = number.map_or(0, |number| number.request);
     assert!(number > 0, "a request without a number");
     number
+}
+
+fn key(name: &str, session: i64) -> Bytes {
+    format!("{name}/{session:x}").into()
 }
 
 fn error(code: Code, reason: &str, metadata: HashMap<String, String>) -> Status {
@@ -361,22 +411,13 @@ impl lock_server::Lock for Server {
     ) -> Result<Response<v1::AcquireResponse>, Status> {
         self.enter().await?;
         let request = request.into_inner();
-        let wait = Duration::from_millis(request.wait_ms.unwrap_or(3_600_000));
-        let deadline = Instant::now() + wait;
-        loop {
-            let notified = self.shared.changed.notified();
-            if let Some(token) = self.try_acquire(&request)? {
-                let key = format!("{}/{:x}", request.name, request.session_id).into();
-                return self.leave(v1::AcquireResponse {
-                    header: self.header(),
-                    key,
-                    token,
-                });
-            }
-            if timeout_at(deadline, notified).await.is_err() {
-                return Err(refusal("WAIT_TIMED_OUT"));
-            }
-        }
+        let attempt = |state: &mut State| try_acquire(state, &request);
+        let token = self.granted(request.wait_ms, attempt).await?;
+        self.leave(v1::AcquireResponse {
+            header: self.header(),
+            key: key(&request.name, request.session_id),
+            token,
+        })
     }
 
     async fn release(

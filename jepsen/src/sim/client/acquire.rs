@@ -226,10 +226,7 @@ impl LockClient {
         };
         session.requests.end(acquiring.acquire.request());
         let holding = acquiring.holding.take();
-        ground
-            .checks
-            .liveness
-            .completes(self.link.actor, ground.now_us);
+        self.link.served(ground);
         match holding {
             Some(holding) => self.hold(holding, ground),
             None => self.rest_a_little(ground),

@@ -86,7 +86,7 @@ impl LockClient {
         let patience_us = ground.rng.between(200_000, 1_000_000);
         let (body, about) = match attaching.stage.clone() {
             Stage::Ask => {
-                ground.checks.liveness.begins(self.actor(), ground.now_us);
+                self.link.begins(ground);
                 (CallBody::Command(command(0, 0, vec![])), About::Attach)
             }
             Stage::Attach {
@@ -207,10 +207,7 @@ impl LockClient {
             (Some(held), _) => self.hold_again(held, ground),
             (None, Some(waiting)) => self.wait_again(waiting, ground),
             (None, None) => {
-                ground
-                    .checks
-                    .liveness
-                    .completes(self.actor(), ground.now_us);
+                self.link.served(ground);
                 self.rest_a_little(ground);
             }
         }
@@ -236,8 +233,7 @@ impl LockClient {
         });
         let (lock, token) = (lock_of(&grant.lock, ground), grant.token);
         self.believe(lock, token, ground);
-        let (now_us, actor) = (ground.now_us, self.actor());
-        ground.checks.liveness.completes(actor, now_us);
+        self.link.served(ground);
         let holding = Holding {
             lock,
             token,

@@ -216,10 +216,7 @@ impl LockClient {
             return self.die(ground);
         }
         let mut holding = holding.clone();
-        ground
-            .checks
-            .liveness
-            .begins(self.link.actor, ground.now_us);
+        self.link.begins(ground);
         let again = match holding.is_reentrant {
             Some(false) => 50_000,
             _ => 300_000,
@@ -318,10 +315,7 @@ impl LockClient {
         if let Some(session) = &mut self.session {
             session.requests.end(request);
         }
-        ground
-            .checks
-            .liveness
-            .completes(self.actor(), ground.now_us);
+        self.link.served(ground);
         match &self.step {
             Step::Release(releasing) if !releasing.holding.entries.is_empty() => {
                 let holding = releasing.holding.clone();

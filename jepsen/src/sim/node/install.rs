@@ -289,9 +289,7 @@ impl Node {
 
     fn crash_now(&mut self, ground: &mut Ground) {
         if self.running.is_some() && ground.troubled() {
-            self.crash(ground);
-            let later = ground.now_us + ground.rng.between(50_000, 1_000_000);
-            ground.schedule(later, Event::Start { node: self.index });
+            self.crash_for_a_while(ground);
         }
     }
 
