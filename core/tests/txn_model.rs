@@ -222,6 +222,17 @@ fn select(keys: &Keys, range: &Range) -> Found {
         };
     }
     let mut records: Vec<Record> = all.into_iter().cloned().collect();
+    let limit = usize::try_from(range.limit).unwrap_or(0);
+    let bounds = [
+        range.min_mod_revision,
+        range.max_mod_revision,
+        range.min_create_revision,
+        range.max_create_revision,
+    ];
+    if limit > 0 && range.order() == Order::None && bounds == [0; 4] {
+        // No more than these are sorted, whatever by.
+        records.truncate(limit + 1);
+    }
     let (min, max) = (range.min_mod_revision, range.max_mod_revision);
     records.retain(|record| {
         let at = record.mod_revision.cast_signed();
@@ -246,7 +257,6 @@ fn select(keys: &Keys, range: &Range) -> Found {
         };
         ordering.then_with(|| a.key.cmp(&b.key))
     });
-    let limit = usize::try_from(range.limit).unwrap_or(0);
     let more = limit > 0 && records.len() > limit;
     if more {
         records.truncate(limit);

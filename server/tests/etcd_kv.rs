@@ -175,6 +175,20 @@ async fn ranges_are_filtered_sorted_limited_counted_and_read_in_the_past() {
         keys(&range(sorted).await.unwrap().into_inner()),
         ["a", "b", "c"]
     );
+    // Without an order only the first keys are sorted, one more than the limit.
+    for (sort_order, least) in [(0, "b"), (1, "c")] {
+        let first = RangeRequest {
+            sort_order,
+            sort_target: 4,
+            limit: 1,
+            ..all.clone()
+        };
+        let found = range(first).await.unwrap().into_inner();
+        assert_eq!(
+            (keys(&found), found.count, found.more),
+            (vec![least], 3, true)
+        );
+    }
     let counted = RangeRequest {
         count_only: true,
         ..all.clone()

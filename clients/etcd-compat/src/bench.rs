@@ -13,9 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use etcd_client::{
-    Client, GetOptions, LockOptions, ResignOptions, Txn, TxnOp, WatchOptions,
-};
+use etcd_client::{Client, GetOptions, LockOptions, ResignOptions, Txn, TxnOp, WatchOptions};
 use tokio::task::LocalSet;
 
 use crate::Arguments;
@@ -23,7 +21,14 @@ use crate::Arguments;
 type Failure = Box<dyn Error>;
 
 const WORKLOADS: [&str; 8] = [
-    "put", "get", "lock", "hot-lock-16", "hot-lock-64", "campaign", "keep-alive", "watch",
+    "put",
+    "get",
+    "lock",
+    "hot-lock-16",
+    "hot-lock-64",
+    "campaign",
+    "keep-alive",
+    "watch",
 ];
 /// Before the measured time: connections are made, caches are warm.
 const WARM_UP: Duration = Duration::from_millis(500);
@@ -167,9 +172,14 @@ fn report(name: &str, plan: &Plan, seconds: usize, pids: &[String], used: Durati
     fields.insert("max_us", quantile(100));
     if !pids.is_empty() && ops > 0 {
         let micros = used.as_micros() / ops as u128;
-        fields.insert("server_cpu_us_per_op", u64::try_from(micros).unwrap_or(u64::MAX));
+        fields.insert(
+            "server_cpu_us_per_op",
+            u64::try_from(micros).unwrap_or(u64::MAX),
+        );
     }
-    let fields = fields.iter().map(|(field, value)| format!("\"{field}\":{value}"));
+    let fields = fields
+        .iter()
+        .map(|(field, value)| format!("\"{field}\":{value}"));
     let fields: Vec<_> = fields.collect();
     println!("{{\"bench\":\"{name}\",{}}}", fields.join(","));
 }
@@ -198,7 +208,10 @@ impl Plan {
 async fn fill(clients: &[Client], keys: usize) -> Result<(), Failure> {
     let range = GetOptions::new().with_prefix().with_count_only();
     let mut client = clients[0].clone();
-    let there = client.get(format!("bench/of-{keys}/"), Some(range)).await?.count();
+    let there = client
+        .get(format!("bench/of-{keys}/"), Some(range))
+        .await?
+        .count();
     if usize::try_from(there) == Ok(keys) {
         return Ok(());
     }
@@ -314,7 +327,9 @@ async fn watch(plan: &Plan, number: usize) -> Result<(), Failure> {
     const PAUSE: Duration = Duration::from_millis(20);
     let mut client = plan.client(number);
     let key = format!("{}/{number}", plan.name);
-    let mut stream = client.watch(key.as_str(), Some(WatchOptions::new())).await?;
+    let mut stream = client
+        .watch(key.as_str(), Some(WatchOptions::new()))
+        .await?;
     stream.message().await?.ok_or("the stream has ended")?;
     while plan.goes_on() {
         let since = Instant::now();

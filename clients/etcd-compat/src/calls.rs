@@ -3,11 +3,11 @@
 use std::{error::Error, time::Duration};
 
 use etcd_client::{
-    AlarmAction, AlarmType, Client, CompactionOptions, Compare, CompareOp,
-    ConnectOptions, DeleteOptions, EventType, GetOptions, LeaseGrantOptions,
-    LeaseTimeToLiveOptions, LockOptions, MemberAddOptions, Permission, ProclaimOptions,
-    PutOptions, ResignOptions, RoleRevokePermissionOptions, SortOrder, SortTarget, Txn, TxnOp,
-    TxnOpResponse, WatchFilterType, WatchOptions, WatchResponse, WatchStream,
+    AlarmAction, AlarmType, Client, CompactionOptions, Compare, CompareOp, ConnectOptions,
+    DeleteOptions, EventType, GetOptions, LeaseGrantOptions, LeaseTimeToLiveOptions, LockOptions,
+    MemberAddOptions, Permission, ProclaimOptions, PutOptions, ResignOptions,
+    RoleRevokePermissionOptions, SortOrder, SortTarget, Txn, TxnOp, TxnOpResponse, WatchFilterType,
+    WatchOptions, WatchResponse, WatchStream,
 };
 use tokio::time::timeout;
 
@@ -43,7 +43,11 @@ pub async fn run(endpoints: &[String], may_refuse: &[String]) -> Checked {
     timeout(PATIENCE, calls.cluster()).await??;
     timeout(PATIENCE, calls.auth(endpoints)).await??;
     calls.endpoints(endpoints).await?;
-    println!("{} calls, {} of them refused", calls.made.len(), calls.refused.len());
+    println!(
+        "{} calls, {} of them refused",
+        calls.made.len(),
+        calls.refused.len()
+    );
     for (name, words) in &calls.refused {
         println!("  {name}: {words}");
         check(
@@ -68,7 +72,13 @@ fn says_no(code: i32) -> bool {
     const NOT_FOUND: i32 = 5;
     const FAILED_PRECONDITION: i32 = 9;
     const UNIMPLEMENTED: i32 = 12;
-    [INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, UNIMPLEMENTED].contains(&code)
+    [
+        INVALID_ARGUMENT,
+        NOT_FOUND,
+        FAILED_PRECONDITION,
+        UNIMPLEMENTED,
+    ]
+    .contains(&code)
 }
 
 async fn next(stream: &mut WatchStream) -> Result<WatchResponse, Box<dyn Error>> {
@@ -95,10 +105,14 @@ impl Calls {
 
     async fn kv(&mut self) -> Checked {
         let client = &mut self.client;
-        client.delete("", Some(DeleteOptions::new().with_all_keys())).await?;
+        client
+            .delete("", Some(DeleteOptions::new().with_all_keys()))
+            .await?;
         let put = client.put("k/1", "one", None).await?;
         let first = put.header().ok_or("no header")?.revision();
-        let again = client.put("k/1", "two", Some(PutOptions::new().with_prev_key())).await?;
+        let again = client
+            .put("k/1", "two", Some(PutOptions::new().with_prev_key()))
+            .await?;
         let before = again.prev_key().ok_or("no value before")?;
         check(before.value() == b"one" && before.version() == 1, "prev_kv")?;
         let ignore = PutOptions::new().with_ignore_value().with_ignore_lease();
@@ -113,11 +127,19 @@ impl Calls {
         let values: Vec<_> = got.kvs().iter().map(|kv| kv.value()).collect();
         check(values == [&b"two"[..], b"b"], "descending by value")?;
         check(got.more() && got.count() == 3, "more and count")?;
-        let old = client.get("k/1", Some(GetOptions::new().with_revision(first))).await?;
+        let old = client
+            .get("k/1", Some(GetOptions::new().with_revision(first)))
+            .await?;
         check(old.kvs()[0].value() == b"one", "an old revision")?;
-        let keys = GetOptions::new().with_from_key().with_keys_only().with_serializable();
+        let keys = GetOptions::new()
+            .with_from_key()
+            .with_keys_only()
+            .with_serializable();
         let keys = client.get("k/2", Some(keys)).await?;
-        check(keys.kvs().len() == 2 && keys.kvs()[0].value().is_empty(), "keys only")?;
+        check(
+            keys.kvs().len() == 2 && keys.kvs()[0].value().is_empty(),
+            "keys only",
+        )?;
         let count = GetOptions::new().with_all_keys().with_count_only();
         let count = client.get("", Some(count)).await?;
         check(count.count() == 3 && count.kvs().is_empty(), "count only")?;
@@ -126,10 +148,16 @@ impl Calls {
             .with_min_mod_revision(first + 3)
             .with_max_create_revision(first + 3);
         let filtered = client.get("k/", Some(filtered)).await?;
-        check(filtered.kvs().len() == 1 && filtered.kvs()[0].key() == b"k/2", "filters")?;
+        check(
+            filtered.kvs().len() == 1 && filtered.kvs()[0].key() == b"k/2",
+            "filters",
+        )?;
         let delete = DeleteOptions::new().with_range("k/3").with_prev_key();
         let deleted = client.delete("k/1", Some(delete)).await?;
-        check(deleted.deleted() == 2 && deleted.prev_kvs().len() == 2, "delete")?;
+        check(
+            deleted.deleted() == 2 && deleted.prev_kvs().len() == 2,
+            "delete",
+        )?;
         self.made.extend(["put", "get", "delete"]);
         Ok(())
     }
@@ -165,7 +193,10 @@ impl Calls {
         };
         check(inner.succeeded(), "the nested one")?;
         let other = self.client.txn(txn).await?;
-        check(!other.succeeded() && other.op_responses().len() == 1, "the other branch")?;
+        check(
+            !other.succeeded() && other.op_responses().len() == 1,
+            "the other branch",
+        )?;
         self.made.push("txn");
         Ok(())
     }
@@ -183,7 +214,10 @@ impl Calls {
         let created = next(&mut stream).await?;
         check(created.created() && created.watch_id() == 0, "created")?;
         let past = next(&mut stream).await?;
-        check(past.events()[0].kv().is_some_and(|kv| kv.key() == b"w/0"), "the past")?;
+        check(
+            past.events()[0].kv().is_some_and(|kv| kv.key() == b"w/0"),
+            "the past",
+        )?;
         let second = WatchOptions::new()
             .with_watch_id(9)
             .with_filters([WatchFilterType::NoPut]);
@@ -198,7 +232,10 @@ impl Calls {
         let mut ids = Vec::new();
         for _ in 0..2 {
             let response = next(&mut stream).await?;
-            check(response.events()[0].event_type() == EventType::Delete, "the delete")?;
+            check(
+                response.events()[0].event_type() == EventType::Delete,
+                "the delete",
+            )?;
             ids.push(response.watch_id());
         }
         ids.sort_unstable();
@@ -209,18 +246,26 @@ impl Calls {
         check(progress.events().is_empty() && known > revision, "progress")?;
         stream.cancel(9).await?;
         let cancelled = next(&mut stream).await?;
-        check(cancelled.canceled() && cancelled.watch_id() == 9, "cancelled")?;
-        self.made.extend(["watch", "watch.cancel", "watch.request_progress"]);
+        check(
+            cancelled.canceled() && cancelled.watch_id() == 9,
+            "cancelled",
+        )?;
+        self.made
+            .extend(["watch", "watch.cancel", "watch.request_progress"]);
         Ok(())
     }
 
     async fn lease(&mut self) -> Checked {
         let client = &mut self.client;
-        let own = client.lease_grant(60, Some(LeaseGrantOptions::new().with_id(4711))).await?;
+        let own = client
+            .lease_grant(60, Some(LeaseGrantOptions::new().with_id(4711)))
+            .await?;
         check(own.id() == 4711 && own.ttl() == 60, "a chosen id")?;
         let made = client.lease_grant(60, None).await?;
         check(made.id() > 0, "a made id")?;
-        client.put("l/1", "", Some(PutOptions::new().with_lease(4711))).await?;
+        client
+            .put("l/1", "", Some(PutOptions::new().with_lease(4711)))
+            .await?;
         let asked = Some(LeaseTimeToLiveOptions::new().with_keys());
         let left = client.lease_time_to_live(4711, asked).await?;
         check(left.granted_ttl() == 60 && left.ttl() <= 60, "time to live")?;
@@ -233,12 +278,21 @@ impl Calls {
         let kept = answers.message().await?.ok_or("no answer")?;
         check(kept.id() == 4711 && kept.ttl() == 60, "kept alive")?;
         client.lease_revoke(4711).await?;
-        check(client.get("l/1", None).await?.kvs().is_empty(), "its key goes")?;
+        check(
+            client.get("l/1", None).await?.kvs().is_empty(),
+            "its key goes",
+        )?;
         keeper.keep_alive().await?;
         let gone = answers.message().await?.ok_or("no answer")?;
         check(gone.ttl() == 0, "a lease that is gone")?;
         client.lease_revoke(made.id()).await?;
-        let names = ["lease_grant", "lease_revoke", "lease_keep_alive", "lease_time_to_live", "leases"];
+        let names = [
+            "lease_grant",
+            "lease_revoke",
+            "lease_keep_alive",
+            "lease_time_to_live",
+            "leases",
+        ];
         self.made.extend(names);
         Ok(())
     }
@@ -277,14 +331,23 @@ impl Calls {
         }
         let won = self.client.campaign("chair", "a", 201).await?;
         let key = won.leader().ok_or("no leader key")?.clone();
-        check(key.key() == b"chair/c9" && key.lease() == 201, "the leader's key")?;
+        check(
+            key.key() == b"chair/c9" && key.lease() == 201,
+            "the leader's key",
+        )?;
         let mut observed = self.client.observe("chair").await?;
         let seen = observed.message().await?.ok_or("nothing observed")?;
-        check(seen.kv().is_some_and(|kv| kv.value() == b"a"), "the observed one")?;
+        check(
+            seen.kv().is_some_and(|kv| kv.value() == b"a"),
+            "the observed one",
+        )?;
         let options = ProclaimOptions::new().with_leader(key.clone());
         self.client.proclaim("b", Some(options)).await?;
         let leader = self.client.leader("chair").await?;
-        check(leader.kv().is_some_and(|kv| kv.value() == b"b"), "what it proclaimed")?;
+        check(
+            leader.kv().is_some_and(|kv| kv.value() == b"b"),
+            "what it proclaimed",
+        )?;
         let mut other = self.client.clone();
         let waits = tokio::spawn(async move { other.campaign("chair", "c", 202).await });
         while self.client.get("chair/ca", None).await?.kvs().is_empty() {
@@ -295,16 +358,22 @@ impl Calls {
         let next = waits.await??.leader().ok_or("no leader key")?.clone();
         check(next.key() == b"chair/ca", "the next one leads")?;
         loop {
-            let seen = observed.message().await?.ok_or("the observer's stream has ended")?;
+            let seen = observed
+                .message()
+                .await?
+                .ok_or("the observer's stream has ended")?;
             if seen.kv().is_some_and(|kv| kv.value() == b"c") {
                 break;
             }
         }
-        self.client.resign(Some(ResignOptions::new().with_leader(next))).await?;
+        self.client
+            .resign(Some(ResignOptions::new().with_leader(next)))
+            .await?;
         for lease in [201, 202] {
             self.client.lease_revoke(lease).await?;
         }
-        self.made.extend(["campaign", "proclaim", "leader", "observe", "resign"]);
+        self.made
+            .extend(["campaign", "proclaim", "leader", "observe", "resign"]);
         Ok(())
     }
 
@@ -326,7 +395,10 @@ impl Calls {
         while !response.canceled() {
             response = next(&mut stream).await?;
         }
-        check(response.compact_revision() == revision, "a watch tells the compacted revision")?;
+        check(
+            response.compact_revision() == revision,
+            "a watch tells the compacted revision",
+        )?;
         self.made.push("compact");
         Ok(())
     }
@@ -334,9 +406,15 @@ impl Calls {
     async fn maintenance(&mut self) -> Checked {
         let status = self.client.status().await;
         if let Some(status) = self.done("status", status)? {
-            check(status.leader() != 0 && !status.version().is_empty(), "status")?;
+            check(
+                status.leader() != 0 && !status.version().is_empty(),
+                "status",
+            )?;
         }
-        let alarms = self.client.alarm(AlarmAction::Get, AlarmType::None, None).await;
+        let alarms = self
+            .client
+            .alarm(AlarmAction::Get, AlarmType::None, None)
+            .await;
         if let Some(alarms) = self.done("alarm", alarms)? {
             check(alarms.alarms().is_empty(), "no alarm")?;
         }
@@ -381,13 +459,22 @@ impl Calls {
         let listed = self.client.member_list().await?;
         check(!listed.members().is_empty(), "members")?;
         let member = listed.members()[0].clone();
-        check(!member.client_urls().is_empty() && !member.name().is_empty(), "a member")?;
+        check(
+            !member.client_urls().is_empty() && !member.name().is_empty(),
+            "a member",
+        )?;
         self.made.push("member_list");
         let learner = Some(MemberAddOptions::new().with_is_learner());
-        let added = self.client.member_add(["http://127.0.0.1:1"], learner).await;
+        let added = self
+            .client
+            .member_add(["http://127.0.0.1:1"], learner)
+            .await;
         let added = self.done("member_add", added)?;
         let id = added.and_then(|added| added.member().map(|member| member.id()));
-        let updated = self.client.member_update(id.unwrap_or(1), [String::from("http://127.0.0.1:2")]).await;
+        let updated = self
+            .client
+            .member_update(id.unwrap_or(1), [String::from("http://127.0.0.1:2")])
+            .await;
         self.done("member_update", updated)?;
         // No server of it runs: nobody may promote it.
         let promoted = self.client.member_promote(id.unwrap_or(1)).await;
@@ -406,7 +493,10 @@ impl Calls {
         let result = self.client.role_add("reader").await;
         self.done("role_add", result)?;
         let permission = Permission::read("a").with_prefix();
-        let result = self.client.role_grant_permission("reader", permission).await;
+        let result = self
+            .client
+            .role_grant_permission("reader", permission)
+            .await;
         self.done("role_grant_permission", result)?;
         let result = self.client.role_get("reader").await;
         if let Some(role) = self.done("role_get", result)? {
@@ -432,7 +522,10 @@ impl Calls {
             self.done("auth_disable", result)?;
         }
         let end = RoleRevokePermissionOptions::new().with_prefix();
-        let result = self.client.role_revoke_permission("reader", "a", Some(end)).await;
+        let result = self
+            .client
+            .role_revoke_permission("reader", "a", Some(end))
+            .await;
         self.done("role_revoke_permission", result)?;
         let result = self.client.user_revoke_role("root", "root").await;
         self.done("user_revoke_role", result)?;

@@ -81,6 +81,9 @@ pub struct Selection {
     filter: Filter,
     /// By what, and whether the highest comes first. `None`: as they are, by key.
     order: Option<(By, bool)>,
+    /// Whether all that passes is sorted. If not, records are taken as they come, and
+    /// the order is that of those few: as in etcd, if nothing says which order it is.
+    sorts_all: bool,
     limit: usize,
     keys_only: bool,
     count_only: bool,
@@ -95,15 +98,18 @@ impl Selection {
     pub fn new(range: &Range) -> Option<Self> {
         let order = Order::try_from(range.order).ok()?;
         let by = By::try_from(range.by).ok()?;
+        let filter = Filter {
+            modified: (range.min_mod_revision, range.max_mod_revision),
+            created: (range.min_create_revision, range.max_create_revision),
+        };
+        let sorted = match (by, order) {
+            (By::Key, Order::None | Order::Ascend) => None,
+            (by, order) => Some((by, order == Order::Descend)),
+        };
         Some(Self {
-            filter: Filter {
-                modified: (range.min_mod_revision, range.max_mod_revision),
-                created: (range.min_create_revision, range.max_create_revision),
-            },
-            order: match (by, order) {
-                (By::Key, Order::None | Order::Ascend) => None,
-                (by, order) => Some((by, order == Order::Descend)),
-            },
+            filter,
+            order: sorted,
+            sorts_all: sorted.is_some() && (order != Order::None || !filter.is_none()),
             limit: match usize::try_from(range.limit) {
                 Ok(0) | Err(_) => usize::MAX,
                 Ok(limit) => limit,
@@ -126,16 +132,16 @@ impl Selection {
         self.order.is_none() && self.filter.is_none()
     }
 
-    /// How many records of the next piece are needed: if they come in the order that
-    /// is asked for, one more than the limit tells that there are more.
+    /// How many records of the next piece are needed: if they are taken as they come,
+    /// one more than the limit tells that there are more.
     pub fn wanted(&self) -> usize {
-        match self.order {
-            _ if self.count_only => 0,
-            Some(_) => usize::MAX,
-            None => self
-                .limit
-                .saturating_add(1)
-                .saturating_sub(self.records.len()),
+        if self.count_only {
+            0
+        } else if self.sorts_all {
+            usize::MAX
+        } else {
+            let enough = self.limit.saturating_add(1);
+            enough.saturating_sub(self.records.len())
         }
     }
 
@@ -145,7 +151,7 @@ impl Selection {
         self.count += piece.count;
         self.passed += piece.records.len();
         self.records.extend(piece.records);
-        if self.order.is_some() && self.records.len() > self.limit {
+        if self.sorts_all && self.records.len() > self.limit {
             // So that it never holds much more than the limit.
             self.sort();
             self.records.truncate(self.limit);

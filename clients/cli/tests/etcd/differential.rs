@@ -18,7 +18,7 @@ use std::{
 use conclave_proto::etcd::etcdserverpb::request_op::Request;
 
 use crate::{
-    differences::{KNOWN, Known},
+    differences::{After, KNOWN, Known, Seen},
     generate,
     reference::{Reference, installed, serving},
     side::{Answer, Side},
@@ -59,13 +59,6 @@ struct Difference {
     ours: String,
 }
 
-/// Whether the two servers still hold the same.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum After {
-    TheSame,
-    Apart,
-}
-
 impl Pair {
     async fn new(theirs: &str, ours: &str, known: &'static [Known]) -> Self {
         let mut sides = [
@@ -100,11 +93,13 @@ impl Pair {
 
     async fn run_steps(&mut self, steps: &[Step]) -> Result<(), Difference> {
         for (at, step) in steps.iter().enumerate() {
-            if let Some(name) = self.theirs.parts_at(step)
-                && let Some(known) = self.known.iter().position(|known| known.name == name)
-            {
+            let parts = |known: &Known| match known.seen {
+                Seen::Beforehand(parts) => parts(&self.theirs, step),
+                Seen::InAnswers(..) => false,
+            };
+            if let Some(known) = self.known.iter().position(parts) {
                 self.occurred[known] += 1;
-                return Ok(());
+                return self.events(at).await.map(|_| ());
             }
             let after = if step.waits_for_events() {
                 let ends_watches = match step {
@@ -155,15 +150,15 @@ impl Pair {
         if theirs == ours {
             return Ok(After::TheSame);
         }
-        let known = |known: &Known| (known.explains)(step, theirs, ours);
-        let Some(at) = self.known.iter().position(known) else {
-            return Err(difference);
-        };
-        self.occurred[at] += 1;
-        Ok(match self.known[at].ends_case {
-            true => After::Apart,
-            false => After::TheSame,
-        })
+        for (known, occurred) in self.known.iter().zip(&mut self.occurred) {
+            if let Seen::InAnswers(after, explains) = known.seen
+                && explains(step, theirs, ours)
+            {
+                *occurred += 1;
+                return Ok(after);
+            }
+        }
+        Err(difference)
     }
 
     /// Waits until what has come on the watch streams is the same, which it need not

@@ -7,17 +7,15 @@ use bytes::Bytes;
 use conclave_proto::etcd::etcdserverpb::{
     AlarmRequest, AuthStatusRequest, CompactionRequest, DeleteRangeRequest, HashKvRequest,
     LeaseGrantRequest, LeaseKeepAliveRequest, LeaseLeasesRequest, LeaseRevokeRequest,
-    LeaseTimeToLiveRequest, MemberListRequest, PutRequest, RangeRequest, StatusRequest, TxnRequest,
+    LeaseTimeToLiveRequest, MemberListRequest, PutRequest, RangeRequest, StatusRequest,
     WatchCreateRequest, WatchResponse, auth_client::AuthClient, cluster_client::ClusterClient,
     kv_client::KvClient, lease_client::LeaseClient, maintenance_client::MaintenanceClient,
-    request_op,
 };
 use tokio_stream::StreamExt as _;
 use tonic::{Response, Status, transport::Channel};
 
 use crate::{
     contending::Contending,
-    differences,
     names::{Names, Shown},
     step::{Step, terse},
     watching::{FENCE_KEY, Watching},
@@ -149,30 +147,6 @@ impl Side {
     /// Whether a watch was created with a revision to start from.
     pub fn may_be_parked(&self) -> bool {
         self.streams.iter().flatten().any(Watching::has_a_past)
-    }
-
-    /// The known difference that cannot be told from others once it is there, and that
-    /// this step may bring about.
-    pub fn parts_at(&self, step: &Step) -> Option<&'static str> {
-        match step {
-            Step::Lock { name, lease } | Step::Campaign { name, lease, .. }
-                if self.contending.waits(name, *lease) =>
-            {
-                Some(differences::SECOND_WAIT)
-            }
-            Step::Range(range) if is_cut_before_sorted(range) => Some(differences::CUT_FIRST),
-            Step::Txn(txn) if cuts_before_sorting(txn) => Some(differences::CUT_FIRST),
-            Step::Txn(txn) if self.streams.iter().any(Option::is_some) && may_undo(txn) => {
-                Some(differences::UNDONE)
-            }
-            Step::Range(range) if self.contending.has_any() => {
-                let service = b"_conclave/".as_slice();
-                let end = range.range_end.as_ref();
-                let reaches = end == b"\0" || end > service;
-                (range.key.as_ref() < service && reaches).then_some(differences::SERVICE_KEYS)
-            }
-            _ => None,
-        }
     }
 
     /// What has come on the streams.
@@ -346,36 +320,4 @@ impl Side {
         let kvs = response.into_inner().kvs;
         kvs.into_iter().map(|kv| kv.key).collect()
     }
-}
-
-fn is_cut_before_sorted(range: &RangeRequest) -> bool {
-    range.limit > 0 && range.sort_order == 0 && range.sort_target != 0
-}
-
-fn cuts_before_sorting(txn: &TxnRequest) -> bool {
-    let ops = txn.success.iter().chain(&txn.failure);
-    ops.filter_map(|op| op.request.as_ref())
-        .any(|request| match request {
-            request_op::Request::RequestRange(range) => is_cut_before_sorted(range),
-            request_op::Request::RequestTxn(txn) => cuts_before_sorting(txn),
-            _ => false,
-        })
-}
-
-/// Whether a transaction may delete a key that it put. Most that would are refused.
-fn may_undo(txn: &TxnRequest) -> bool {
-    let ops = txn.success.iter().chain(&txn.failure);
-    let requests = ops.filter_map(|op| op.request.as_ref());
-    let (mut puts, mut deletes, mut nested) = (false, false, false);
-    for request in requests {
-        match request {
-            request_op::Request::RequestPut(_) => puts = true,
-            request_op::Request::RequestDeleteRange(delete) => {
-                deletes |= delete.range_end.as_ref() == b"\0";
-            }
-            request_op::Request::RequestTxn(_) => nested = true,
-            request_op::Request::RequestRange(_) => {}
-        }
-    }
-    nested || puts && deletes
 }

@@ -251,6 +251,11 @@ fn select(mut records: Vec<Record>, range: &Range) -> Found {
     if range.count_only {
         records.clear();
     }
+    let limit = usize::try_from(range.limit).unwrap_or(0);
+    if limit > 0 && range.order() == Order::None {
+        // No more than these are sorted, whatever by.
+        records.truncate(limit + 1);
+    }
     records.sort_by(|a, b| {
         let ordering = match range.by() {
             By::Key => a.key.cmp(&b.key),
@@ -265,7 +270,6 @@ fn select(mut records: Vec<Record>, range: &Range) -> Found {
         }
         .then_with(|| a.key.cmp(&b.key))
     });
-    let limit = usize::try_from(range.limit).unwrap_or(0);
     let more = limit > 0 && records.len() > limit;
     if more {
         records.truncate(limit);
