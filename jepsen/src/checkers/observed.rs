@@ -28,11 +28,12 @@ pub(crate) struct Observed {
     history: BTreeMap<(usize, u64), Said>,
     /// By node and election.
     told: BTreeMap<(usize, usize), Told>,
-    /// By election and revision: what those found who began ahead of everybody, behind
-    /// changes that nobody had been told of yet.
+    /// By election and revision: what those found who began where nobody had been told
+    /// of everything yet.
     found: BTreeMap<(usize, u64), Said>,
-    /// By election: up to here someone has been told of everything, or has begun there.
-    known_upto: BTreeMap<usize, u64>,
+    /// By election and revision: of what is behind this one someone was told everything,
+    /// up to another. Between these stretches, nobody was.
+    stretches: BTreeMap<(usize, u64), u64>,
     /// Acknowledged, with the revision: by election, term, and what was said.
     proclaimed: Vec<(usize, u64, Said)>,
 }
@@ -51,17 +52,29 @@ impl Observed {
             upto: revision,
         };
         self.told.insert((node, election), told);
-        let known_upto = self.known_upto.entry(election).or_default();
-        if revision > *known_upto {
-            *known_upto = revision;
+        let before = (election, 0)..=(election, revision);
+        let stretch = self.stretches.range(before).next_back();
+        if stretch.is_none_or(|(_, upto)| *upto < revision) {
+            self.stretches.insert((election, revision), revision);
             self.found.insert((election, revision), said);
             return Ok(());
         }
-        let before = (election, 0)..=(election, revision);
-        let told = self.history.range(before.clone()).next_back();
-        let found = self.found.range(before).next_back();
-        let newest = told.into_iter().chain(found).max_by_key(|(at, _)| **at);
-        match newest {
+        self.is_so(election, revision, revision + 1, said)
+    }
+
+    /// Whether this is what is known of a revision from what was told up to there, and
+    /// found below another one.
+    fn is_so(&self, election: usize, revision: u64, found_below: u64, said: Said) -> Verdict {
+        let told = self
+            .history
+            .range((election, 0)..=(election, revision))
+            .next_back();
+        let found = self
+            .found
+            .range((election, 0)..(election, found_below))
+            .next_back();
+        let newest = told.into_iter().chain(found);
+        match newest.max_by_key(|(at, _)| **at) {
             Some((_, known)) if *known != said => broken(
                 NAME,
                 format!("election {election}: {said:?} at {revision}, where it was {known:?}"),
@@ -119,14 +132,24 @@ impl Observed {
 
     /// An observer has been told everything up to here.
     pub(crate) fn passed(&mut self, node: usize, election: usize, revision: u64) {
-        if let Some(told) = self.told.get_mut(&(node, election)) {
-            told.upto = revision;
-            let known_upto = self.known_upto.entry(election).or_default();
-            *known_upto = revision.max(*known_upto);
-        }
+        let Some(told) = self.told.get_mut(&(node, election)) else {
+            return;
+        };
+        let behind = std::mem::replace(&mut told.upto, revision);
+        let (mut from, mut upto) = (behind, revision);
+        self.stretches.retain(|(of, start), end| {
+            let is_met = *of == election && *start <= revision && *end >= behind;
+            if is_met {
+                from = from.min(*start);
+                upto = upto.max(*end);
+            }
+            !is_met
+        });
+        self.stretches.insert((election, from), upto);
     }
 
     /// An observer was told of these revisions, of all behind one and up to another.
+    /// What others have found there agrees with that.
     pub(crate) fn left_out(
         &self,
         node: usize,
@@ -142,13 +165,12 @@ impl Observed {
             .history
             .range((election, behind + 1)..=(election, upto));
         let mut missing = known.map(|((_, revision), _)| *revision);
-        match missing.find(|revision| !told.contains(revision)) {
-            Some(revision) => broken(
-                NAME,
-                format!("election {election}: an observer at node {node} misses {revision}"),
-            ),
-            None => Ok(()),
+        if let Some(revision) = missing.find(|revision| !told.contains(revision)) {
+            let what = format!("election {election}: an observer at node {node} misses {revision}");
+            return broken(NAME, what);
         }
+        let mut found = self.found.range((election, behind + 1)..=(election, upto));
+        found.try_for_each(|((_, at), said)| self.is_so(election, *at, *at, *said))
     }
 
     /// A leader hears that it has proclaimed this.
@@ -220,6 +242,33 @@ mod tests {
         observed.passed(0, 1, 12);
         assert!(observed.begins(1, 1, 13, None).is_ok(), "ahead again");
         assert!(observed.begins(0, 1, 12, None).is_err());
+    }
+
+    #[test]
+    fn who_begins_between_what_others_know_finds_what_nobody_was_told_of() {
+        let mut observed = observed();
+        observed.begins(1, 1, 15, Some((14, 0))).unwrap();
+        // It lost what it knew, and comes by an election that nobody has seen.
+        observed.begins(0, 1, 12, Some((11, 0))).unwrap();
+        assert!(observed.begins(2, 1, 12, None).is_err());
+        observed.told(0, 1, 14, Some((14, 0))).unwrap();
+        observed.left_out(0, 1, 12, 15, &[14]).unwrap();
+        observed.passed(0, 1, 15);
+        assert!(observed.begins(2, 1, 13, None).is_err(), "known since");
+        assert!(observed.begins(2, 1, 13, Some((11, 0))).is_ok());
+        assert!(observed.begins(2, 1, 10, Some((10, 0))).is_ok(), "between");
+        assert!(observed.begins(2, 1, 9, Some((9, 0))).is_err());
+    }
+
+    #[test]
+    fn what_was_found_is_what_others_are_told() {
+        let mut observed = observed();
+        observed.begins(1, 1, 12, Some((11, 0))).unwrap();
+        assert!(observed.left_out(0, 1, 9, 12, &[]).is_err(), "nobody leads");
+        observed.told(0, 1, 11, Some((11, 0))).unwrap();
+        observed.left_out(0, 1, 9, 12, &[11]).unwrap();
+        observed.told(0, 1, 12, None).unwrap();
+        assert!(observed.left_out(0, 1, 9, 12, &[11, 12]).is_err());
     }
 
     #[test]
