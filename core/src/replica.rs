@@ -33,6 +33,7 @@ mod queries;
 mod quota;
 mod reads;
 mod renewals;
+mod saving;
 mod status;
 mod versions;
 mod waiting;
@@ -50,9 +51,9 @@ use self::{
     hashing::Hashings,
     install::Install,
     leadership::{Leadership, Taken},
-    peers::raft_message,
     queries::Readable,
     reads::{Ask, AskBody, Reads, Renewer, Wish},
+    saving::Saving,
     waiting::{Pending, PendingRenewal},
 };
 pub use self::{
@@ -67,10 +68,10 @@ pub use self::{
 use crate::{
     checkpoint::Part,
     clock::Clock,
-    consensus::{Consensus, ConsensusConfig, Unsaved, ticks_per_heartbeat},
+    consensus::{Consensus, ConsensusConfig, ticks_per_heartbeat},
     ids::{Attachment, Index, NodeId, RequestNumber, Revision, Term},
     limits,
-    log::{Batch, Facts, LogEntry, Recovered},
+    log::{Facts, LogEntry, Recovered},
     machine::{Machine, Place},
     state::State,
     watch::{self, Hub, Notice},
@@ -138,19 +139,12 @@ pub struct Replica<M: Machine> {
     hashings: Hashings,
 
     install: Install,
-    /// The entry behind which the log begins anew, with the batch of this turn.
-    base: Option<(Index, Term)>,
 
     outbox: Vec<(NodeId, PeerMessage)>,
     /// Answers to other members by node and boot: one message a turn for all.
     refusals: BTreeMap<(NodeId, u64), Vec<RequestNumber>>,
     renewal_replies: BTreeMap<(NodeId, u64), Vec<RenewalReply>>,
-    /// Must not leave before the batch of this turn is durable.
-    outbox_durable: Vec<(NodeId, PeerMessage)>,
-    /// How many batches were given out, and what waits for those that are not durable.
-    batches: u64,
-    bound: VecDeque<Bound>,
-    facts_changed: bool,
+    saving: Saving,
     output: Finished<M>,
     status: Status,
     /// As of `status.members`.
@@ -163,15 +157,6 @@ struct Arrived {
     commands: Vec<(RequestNumber, command::Body)>,
     forwarded: Vec<(NodeId, Forward)>,
     renewals: Vec<Wish>,
-}
-
-/// What waits until a batch is durable, and all before it.
-#[derive(Debug)]
-struct Bound {
-    batch: u64,
-    /// To be told to consensus then.
-    number: u64,
-    messages: Vec<(NodeId, PeerMessage)>,
 }
 
 impl<M: Machine> Replica<M> {
@@ -239,14 +224,10 @@ impl<M: Machine> Replica<M> {
             digests: Digests::default(),
             hashings: Hashings::default(),
             install,
-            base: None,
             outbox: Vec::new(),
             refusals: BTreeMap::new(),
             renewal_replies: BTreeMap::new(),
-            outbox_durable: Vec::new(),
-            batches: 0,
-            bound: VecDeque::new(),
-            facts_changed: false,
+            saving: Saving::default(),
             output: Finished::default(),
             status: Status::default(),
             published_seen: 0,
@@ -353,14 +334,6 @@ impl<M: Machine> Replica<M> {
         })
     }
 
-    /// So many batches, from the first that [`Replica::begin`] gave, are durable.
-    pub fn saved(&mut self, batches: u64) {
-        while let Some(bound) = self.bound.pop_front_if(|bound| bound.batch <= batches) {
-            self.consensus.saved(bound.number);
-            self.outbox.extend(bound.messages);
-        }
-    }
-
     /// The second half: applies and answers. What is durable by now may have been said
     /// in between.
     pub fn finish(&mut self) -> Result<Finished<M>, Fatal> {
@@ -463,58 +436,6 @@ impl<M: Machine> Replica<M> {
             } if !may_read => notices.push((stream, Notice::Refused { watcher })),
             request => self.watchers.take(request, self.state.keyspace(), notices),
         }
-    }
-
-    /// Takes what consensus has come to. What must be saved first is given, and numbered.
-    fn advance(&mut self) -> Option<Batch> {
-        let prepared = self.consensus.prepare(self.now.boot_us);
-        for (sequence, index) in prepared.reads {
-            self.reads.confirm(sequence, index, self.leader_and_term());
-        }
-        // Without a state, nobody can apply them.
-        if self.consensus.has_state() {
-            self.unapplied.extend(prepared.committed);
-        }
-        let messages = prepared.messages.into_iter().map(raft_message);
-        self.outbox.extend(messages);
-        let batch = self.batch(prepared.unsaved);
-        let mut messages = mem::take(&mut self.outbox_durable);
-        messages.extend(prepared.bound.into_iter().map(raft_message));
-        if batch.is_some() {
-            self.batches += 1;
-            self.bound.push_back(Bound {
-                batch: self.batches,
-                number: prepared.number,
-                messages,
-            });
-        } else if let Some(last) = self.bound.back_mut() {
-            last.number = last.number.max(prepared.number);
-            last.messages.extend(messages);
-        } else {
-            self.consensus.saved(prepared.number);
-            self.outbox.extend(messages);
-        }
-        batch
-    }
-
-    fn batch(&mut self, unsaved: Option<Unsaved>) -> Option<Batch> {
-        let facts = mem::take(&mut self.facts_changed).then(|| self.facts.clone());
-        let base = self.base.take();
-        if unsaved.is_none() && facts.is_none() && base.is_none() {
-            return None;
-        }
-        let Unsaved {
-            hard_state,
-            entries,
-        } = unsaved.unwrap_or_default();
-        // With a base goes that it is committed.
-        let hard_state = hard_state.or_else(|| base.map(|_| self.consensus.hard_state()));
-        Some(Batch {
-            hard_state,
-            facts,
-            base,
-            entries,
-        })
     }
 
     fn leader_and_term(&self) -> Option<(NodeId, Term)> {

@@ -64,7 +64,7 @@ impl<M: Machine> Replica<M> {
         if admission.is_complete() {
             self.admission = None;
             self.facts.admitted = true;
-            self.facts_changed = true;
+            self.saving.has_new_facts = true;
             return;
         }
         let hello = Hello {
@@ -82,11 +82,12 @@ impl<M: Machine> Replica<M> {
         }
         let incarnation = hello.incarnation;
         let known = *self.facts.incarnations.entry(from).or_insert_with(|| {
-            self.facts_changed = true;
+            self.saving.has_new_facts = true;
             incarnation
         });
         let reply = HelloReply { incarnation, known };
-        self.outbox_durable
+        self.saving
+            .messages
             .push(to(from, peer_message::Message::HelloReply(reply)));
     }
 

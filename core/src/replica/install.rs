@@ -105,12 +105,12 @@ impl<M: Machine> Replica<M> {
             self.install.want(self.consensus.before_first());
             return;
         }
-        assert!(self.bound.is_empty(), "the log is not at rest");
+        assert!(self.saving.is_done(), "the log is not at rest");
         tracing::info!(index = at.0, keeps_log = holds, "installs a checkpoint");
         self.consensus.restart(at);
         self.unapplied.clear();
         if !holds {
-            self.base = Some(at);
+            self.saving.base = Some(at);
         }
         let waiting = self.take_waiting();
         self.state = state;
