@@ -282,8 +282,8 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             // The checkpoint takes its name after that.
             self.save()?;
         }
-        let is_late = now.boot_us - self.last_append_us >= MARK_AFTER_US;
-        let wants_mark = is_late && self.log.as_ref().is_some_and(Log::wants_mark);
+        let idle_us = now.boot_us.saturating_sub(self.last_append_us);
+        let wants_mark = idle_us >= MARK_AFTER_US && self.log.as_ref().is_some_and(Log::wants_mark);
         Ok((!self.unsaved.is_empty() || wants_mark)
             .then(|| self.hand_log())
             .flatten())
