@@ -1,18 +1,53 @@
-//! How many keys a request looks at for its ranges, at most: told before it runs, by what
-//! it asks for and how many keys there are. Most look at far fewer, but only the walk
-//! would tell, and it is to be known whether there is time for one.
+//! How many keys a request looks at for its ranges, told before it runs: it is to be
+//! known whether there is time for it.
 
-use conclave_proto::internal::{Compare, command::Body};
+use bytes::Bytes;
+use conclave_proto::internal::{Compare, Txn, command::Body, operation::Operation as Kind};
 
-use super::{Keyspace, txn};
+use super::{KeyRange, Keyspace};
 use crate::limits;
 
-/// Of a command.
+/// Of a command, with all parts of a transaction that may run. Counts no further than to
+/// one more than an entry may have, so that it takes no time itself.
 pub(crate) fn of_command(keyspace: &Keyspace, body: &Body) -> usize {
+    const FAR: usize = limits::ENTRY_KEYS_MAX + 1;
+    let mut walk = Walk {
+        keyspace,
+        left: FAR,
+    };
     match body {
-        Body::Txn(txn) => txn::wide_parts(txn).saturating_mul(keyspace.len()),
-        Body::DeleteRange(delete) if !delete.end.is_empty() => keyspace.len(),
-        _ => 0,
+        Body::Txn(txn) => walk.txn(txn),
+        Body::DeleteRange(delete) => walk.range(&delete.key, &delete.end),
+        _ => {}
+    }
+    FAR - walk.left
+}
+
+struct Walk<'a> {
+    keyspace: &'a Keyspace,
+    left: usize,
+}
+
+impl Walk<'_> {
+    fn txn(&mut self, txn: &Txn) {
+        for compare in &txn.compares {
+            self.range(&compare.key, &compare.end);
+        }
+        for operation in txn.success.iter().chain(&txn.failure) {
+            match &operation.operation {
+                Some(Kind::Range(range)) => self.range(&range.key, &range.end),
+                Some(Kind::DeleteRange(delete)) => self.range(&delete.key, &delete.end),
+                Some(Kind::Txn(txn)) => self.txn(txn),
+                Some(Kind::Put(_)) | None => {}
+            }
+        }
+    }
+
+    fn range(&mut self, key: &Bytes, end: &Bytes) {
+        if !end.is_empty() && self.left > 0 {
+            let range = KeyRange::new(key.clone(), end.clone());
+            self.left -= self.keyspace.range(&range, None).take(self.left).count();
+        }
     }
 }
 
@@ -26,10 +61,7 @@ pub(crate) fn of_compares(keyspace: &Keyspace, compares: &[Compare]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-    use conclave_proto::internal::{
-        DeleteRange, Operation, Put, Range, Txn, operation::Operation as Kind,
-    };
+    use conclave_proto::internal::{DeleteRange, Operation, Put, Range};
 
     use super::*;
 
@@ -69,11 +101,12 @@ mod tests {
     }
 
     #[test]
-    fn each_range_of_a_command_may_be_over_all_keys() {
+    fn each_range_of_a_command_counts_as_far_as_it_matters() {
         let keyspace = keyspace();
         let of = |body| of_command(&keyspace, &body);
         assert_eq!(of(Body::DeleteRange(delete(""))), 0);
-        assert_eq!(of(Body::DeleteRange(delete("k2"))), KEYS);
+        // k1, and k10 to k19.
+        assert_eq!(of(Body::DeleteRange(delete("k2"))), 11);
         let range = Range {
             key: "k1".into(),
             end: "k2".into(),
@@ -89,8 +122,14 @@ mod tests {
             success: vec![inside(Kind::Put(Put::default()))],
             failure: vec![inside(Kind::Txn(nested))],
         };
-        assert_eq!(of(Body::Txn(txn)), 3 * KEYS);
+        assert_eq!(of(Body::Txn(txn)), 33);
         assert_eq!(of(Body::Txn(Txn::default())), 0);
+        let many = vec![compare("k2"); limits::ENTRY_KEYS_MAX];
+        let txn = Txn {
+            compares: many,
+            ..Txn::default()
+        };
+        assert_eq!(of(Body::Txn(txn)), limits::ENTRY_KEYS_MAX + 1);
     }
 
     #[test]

@@ -14,7 +14,6 @@ mod visits;
 
 use conclave_proto::internal::{DeleteRange, Put, Txn};
 
-pub(crate) use self::visits::wide_parts;
 pub use self::{
     checks::{check, check_delete, check_put, check_range},
     chosen::check_state_for_range,

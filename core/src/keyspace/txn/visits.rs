@@ -28,7 +28,7 @@ impl Visits {
 
 /// How many compares and operations of a transaction, and of all inside it, are over
 /// ranges.
-pub(crate) fn wide_parts(txn: &Txn) -> usize {
+pub(super) fn wide_parts(txn: &Txn) -> usize {
     let compares = txn.compares.iter().filter(|compare| is_wide(compare));
     let operations = txn.success.iter().chain(&txn.failure);
     let of_operations = operations.map(|operation| match &operation.operation {
