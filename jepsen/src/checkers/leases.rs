@@ -12,8 +12,9 @@
 //!   other sessions;
 //! - the time left is never more than the TTL, and if the same member has led for long and
 //!   since everything that may have renewed the lease was answered, never more than the TTL
-//!   less what has passed since then by that member's clock. A renewal that one member
-//!   passes on to another may arrive twice, and late, and count again.
+//!   less what has passed since then by that member's clock, and how late it may have
+//!   applied the grant. A renewal that one member passes on to another may arrive twice,
+//!   and late, and count again.
 
 use std::collections::BTreeMap;
 
@@ -28,6 +29,10 @@ pub(crate) const NAME: &str = "leases";
 
 /// For milliseconds that were rounded, and a turn of the leader.
 const SLACK_US: u64 = 5_000;
+/// How late a leader may apply what a quorum has saved, by its own clock: it has yet to save
+/// it, after another save. It goes on for 100 ms of each, and then stands still, which its
+/// clock takes for two heartbeats at most.
+const APPLIES_US: u64 = 2 * (100_000 + 2 * 100_000) + SLACK_US;
 /// By then a leader has got what was on its way when it began to lead.
 const SETTLES_US: u64 = 10_000_000;
 
@@ -75,8 +80,9 @@ struct Opening {
     /// Renewals on their way, which may have been sent for an earlier opening; those
     /// without an answer may yet come.
     renewing: u64,
-    /// When the last of them was answered.
-    settled: Option<Moment>,
+    /// When the last of them was answered, or the grant if there was none;
+    /// and how long after that the leader counts from, at most.
+    settled: Option<(Moment, u64)>,
 }
 
 impl Opening {
@@ -170,7 +176,7 @@ impl Leases {
             return Ok(());
         };
         if let Some(opening) = self.opening(id, number) {
-            opening.settled.get_or_insert(at);
+            opening.settled.get_or_insert((at, APPLIES_US));
         }
         self.early_expiry.renewed(number, sent, ttl_ms)
     }
@@ -224,7 +230,7 @@ impl Leases {
                     opening.renewing = opening.renewing.saturating_sub(1);
                 }
                 if opening.renewing == 0 {
-                    opening.settled = Some(at);
+                    opening.settled = Some((at, SLACK_US));
                 }
                 let number = opening.number;
                 self.early_expiry.renewed(number, sent, ttl_ms)
@@ -249,13 +255,13 @@ impl Leases {
 impl Opening {
     /// For who asks at this moment.
     fn left_ms_max(&self, asked: Moment, leader: Leader) -> u64 {
-        let settled = self
-            .settled
-            .filter(|settled| self.renewing == 0 && leader.since_us + SETTLES_US < settled.true_us);
-        let passed_us = settled.map_or(0, |settled| {
+        let settled = self.settled.filter(|(settled, _)| {
+            self.renewing == 0 && leader.since_us + SETTLES_US < settled.true_us
+        });
+        let passed_us = settled.map_or(0, |(settled, late_us)| {
             let counted = |moment: Moment| moment.stall_free_us[leader.node];
             let passed_us = counted(asked).saturating_sub(counted(settled));
-            passed_us.saturating_sub(SLACK_US)
+            passed_us.saturating_sub(late_us)
         });
         self.ttl_ms.saturating_sub(passed_us / 1_000)
     }

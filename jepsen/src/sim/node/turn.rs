@@ -42,7 +42,6 @@ impl Node {
         if self.paused || running.sync.is_some_and(is_held_up) {
             return;
         }
-        ground.stall_free[self.index].turn(ground.now_us);
         let inputs = running.take_inbox();
         if inputs
             .iter()
@@ -53,6 +52,7 @@ impl Node {
             running.inbox = inputs;
             return self.write(true, ground);
         }
+        ground.stall_free[self.index].turn(ground.now_us);
         let is_idle = inputs.is_empty();
         let begun = match running.replica.begin(now, inputs) {
             Ok(begun) => begun,
