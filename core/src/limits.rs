@@ -235,3 +235,7 @@ const _: () = {
     assert!(NAME_BYTES_MAX + 3 * OWNER_BYTES_MAX + ELECTION_VALUE_BYTES_MAX < COMMAND_BYTES_MAX);
     assert!(SESSION_METADATA_BYTES_MAX + SESSION_NAME_BYTES_MAX < COMMAND_BYTES_MAX);
 };
+
+/// How long turns go on while a save is under way, in microseconds. A disk that hangs is to
+/// stop its member, so that another leads.
+pub const TURNS_DURING_SAVE_US: u64 = 100_000;

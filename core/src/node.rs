@@ -266,16 +266,15 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         self.is_more_left = is_more_left;
         let stopping = inbox.stopping;
         let mut inputs = self.checkpoints_done()?;
+        // Here, before it may be handed out: a busy log is not back before the next turn.
+        self.cut()?;
         inputs.extend(self.inputs(inbox));
         if stopping && self.give_up_us.is_none() {
             self.give_up_us = Some(now.boot_us.saturating_add(self.election_us));
             inputs.push(Input::Resign);
         }
         let begun = self.replica.begin(now, inputs)?;
-        let begins_anew = begun
-            .batch
-            .as_ref()
-            .is_some_and(|batch| batch.base.is_some());
+        let begins_anew = begun.batch.as_ref().is_some_and(Batch::begins_anew);
         self.unsaved.extend(begun.batch);
         self.send(begun.messages);
         if begins_anew {
@@ -320,7 +319,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         self.shared.log_bytes.store(log.bytes(), Ordering::Relaxed);
         self.log = Some(log);
         self.replica.saved(self.handed);
-        self.cut()
+        Ok(())
     }
 
     /// The second half: applies, and answers.
@@ -363,7 +362,7 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
             }
             None => {}
         }
-        self.keep_checkpoints()?;
+        self.keep_checkpoints();
         let leads = self.replica.status().role == Role::Leader;
         let is_free = !leads && !self.replica.owes_answers();
         Ok(match self.give_up_us {

@@ -1569,7 +1569,30 @@ struct Member {
     is_stopped: bool,
 }
 
+/// Makes responders, and gives what these are told, which must be answers.
+fn responders() -> (
+    impl Fn() -> Responder<Register>,
+    mpsc::Receiver<AnswerBody<Register>>,
+) {
+    let (told, answers) = mpsc::channel();
+    let respond = move || -> Responder<Register> {
+        let told = told.clone();
+        Box::new(move |answer| told.send(answer.unwrap().body).unwrap())
+    };
+    (respond, answers)
+}
+
 impl Member {
+    /// A sole member, once it leads and serves.
+    fn leading() -> Self {
+        let mut member = Self::open(NodeId(1), 1, ELECTION_MS);
+        while !(member.serves() && member.handle.status().role == Role::Leader) {
+            member.turn();
+            thread::yield_now();
+        }
+        member
+    }
+
     fn open(id: NodeId, size: u64, election_ms: u64) -> Self {
         let recovered = fresh(id, size, 100 + id.0);
         let log = Log::create(
@@ -1676,17 +1699,9 @@ fn a_follower_that_stops_answers_what_is_under_way() {
 
 #[test]
 fn what_gives_something_back_goes_ahead_of_other_work() {
-    let mut member = Member::open(NodeId(1), 1, ELECTION_MS);
+    let mut member = Member::leading();
     let handle = member.handle.clone();
-    while !(member.serves() && handle.status().role == Role::Leader) {
-        member.turn();
-        thread::yield_now();
-    }
-    let (told, answers) = mpsc::channel();
-    let respond = || -> Responder<Register> {
-        let told = told.clone();
-        Box::new(move |answer| told.send(answer.unwrap().body).unwrap())
-    };
+    let (respond, answers) = responders();
     handle.command(letter(b"a"), respond()).unwrap();
     handle.command(letter(b"b"), respond()).unwrap();
     handle.ending(letter(b"c"), respond()).unwrap();
@@ -1824,12 +1839,8 @@ fn who_is_behind_a_log_that_was_cut_harms_nobody() {
 
 #[test]
 fn a_turn_takes_no_more_than_it_bears_and_the_next_follows_at_once() {
-    let mut member = Member::open(NodeId(1), 1, ELECTION_MS);
+    let mut member = Member::leading();
     let handle = member.handle.clone();
-    while !(member.serves() && handle.status().role == Role::Leader) {
-        member.turn();
-        thread::yield_now();
-    }
     let asked = 2 * limits::REQUESTS_PER_TURN_MAX + 1;
     let (told, answers) = mpsc::channel();
     for number in 0..asked {
@@ -1854,17 +1865,9 @@ fn a_turn_takes_no_more_than_it_bears_and_the_next_follows_at_once() {
 
 #[test]
 fn a_turn_applies_no_more_than_it_bears_and_the_next_follows_at_once() {
-    let mut member = Member::open(NodeId(1), 1, ELECTION_MS);
+    let mut member = Member::leading();
     let handle = member.handle.clone();
-    while !(member.serves() && handle.status().role == Role::Leader) {
-        member.turn();
-        thread::yield_now();
-    }
-    let (told, answers) = mpsc::channel();
-    let respond = || -> Responder<Register> {
-        let told = told.clone();
-        Box::new(move |answer| told.send(answer.unwrap().body).unwrap())
-    };
+    let (respond, answers) = responders();
     let mut sessions = Vec::new();
     for _ in 0..3 {
         let open = command::Body::OpenSession(OpenSession::default());
@@ -1923,17 +1926,9 @@ fn a_turn_applies_no_more_than_it_bears_and_the_next_follows_at_once() {
 
 #[test]
 fn what_looks_at_many_keys_is_applied_in_turns_of_its_own() {
-    let mut member = Member::open(NodeId(1), 1, ELECTION_MS);
+    let mut member = Member::leading();
     let handle = member.handle.clone();
-    while !(member.serves() && handle.status().role == Role::Leader) {
-        member.turn();
-        thread::yield_now();
-    }
-    let (told, answers) = mpsc::channel();
-    let respond = || -> Responder<Register> {
-        let told = told.clone();
-        Box::new(move |answer| told.send(answer.unwrap().body).unwrap())
-    };
+    let (respond, answers) = responders();
     let put = |number: usize| Operation {
         operation: Some(operation::Operation::Put(Put {
             key: format!("k{number}").into(),

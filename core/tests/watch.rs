@@ -413,17 +413,23 @@ proptest! {
     }
 }
 
-#[test]
-fn a_revision_of_many_changes_is_told_to_many_over_many_turns() {
-    const WATCHERS: u64 = 2_000;
-    const KEYS: usize = 1_000;
+/// So many keys, made by one revision.
+fn of_one_revision(keys: usize) -> Keyspace {
     let mut keyspace = Keyspace::new();
     let mut overlay = keyspace.overlay();
-    for number in 0..KEYS {
+    for number in 0..keys {
         overlay.put(format!("{number:05}").into(), Bytes::new(), None);
     }
     let writes = overlay.into_writes();
     keyspace.keep(writes);
+    keyspace
+}
+
+#[test]
+fn a_revision_of_many_changes_is_told_to_many_over_many_turns() {
+    const WATCHERS: u64 = 2_000;
+    const KEYS: usize = 1_000;
+    let mut keyspace = of_one_revision(KEYS);
     let mut hub = Hub::new(keyspace.revision(), limits::WATCH_QUEUE_BYTES_MAX);
     let mut notices = Notices::new();
     for id in 0..WATCHERS {
@@ -473,13 +479,7 @@ fn a_revision_of_many_changes_is_told_to_many_over_many_turns() {
 #[test]
 fn watchers_that_begin_behind_a_revision_of_many_changes_take_their_share_of_a_turn() {
     const KEYS: usize = 10_000;
-    let mut keyspace = Keyspace::new();
-    let mut overlay = keyspace.overlay();
-    for number in 0..KEYS {
-        overlay.put(format!("{number:05}").into(), Bytes::new(), None);
-    }
-    let writes = overlay.into_writes();
-    keyspace.keep(writes);
+    let keyspace = of_one_revision(KEYS);
     let from = keyspace.revision();
     let one = Interest {
         range: KeyRange::new("00007".into(), Bytes::new()),

@@ -4,7 +4,7 @@ use std::{
     io,
     sync::{
         Arc,
-        mpsc::{self, Receiver, Sender},
+        mpsc::{self, Receiver, Sender, TryRecvError},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -12,13 +12,14 @@ use std::{
 
 use conclave_core::{
     disk::FileDisk,
+    limits,
     node::{Save, Saved},
 };
 use tokio::sync::Notify;
 
-/// How long turns go on while a save is under way. A disk that hangs is to stop its
-/// member, so that another leads.
-const GOES_ON_FOR: Duration = Duration::from_millis(100);
+const GOES_ON_FOR: Duration = Duration::from_micros(limits::TURNS_DURING_SAVE_US);
+
+const LIVES: &str = "the thread that writes the log lives as long as who gives it work";
 
 /// See the module. When it is dropped, what was begun comes to its end.
 #[derive(Debug)]
@@ -56,7 +57,7 @@ impl Saver {
     pub(crate) fn save(&mut self, save: Save<FileDisk>) {
         self.since = Some(Instant::now());
         let to = self.to.as_ref().expect("it is not to end");
-        assert!(to.send(save).is_ok(), "the thread lives as long as this");
+        assert!(to.send(save).is_ok(), "{LIVES}");
     }
 
     /// What has come of the save that is under way, once it is done. Blocks until then
@@ -64,8 +65,11 @@ impl Saver {
     pub(crate) fn saved(&mut self) -> Option<Saved<FileDisk>> {
         let is_late = self.since?.elapsed() > GOES_ON_FOR;
         let saved = match is_late {
-            true => self.from.recv().ok(),
-            false => self.from.try_recv().ok(),
+            true => Some(self.from.recv().expect(LIVES)),
+            false => match self.from.try_recv() {
+                Err(TryRecvError::Disconnected) => panic!("{LIVES}"),
+                saved => saved.ok(),
+            },
         };
         self.since = self.since.filter(|_| saved.is_none());
         saved

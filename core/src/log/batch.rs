@@ -22,6 +22,11 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// Whether the log begins anew with it.
+    pub fn begins_anew(&self) -> bool {
+        self.base.is_some()
+    }
+
     /// Whether there is nothing to make durable.
     pub fn is_empty(&self) -> bool {
         let Self {

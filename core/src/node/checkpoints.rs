@@ -58,8 +58,8 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         self.checkpoints.adopt(at);
     }
 
-    /// Orders a checkpoint when one is due, and cuts the log.
-    pub(super) fn keep_checkpoints(&mut self) -> Result<(), Fatal> {
+    /// Orders a checkpoint when one is due, and draws it.
+    pub(super) fn keep_checkpoints(&mut self) {
         self.schedule
             .want(self.shared.wanted.load(Ordering::Relaxed));
         let written_bytes = self.written_bytes;
@@ -75,7 +75,6 @@ impl<M: Machine + Send + 'static, D: Disk> Node<M, D> {
         {
             self.checkpoints.take(part);
         }
-        self.cut()
     }
 
     /// Cuts the log, if it is here.

@@ -4,7 +4,7 @@
 
 use super::{Answer, AnswerBody, Failure, Replica, reads::AskBody};
 use crate::{
-    ids::{NodeId, RequestNumber, SessionId, Term},
+    ids::{NodeId, RequestNumber, Revision, SessionId, Term},
     limits,
     machine::{Machine, Place},
     state::Resolved,
@@ -46,28 +46,28 @@ impl<M: Machine> Replica<M> {
         } = resolved;
         for number in self.waiting.remove(&place).unwrap_or_default() {
             let body = AnswerBody::Machine(result.clone());
-            self.output.answers.push((
-                number,
-                Ok(Answer {
-                    revision,
-                    term,
-                    body,
-                }),
-            ));
+            self.answer_as_of(number, (revision, term), body);
         }
     }
 
     pub(super) fn answer(&mut self, number: RequestNumber, body: AnswerBody<M>) {
         let revision = self.state.keyspace().revision();
         let term = self.consensus.term();
-        self.output.answers.push((
-            number,
-            Ok(Answer {
-                revision,
-                term,
-                body,
-            }),
-        ));
+        self.answer_as_of(number, (revision, term), body);
+    }
+
+    fn answer_as_of(
+        &mut self,
+        number: RequestNumber,
+        (revision, term): (Revision, Term),
+        body: AnswerBody<M>,
+    ) {
+        let answer = Answer {
+            revision,
+            term,
+            body,
+        };
+        self.output.answers.push((number, Ok(answer)));
     }
 
     pub(super) fn fail(&mut self, number: RequestNumber, failure: Failure) {

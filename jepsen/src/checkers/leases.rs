@@ -18,6 +18,8 @@
 
 use std::collections::BTreeMap;
 
+use conclave_core::limits;
+
 use super::{
     Verdict, broken,
     early_expiry::{EarlyExpiry, Moment, NODES_MAX},
@@ -30,9 +32,9 @@ pub(crate) const NAME: &str = "leases";
 /// For milliseconds that were rounded, and a turn of the leader.
 const SLACK_US: u64 = 5_000;
 /// How late a leader may apply what a quorum has saved, by its own clock: it has yet to save
-/// it, after another save. It goes on for 100 ms of each, and then stands still, which its
-/// clock takes for two heartbeats at most.
-const APPLIES_US: u64 = 2 * (100_000 + 2 * 100_000) + SLACK_US;
+/// it, after another save. It goes on during a part of each, and then stands still, which
+/// its clock takes for two heartbeats at most, of 100 ms.
+const APPLIES_US: u64 = 2 * (limits::TURNS_DURING_SAVE_US + 2 * 100_000) + SLACK_US;
 /// By then a leader has got what was on its way when it began to lead.
 const SETTLES_US: u64 = 10_000_000;
 

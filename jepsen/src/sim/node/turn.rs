@@ -1,9 +1,12 @@
-//! A turn, in two halves with a sync between them, and what leaves with it.
+//! A turn in its two halves, the sync that is between them or goes on meanwhile, and what
+//! leaves with it.
 
 use std::mem;
 
 use conclave_core::{
     ids::NodeId,
+    limits,
+    log::Batch,
     replica::{AnswerBody, EventBody, Finished, Input, Role},
     session::EndReason,
 };
@@ -23,9 +26,6 @@ use crate::{
 const REBUILDS: u64 = 200;
 /// How often nothing else is done during a sync, in a million.
 const BLOCKS: u64 = 500_000;
-/// How long turns go on while a sync is under way: a disk that hangs stops its node, so
-/// that another leads.
-const SYNC_WITHIN_US: u64 = 100_000;
 
 impl Node {
     /// The first half of a turn, if one is due; and the second, unless a sync is between
@@ -38,7 +38,9 @@ impl Node {
         let Some(running) = &mut self.running else {
             return;
         };
-        let is_held_up = |sync: Sync| sync.blocks || ground.now_us - sync.since_us > SYNC_WITHIN_US;
+        let is_held_up = |sync: Sync| {
+            sync.blocks || ground.now_us - sync.since_us > limits::TURNS_DURING_SAVE_US
+        };
         if self.paused || running.sync.is_some_and(is_held_up) {
             return;
         }
@@ -59,10 +61,7 @@ impl Node {
             Err(fatal) => return ground.checks.node_failed(self.index, &fatal),
         };
         send(self.index, begun.messages, ground);
-        let begins_anew = begun
-            .batch
-            .as_ref()
-            .is_some_and(|batch| batch.base.is_some());
+        let begins_anew = begun.batch.as_ref().is_some_and(Batch::begins_anew);
         if let Some(batch) = begun.batch {
             ground.checks.logs(self.index, &batch);
             running.unsaved.push(batch);
