@@ -15,6 +15,7 @@
 
 mod bound;
 mod changes;
+mod chunks;
 mod events;
 mod hash;
 mod history;
@@ -336,9 +337,9 @@ impl Keyspace {
             "writes on another state of the keyspace"
         );
         self.revision = first.revision;
-        for change in &changes {
-            self.apply(change);
-        }
+        let ended = changes.iter().filter_map(|change| self.apply(change));
+        let ended = ended.collect();
+        self.past.add(self.revision, ended);
         match has_repeats {
             true => self.index_net(&changes),
             false => changes.iter().for_each(|change| {
@@ -399,7 +400,8 @@ impl Keyspace {
         }
     }
 
-    fn apply(&mut self, change: &Change) {
+    /// Gives out the version that the change has ended, if reads of the past see it.
+    fn apply(&mut self, change: &Change) -> Option<Record> {
         self.digest = chain(self.digest, change);
         self.bind(change);
         let replaced = match &change.after {
@@ -413,11 +415,7 @@ impl Keyspace {
             replaced, change.before,
             "a change follows from the version before"
         );
-        if let Some(replaced) = replaced
-            && replaced.mod_revision < change.revision
-        {
-            self.past.add(change.revision, replaced);
-        }
+        replaced.filter(|replaced| replaced.mod_revision < change.revision)
     }
 
     fn index(&mut self, change: &Change, is_put: bool) {
@@ -456,7 +454,7 @@ impl Keyspace {
             return;
         }
         if let Some(session) = before {
-            self.bound.remove(session, change.key.clone());
+            self.bound.remove(session, &change.key);
         }
         if let Some(session) = after {
             self.bound.insert(session, change.key.clone());

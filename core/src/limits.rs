@@ -113,7 +113,7 @@ pub const COMPACTION_SAMPLES: u64 = 600;
 /// Superseded versions dropped by one entry: some milliseconds of work.
 pub const SWEPT_PER_ENTRY_MAX: usize = 4_096;
 /// What a version of a key counts for beside its key and value: about what it takes, as
-/// a test compares it for many mixes (`primitives/tests/size.rs`). 300 if it is
+/// a test compares it for many mixes (`primitives/tests/size.rs`). 260 if it is
 /// past and others of its key are there, 410 if it is a plain key, 500 for a lock.
 pub const RECORD_OVERHEAD_BYTES: u64 = 380;
 /// What a session counts for beside its name, its metadata and its requests: also what

@@ -1,14 +1,9 @@
 //! Which keys each revision changed: the way from a revision to its events.
 
-use std::collections::VecDeque;
-
 use bytes::Bytes;
 
-use super::Record;
+use super::{Record, chunks::Chunks};
 use crate::ids::Revision;
-
-/// Entries that are allocated, and dropped, together.
-const CHUNK: usize = 512;
 
 /// What became of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,13 +24,11 @@ pub(super) struct Entry {
 /// The events of all revisions from the newest compaction on, in order. Inside a
 /// revision they are in the order of the writes; those from before a checkpoint
 /// that was restored, in the order of their keys, since a checkpoint does not say.
-///
-/// Entries are added behind and dropped in front, in chunks, so that neither ever
-/// moves the rest. No part of what is replicated hangs on what is still here.
+/// No part of what is replicated hangs on what is still here.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Changes {
     complete_from: Revision,
-    chunks: VecDeque<Vec<Entry>>,
+    entries: Chunks<Entry>,
 }
 
 impl Changes {
@@ -76,12 +69,10 @@ impl Changes {
         entries.sort_unstable_by(|a, b| {
             (a.revision, &a.key, a.kind).cmp(&(b.revision, &b.key, b.kind))
         });
-        let mut changes = Self {
+        Self {
             complete_from,
-            chunks: VecDeque::new(),
-        };
-        entries.into_iter().for_each(|entry| changes.add(entry));
-        changes
+            entries: entries.into_iter().collect(),
+        }
     }
 
     /// The lowest revision from which on nothing is missing.
@@ -91,11 +82,7 @@ impl Changes {
 
     /// Adds the next one.
     pub(super) fn add(&mut self, entry: Entry) {
-        if self.chunks.back().is_none_or(|last| last.len() == CHUNK) {
-            self.chunks.push_back(Vec::with_capacity(CHUNK));
-        }
-        let last = self.chunks.back_mut().expect("there is one now");
-        last.push(entry);
+        self.entries.push(entry);
     }
 
     /// Nobody asks for what is below `at` any more.
@@ -103,28 +90,20 @@ impl Changes {
         self.complete_from = self.complete_from.max(at);
     }
 
-    /// Drops what nobody asks for any more, some `max` entries.
+    /// Drops what nobody asks for any more, `max` entries at most.
     pub(super) fn sweep(&mut self, max: usize) {
-        for _ in 0..max.div_ceil(CHUNK) {
-            let first = self.chunks.front().and_then(|chunk| chunk.last());
-            if first.is_none_or(|last| last.revision >= self.complete_from) {
+        for _ in 0..max {
+            let first = self.entries.first();
+            if first.is_none_or(|first| first.revision >= self.complete_from) {
                 return;
             }
-            self.chunks.pop_front();
+            self.entries.pop_first();
         }
     }
 
     /// All from the first of `revision` on.
     pub(super) fn since(&self, revision: Revision) -> impl Iterator<Item = &Entry> {
-        let is_before = |entry: &Entry| entry.revision < revision;
-        let chunk = self
-            .chunks
-            .partition_point(|chunk| chunk.last().is_some_and(is_before));
-        let skipped = self
-            .chunks
-            .get(chunk)
-            .map_or(0, |chunk| chunk.partition_point(is_before));
-        self.chunks.range(chunk..).flatten().skip(skipped)
+        self.entries.since(move |entry| entry.revision < revision)
     }
 
     /// Those of one revision.
@@ -168,17 +147,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_compacted_goes_in_chunks() {
+    fn what_is_compacted_goes_little_by_little() {
         let mut changes = filled(2_000);
         changes.sweep(usize::MAX);
         assert_eq!(len(&changes), 4_000);
         changes.compact(1_000);
         assert_eq!(changes.complete_from(), 1_000);
-        changes.sweep(1);
-        assert_eq!(len(&changes), 4_000 - CHUNK);
+        changes.sweep(3);
+        assert_eq!(len(&changes), 3_997);
         changes.sweep(usize::MAX);
         // Of revision 1,000 and all after it nothing is missing.
-        assert!((2_002 + 1..2_002 + CHUNK).contains(&len(&changes)));
+        assert_eq!(len(&changes), 2 * (2_002 - 1_000));
         assert_eq!(changes.of(1_000).count(), 2);
     }
 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, ops::Bound};
 
 use bytes::Bytes;
 
-use super::{KeyRange, Record, order::Past};
+use super::{KeyRange, Record, chunks::Chunks, order::Past};
 use crate::ids::Revision;
 
 /// See the module. Every version is under the revision that ended it.
@@ -16,8 +16,9 @@ use crate::ids::Revision;
 pub(super) struct History {
     compacted: Revision,
     past: BTreeSet<Past>,
-    /// The same versions, those that a compaction drops first in front.
-    by_end: BTreeSet<(Revision, Bytes)>,
+    /// Where the same versions are, in order of when they ended and of key: those that a
+    /// compaction drops first in front.
+    by_end: Chunks<(Revision, Bytes)>,
     bytes: u64,
 }
 
@@ -30,9 +31,12 @@ impl History {
         let by_end = past
             .iter()
             .map(|past| (past.ended, past.record.key.clone()));
+        let mut by_end: Vec<_> = by_end.collect();
+        // Keeps the order of keys, and so compares none.
+        by_end.sort_by_key(|(ended, _)| *ended);
         Self {
             compacted,
-            by_end: by_end.collect(),
+            by_end: by_end.into_iter().collect(),
             bytes: past.iter().map(|past| past.record.bytes()).sum(),
             past,
         }
@@ -76,11 +80,18 @@ impl History {
         self.bytes
     }
 
-    /// Adds the version of a key that was there until `ended`.
-    pub(super) fn add(&mut self, ended: Revision, record: Record) {
-        self.bytes += record.bytes();
-        self.by_end.insert((ended, record.key.clone()));
-        self.past.insert(Past { ended, record });
+    /// Adds the versions, one a key, that were there until `ended`, which is above all
+    /// that was added before.
+    pub(super) fn add(&mut self, ended: Revision, mut records: Vec<Record>) {
+        // Whoever restores a checkpoint knows no other order, and must drop the same.
+        if !records.is_sorted_by_key(|record| &record.key) {
+            records.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+        }
+        for record in records {
+            self.bytes += record.bytes();
+            self.by_end.push((ended, record.key.clone()));
+            self.past.insert(Past { ended, record });
+        }
     }
 
     /// Makes `at` the lowest revision that can be read.
