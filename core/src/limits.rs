@@ -220,6 +220,16 @@ pub const LIST_COUNTED_MAX: usize = 131_072;
 /// Bytes of what leaders proclaim after which an answer of a list ends.
 pub const LIST_VALUES_BYTES_MAX: usize = 1 << 20;
 
+/// How long turns go on while a save is under way, in microseconds. A disk that hangs is to
+/// stop its member, so that another leads.
+pub const TURNS_DURING_SAVE_US: u64 = 100_000;
+
+/// How long a leader holds a command back that can wait for the next one. It goes with the
+/// one that its sender is waiting behind; alone, if that takes longer.
+pub const UNHURRIED_WITHIN_US: u64 = 1_000;
+/// Commands held back so at a time.
+pub const UNHURRIED_MAX: usize = 256;
+
 const _: () = {
     assert!(ENTRY_BYTES_MAX <= COMMAND_BYTES_MAX);
     assert!(UNCOMMITTED_BYTES_MAX > COMMAND_BYTES_MAX as u64);
@@ -235,7 +245,3 @@ const _: () = {
     assert!(NAME_BYTES_MAX + 3 * OWNER_BYTES_MAX + ELECTION_VALUE_BYTES_MAX < COMMAND_BYTES_MAX);
     assert!(SESSION_METADATA_BYTES_MAX + SESSION_NAME_BYTES_MAX < COMMAND_BYTES_MAX);
 };
-
-/// How long turns go on while a save is under way, in microseconds. A disk that hangs is to
-/// stop its member, so that another leads.
-pub const TURNS_DURING_SAVE_US: u64 = 100_000;

@@ -93,6 +93,13 @@ pub trait Machine: fmt::Debug + PartialEq + Sized {
         command: Self::Command,
     ) -> Result<Executed<Self>, Self::Rejection>;
 
+    /// Whether nobody gains if this command runs at once, and not with the next that comes
+    /// from any client, soon. Only a leader asks, of what it has applied: it may be wrong,
+    /// which costs `limits::UNHURRIED_WITHIN_US` and nothing else.
+    fn can_wait(&self, _state: View<'_>, _command: &Self::Command) -> bool {
+        false
+    }
+
     /// When the next timer is due, in log time.
     fn next_due(&self) -> Option<LogTime>;
 

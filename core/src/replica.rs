@@ -35,6 +35,7 @@ mod reads;
 mod renewals;
 mod saving;
 mod status;
+mod unhurried;
 mod versions;
 mod waiting;
 
@@ -299,16 +300,23 @@ impl<M: Machine> Replica<M> {
         let leadership = self.leadership.as_ref();
         let expiry_us = leadership.and_then(|leadership| leadership.next_expiry_us(applied));
         let tell_us = leadership.and_then(|leadership| leadership.tell_commit_us);
+        let unhurried_us = leadership.and_then(|leadership| leadership.unhurried.due_us());
         let timer_us = self.leadership.as_ref().and_then(|leadership| {
             let due_us = self.state.next_due()?.saturating_mul(1_000);
             let wait_us = due_us.saturating_sub(self.clock.micros());
             let under_way = leadership.timers_entry > self.state.applied();
             (!under_way).then(|| self.now.boot_us.saturating_add(wait_us.max(TIMER_RETRY_US)))
         });
-        [expiry_us, tell_us, timer_us, self.consensus.next_due_us()]
-            .into_iter()
-            .flatten()
-            .fold(self.next_tick_us, u64::min)
+        [
+            expiry_us,
+            tell_us,
+            unhurried_us,
+            timer_us,
+            self.consensus.next_due_us(),
+        ]
+        .into_iter()
+        .flatten()
+        .fold(self.next_tick_us, u64::min)
     }
 
     /// The first half of a turn: takes in what has arrived.
@@ -325,6 +333,7 @@ impl<M: Machine> Replica<M> {
         self.tick();
         self.follow_role();
         self.dispatch();
+        self.tell_who_awaits();
         self.tell_commit();
         self.ask_for_confirmation();
         let batch = self.advance();
@@ -337,6 +346,7 @@ impl<M: Machine> Replica<M> {
     /// The second half: applies and answers. What is durable by now may have been said
     /// in between.
     pub fn finish(&mut self) -> Result<Finished<M>, Fatal> {
+        self.tell_who_awaits();
         let batch = self.advance();
         assert!(batch.is_none(), "only what is taken in must be saved");
         let mut work = 0;

@@ -129,6 +129,10 @@ impl Machine for Register {
         Ok(Executed { outcome, note: () })
     }
 
+    fn can_wait(&self, _: View<'_>, (letter, _): &Self::Command) -> bool {
+        letter == "z"
+    }
+
     fn next_due(&self) -> Option<LogTime> {
         self.is_timed.then_some(LogTime::MAX)
     }
@@ -663,6 +667,91 @@ fn nothing_is_committed_before_a_quorum_has_saved_it_and_turns_go_on_meanwhile()
     slow(&mut cluster, &|_| false);
     cluster.run_ms(100);
     assert_eq!(cluster.outcome(leader, second), r#"Ok(Machine(Ok(b"ab")))"#);
+}
+
+#[test]
+fn a_follower_that_saves_last_hears_at_once_what_its_client_waits_for() {
+    let mut cluster = Cluster::ready(3);
+    let follower = cluster.follower();
+    let slow = |cluster: &mut Cluster, is_slow| {
+        cluster.nodes.get_mut(&follower).unwrap().is_slow = is_slow;
+    };
+    slow(&mut cluster, true);
+    let number = cluster.append(follower, "a");
+    cluster.settle();
+    assert!(!cluster.nodes[&follower].outcomes.contains_key(&number));
+    slow(&mut cluster, false);
+    // Any turn.
+    let query = Query::Machine(());
+    cluster.input(follower, Input::LocalRead { number: 99, query });
+    cluster.settle();
+    assert_eq!(
+        cluster.outcome(follower, number),
+        r#"Ok(Machine(Ok(b"a")))"#
+    );
+}
+
+#[test]
+fn a_command_that_can_wait_goes_with_the_next_in_its_place() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let last = |cluster: &Cluster| cluster.nodes[&leader].replica.status().last;
+    let before = last(&cluster);
+    let waits = [follower, leader].map(|node| {
+        let number = cluster.append(node, "z");
+        cluster.settle();
+        assert_eq!(last(&cluster), before);
+        (node, number)
+    });
+    let hastens = cluster.append(leader, "a");
+    cluster.settle();
+    assert_eq!(last(&cluster), before + 1);
+    let values = ["z", "zz", "zza"];
+    for ((node, number), value) in waits.into_iter().chain([(leader, hastens)]).zip(values) {
+        let outcome = format!("Ok(Machine(Ok(b{value:?})))");
+        assert_eq!(cluster.outcome(node, number), outcome);
+    }
+
+    // Alone, it goes when it is due.
+    let alone = cluster.append(follower, "z");
+    cluster.settle();
+    assert_eq!(last(&cluster), before + 1);
+    cluster.run_ms(10);
+    let outcome = r#"Ok(Machine(Ok(b"zzaz")))"#;
+    assert_eq!(cluster.outcome(follower, alone), outcome);
+    // So many do not wait for more.
+    let many: Vec<_> = (0..limits::UNHURRIED_MAX)
+        .map(|_| cluster.append(leader, "z"))
+        .collect();
+    cluster.settle();
+    assert!(
+        many.iter()
+            .all(|number| cluster.nodes[&leader].outcomes.contains_key(number))
+    );
+}
+
+#[test]
+fn a_command_that_waits_for_others_is_refused_untouched_when_its_leader_goes() {
+    let mut cluster = Cluster::ready(3);
+    let (leader, follower) = (cluster.leader(), cluster.follower());
+    let (here, there) = (cluster.append(leader, "z"), cluster.append(follower, "z"));
+    for id in [follower, leader] {
+        cluster.turn(id);
+    }
+    cluster.input(leader, Input::Resign);
+    cluster.settle();
+    let outcome = cluster.outcome(leader, here);
+    assert!(outcome.starts_with("Err(NotLeader"), "{outcome}");
+    // That one may have heard of the next leader first.
+    let outcome = cluster.outcome(follower, there);
+    assert!(outcome.starts_with("Err"), "{outcome}");
+    cluster.run_ms(500);
+    let number = cluster.append(follower, "a");
+    cluster.settle();
+    assert_eq!(
+        cluster.outcome(follower, number),
+        r#"Ok(Machine(Ok(b"a")))"#
+    );
 }
 
 #[test]

@@ -179,6 +179,22 @@ pub(crate) fn withdraw(
     }
 }
 
+/// Whether whoever asks for this gets a place behind at least two others.
+pub(crate) fn waits_long(
+    contenders: &Contenders,
+    keyspace: &Keyspace,
+    name: &str,
+    session: SessionId,
+    owner: &str,
+) -> bool {
+    let lock = Bytes::copy_from_slice(name.as_bytes());
+    let is_new = || {
+        let key = contender_key(name, session, owner);
+        key.is_ok_and(|key| keyspace.get(&key).is_none())
+    };
+    contenders.queue(&lock).nth(1).is_some() && is_new()
+}
+
 /// When the first wait or delay ends.
 pub(crate) fn next_due(contenders: &Contenders) -> Option<LogTime> {
     contenders.first_timer().map(|(end, _)| *end)

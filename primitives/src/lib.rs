@@ -274,6 +274,18 @@ impl Machine for Primitives {
         }
     }
 
+    fn can_wait(&self, view: View<'_>, command: &Self::Command) -> bool {
+        use primitive_command::Command;
+        let (name, session, owner, wait_ms) = match command {
+            Command::LockAcquire(it) => (&it.name, it.session_id, &it.owner, it.wait_ms),
+            Command::ElectCampaign(it) => (&it.name, it.session_id, &it.owner, it.wait_ms),
+            _ => return false,
+        };
+        let session = SessionId(session);
+        wait_ms != Some(0)
+            && contention::waits_long(&self.contenders, view.keyspace, name, session, owner)
+    }
+
     fn next_due(&self) -> Option<LogTime> {
         contention::next_due(&self.contenders)
     }

@@ -68,6 +68,15 @@ impl Consensus {
     pub(crate) fn tell_commit(&mut self) {
         self.raw.ping();
     }
+
+    /// Tells one follower at once that an entry is committed, if nothing has: with what
+    /// leaves for it in this turn, if anything does.
+    pub(crate) fn tell_commit_to(&mut self, follower: NodeId, entry: Index) {
+        let told = self.told.get(&follower.0).copied().unwrap_or(0);
+        if told < entry && self.raw.raft.prs().get(follower.0).is_some() {
+            self.raw.raft.send_append(follower.0);
+        }
+    }
 }
 
 pub(super) fn encode(messages: Vec<Message>) -> Vec<(NodeId, Bytes)> {

@@ -1,6 +1,8 @@
 //! A committed entry becomes part of the state, and what it led to is told: to this
 //! node's clients, to watchers, and to the leader's notes of who lives.
 
+use std::collections::BTreeSet;
+
 use conclave_proto::internal::Origin;
 
 use super::{Fatal, Replica};
@@ -40,24 +42,29 @@ impl<M: Machine> Replica<M> {
             lives,
             work,
         } = applied;
+        let mut asked_elsewhere = BTreeSet::new();
         for (origin, outcome) in outcomes {
-            if let Some(leadership) = &mut self.leadership
-                && origin.node != self.config.node.0
-            {
-                // A client of that node waits for it to apply this.
-                leadership.tell_commit_us = Some(self.now.boot_us);
-            }
-            if self.is_mine(&origin) && self.pending.remove(&origin.number).is_some() {
-                match outcome {
-                    Outcome::Done(answer) => self.output.answers.push((origin.number, Ok(answer))),
-                    Outcome::Waiting(place) => {
-                        self.wait_at(place, origin.number);
+            match outcome {
+                Outcome::Waiting(place) if !self.is_mine(&origin) => {
+                    if self.leadership.is_some() {
+                        asked_elsewhere.insert(place);
                     }
                 }
+                _ if !self.is_mine(&origin) => {}
+                _ if self.pending.remove(&origin.number).is_none() => {}
+                Outcome::Done(answer) => self.output.answers.push((origin.number, Ok(answer))),
+                Outcome::Waiting(place) => self.wait_at(place, origin.number),
             }
         }
+        let mut is_awaited = false;
         for resolved in resolved {
-            self.resolve(resolved, entry.term);
+            // Who asked with this entry hears of it at once anyway.
+            let is_old = !asked_elsewhere.contains(&resolved.place);
+            is_awaited |= !self.resolve(resolved, entry.term) && is_old;
+        }
+        if is_awaited && let Some(leadership) = &mut self.leadership {
+            // A client of another member may wait for it.
+            leadership.tell_commit_us = Some(self.now.boot_us);
         }
         self.output.events.extend(events);
         self.follow_lives(entry.term, &lives);

@@ -1,6 +1,6 @@
 //! Commands on their way: proposed by the leader, passed on by everybody else.
 
-use std::mem;
+use std::{collections::BTreeSet, mem};
 
 use conclave_proto::internal::{
     Command, Entry, ExpireSessions, Forward, ForwardRefused, Origin, PublishMember, Stamp, command,
@@ -8,7 +8,7 @@ use conclave_proto::internal::{
 };
 use prost::Message as _;
 
-use super::{Arrived, Failure, Replica, peers::to, reads::Wish, waiting::Pending};
+use super::{Arrived, Failure, Replica, Role, peers::to, reads::Wish, waiting::Pending};
 use crate::{
     APPLY_VERSION,
     ids::{NodeId, RequestNumber, SessionId},
@@ -58,6 +58,11 @@ impl<M: Machine> Replica<M> {
         for wish in arrived.renewals {
             self.take_renewal(wish);
         }
+        let commands = self.without_unhurried(commands);
+        let origins = commands
+            .iter()
+            .filter_map(|command| command.origin.as_ref());
+        let askers: BTreeSet<_> = origins.map(|origin| NodeId(origin.node)).collect();
         let keyspace = self.state.keyspace();
         let touched = |command: &Command| {
             let session = match &command.body {
@@ -71,6 +76,13 @@ impl<M: Machine> Replica<M> {
         };
         for commands in packed(commands, touched) {
             self.propose(commands);
+        }
+        let last = self.consensus.last_index();
+        if let Some(leadership) = &mut self.leadership {
+            let others = askers
+                .into_iter()
+                .filter(|asker| *asker != self.config.node);
+            leadership.awaited.extend(others.map(|asker| (last, asker)));
         }
         self.expire();
         self.publish_self();
@@ -117,14 +129,15 @@ impl<M: Machine> Replica<M> {
         if self.consensus.propose(entry.encode_to_vec()) {
             return true;
         }
-        for origin in entry
-            .commands
-            .into_iter()
-            .filter_map(|command| command.origin)
-        {
+        self.refuse_commands(entry.commands);
+        false
+    }
+
+    /// They are not in the log, and will not be.
+    pub(super) fn refuse_commands(&mut self, commands: Vec<Command>) {
+        for origin in commands.into_iter().filter_map(|command| command.origin) {
             self.refuse_command(&origin);
         }
-        false
     }
 
     fn expire(&mut self) {
@@ -302,7 +315,8 @@ impl<M: Machine> Replica<M> {
             return;
         }
         self.pending.remove(&origin.number);
-        let failure = if self.consensus.is_handing_over() {
+        let is_over = self.consensus.role() != Role::Leader;
+        let failure = if is_over || self.consensus.is_handing_over() {
             Failure::NotLeader { leader: None }
         } else {
             Failure::Overloaded

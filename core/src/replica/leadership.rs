@@ -1,18 +1,18 @@
 //! What a leader keeps in memory for one term. Made when the term begins,
 //! dropped when it ends; never carried over, never reset in place.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
-use super::{Replica, Role, compaction::Compactor, reads::RenewalAsk};
+use super::{Replica, Role, compaction::Compactor, reads::RenewalAsk, unhurried::Unhurried};
 use crate::{
     ids::{Index, NodeId, RequestNumber, SessionId, Term},
     liveness::Liveness,
     machine::Machine,
 };
 
-/// How long followers may not know of a commit, if no append tells them. Clients
-/// of a follower who wait for a lock are granted it that much later on an idle
-/// cluster; answers to their own requests are not delayed.
+/// How long followers may not know of a commit, if no append tells them. Watchers at a
+/// follower see it that much later on an idle cluster; those who wait there for an answer
+/// or a lock are not delayed.
 const TELL_COMMIT_WITHIN_US: u64 = 1_000;
 
 /// See the module.
@@ -39,7 +39,11 @@ pub(super) struct Leadership {
     pub(super) version_entry: Index,
     /// When followers must be told of a commit, if no append has by then.
     pub(super) tell_commit_us: Option<u64>,
+    /// The entries that are not committed with requests of other members' clients, in
+    /// order, and which member waits for each.
+    pub(super) awaited: VecDeque<(Index, NodeId)>,
     pub(super) compactor: Compactor,
+    pub(super) unhurried: Unhurried,
 }
 
 impl Leadership {
@@ -55,7 +59,9 @@ impl Leadership {
             alarm_entry: 0,
             version_entry: 0,
             tell_commit_us: None,
+            awaited: VecDeque::new(),
             compactor: Compactor::default(),
+            unhurried: Unhurried::default(),
         }
     }
 
@@ -87,7 +93,8 @@ impl<M: Machine> Replica<M> {
         {
             return;
         }
-        if let Some(leadership) = self.leadership.take() {
+        if let Some(mut leadership) = self.leadership.take() {
+            self.refuse_commands(leadership.unhurried.take());
             #[cfg(conclave_plant)]
             {
                 self.old_liveness = leadership.liveness;
@@ -102,6 +109,21 @@ impl<M: Machine> Replica<M> {
             self.clock.raise(self.state.system().log_time());
             self.leadership = Some(Leadership::new(term));
             self.taken = Taken::new(term);
+        }
+    }
+
+    /// Tells those followers of a commit whose clients wait for it. They hear of it before
+    /// this member has applied it.
+    pub(super) fn tell_who_awaits(&mut self) {
+        let committed = self.consensus.committed();
+        let Some(leadership) = &mut self.leadership else {
+            return;
+        };
+        while let Some((entry, follower)) = leadership.awaited.front().copied()
+            && entry <= committed
+        {
+            leadership.awaited.pop_front();
+            self.consensus.tell_commit_to(follower, entry);
         }
     }
 

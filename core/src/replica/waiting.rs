@@ -38,16 +38,20 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    pub(super) fn resolve(&mut self, resolved: Resolved<M>, term: Term) {
+    /// A wait has ended; whether any client of this node knows of it.
+    pub(super) fn resolve(&mut self, resolved: Resolved<M>, term: Term) -> bool {
         let Resolved {
             place,
             revision,
             result,
         } = resolved;
-        for number in self.waiting.remove(&place).unwrap_or_default() {
+        let waiting = self.waiting.remove(&place);
+        let is_here = waiting.is_some();
+        for number in waiting.unwrap_or_default() {
             let body = AnswerBody::Machine(result.clone());
             self.answer_as_of(number, (revision, term), body);
         }
+        is_here
     }
 
     pub(super) fn answer(&mut self, number: RequestNumber, body: AnswerBody<M>) {
