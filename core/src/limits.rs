@@ -147,7 +147,7 @@ pub const RENEWALS_PER_TURN_MAX: usize = 8_192;
 pub const QUEUED_PEER_MESSAGES_MAX: usize = 65_536;
 /// Bytes of those: all that six members may have in flight to this one.
 pub const QUEUED_PEER_BYTES_MAX: usize = 256 << 20;
-/// Commands given to Raft and not yet applied.
+/// Commands taken and not yet applied.
 pub const PENDING_COMMANDS_MAX: usize = 131_072;
 /// Requests that wait at one place of a numbered request on one node. All are repetitions
 /// of that by one client, who has given up the older ones.
@@ -224,8 +224,8 @@ pub const LIST_VALUES_BYTES_MAX: usize = 1 << 20;
 /// stop its member, so that another leads.
 pub const TURNS_DURING_SAVE_US: u64 = 100_000;
 
-/// How long a leader holds a command back that can wait for the next one. It goes with the
-/// one that its sender is waiting behind; alone, if that takes longer.
+/// How long a leader holds a command back that can wait for the next one: alone, it goes
+/// then.
 pub const UNHURRIED_WITHIN_US: u64 = 1_000;
 /// Commands held back so at a time.
 pub const UNHURRIED_MAX: usize = 256;

@@ -100,6 +100,12 @@ pub trait Machine: fmt::Debug + PartialEq + Sized {
         false
     }
 
+    /// Whether a request may wait at a place that `settle` says is decided. If not, a member
+    /// that applies it later is told of it later.
+    fn may_be_awaited(_place: &Place) -> bool {
+        true
+    }
+
     /// When the next timer is due, in log time.
     fn next_due(&self) -> Option<LogTime>;
 

@@ -9,8 +9,8 @@
 //! the same code.
 //!
 //! What becomes of a request:
-//! - a command goes into the entry that this turn proposes, or, once, to the
-//!   leader. It is answered when this node applies it. If the leader or the term
+//! - a command goes into the entry that this turn proposes (one that only queues,
+//!   soon into another), or, once, to the leader. It is answered when this node applies it. If the leader or the term
 //!   is lost first, the answer is [`Failure::OutcomeUnknown`];
 //! - a read waits for a quorum's confirmation that began after it arrived, and
 //!   for this node to apply what was committed then;

@@ -1827,15 +1827,13 @@ fn who_waits_on_an_idle_follower_does_not_wait_for_a_heartbeat() {
     cluster.turn(leader);
     cluster.turn(fast);
     cluster.turn(leader);
-    cluster.boot_us += 1_000;
     cluster.turn(leader);
     let inbox = &mut cluster.nodes.get_mut(&late).unwrap().inbox;
-    assert_eq!(inbox.len(), 2, "an append and a heartbeat");
-    let heartbeat = inbox.pop_back().unwrap();
+    assert_eq!(inbox.len(), 2, "the entry, and that it is committed");
+    let word = inbox.pop_back().unwrap();
     cluster.turn(late);
-    cluster.input(late, heartbeat);
-    cluster.turn(late);
-    cluster.run_ms(20);
+    cluster.input(late, word);
+    cluster.settle();
     for (id, number) in others().zip(waiting) {
         let outcome = cluster.outcome(id, number);
         assert!(outcome.starts_with("Ok("), "{id}: {outcome}");

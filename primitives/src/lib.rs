@@ -30,7 +30,7 @@ use conclave_core::{
     ids::{LogTime, Revision, SessionId},
     keyspace::{Change, Keyspace, Overlay, Record},
     limits,
-    machine::{Cause, Context, Executed, Machine, Settled, View},
+    machine::{Cause, Context, Executed, Machine, Place, Settled, View},
     session::EndReason,
     system::ForcedRelease,
 };
@@ -284,6 +284,11 @@ impl Machine for Primitives {
         let session = SessionId(session);
         wait_ms != Some(0)
             && contention::waits_long(&self.contenders, view.keyspace, name, session, owner)
+    }
+
+    fn may_be_awaited(place: &Place) -> bool {
+        // Any key with a `/` has a place.
+        name::session_of(&place.key).is_some()
     }
 
     fn next_due(&self) -> Option<LogTime> {

@@ -1,8 +1,8 @@
-//! Which requests can wait for the next: those behind at least two others.
+//! Which requests can wait for the next, and at which places any may wait at all.
 
 use conclave_core::{
     ids::SessionId,
-    machine::{Machine as _, Outcome},
+    machine::{Machine as _, Outcome, Place},
     replica::AnswerBody,
     state::State,
 };
@@ -80,4 +80,17 @@ fn who_is_third_can_wait_and_who_is_second_or_there_or_only_tries_cannot() {
     assert!(!can_wait(&state, release));
     let nobody = LockAcquire::default();
     assert!(!can_wait(&state, Primitive::LockAcquire(nobody)));
+}
+
+#[test]
+fn nobody_waits_at_a_key_without_a_session_in_its_name() {
+    let may_be_awaited = |key: &'static str| {
+        Primitives::may_be_awaited(&Place {
+            revision: 7,
+            key: key.into(),
+        })
+    };
+    assert!(may_be_awaited("it/2a"));
+    assert!(may_be_awaited("it/2a:owner"));
+    assert!(!may_be_awaited("registry/pods/web"));
 }

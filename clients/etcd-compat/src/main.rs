@@ -5,22 +5,26 @@
 //! etcd-compat calls --endpoints A,B,C [--may-refuse NAME,NAME]
 //! etcd-compat bench --endpoints A,B,C [--clients 64] [--seconds 5] [--keys N] \
 //!     [--pids P,P,P] [NAME...]
+//! etcd-compat watchers --endpoints A,B,C [--watchers 10000] [--streams 100] \
+//!     [--pids P,P,P] [idle]
 //! ```
 //!
 //! `calls` makes every call that the crate has, and checks what comes back. `bench`
 //! prints one line of JSON for each workload; with the servers' process ids it also
-//! says how much processor time they took.
+//! says how much processor time they took. `watchers` opens many watchers of one key, or
+//! idle ones of a key each, and says what one takes in memory and when the last is told.
 
 mod bench;
 mod calls;
+mod watchers;
 
 use std::{collections::BTreeMap, process::ExitCode, time::Duration};
 
 use etcd_client::{Client, Error};
 
-const USAGE: &str = "etcd-compat calls|bench --endpoints A,B,C [--may-refuse NAME,NAME] \
+const USAGE: &str = "etcd-compat calls|bench|watchers --endpoints A,B,C [--may-refuse NAME,NAME] \
                      [--clients N] [--connections N] [--seconds S] [--keys N] [--pids P,P] \
-                     [NAME...]";
+                     [--watchers N] [--streams N] [NAME...]";
 
 /// What the command line says: options with their values, and names.
 struct Arguments {
@@ -81,6 +85,7 @@ async fn main() -> ExitCode {
             calls::run(&endpoints, &arguments.list("may-refuse")).await
         }
         "bench" if !endpoints.is_empty() => bench::run(&endpoints, &arguments).await,
+        "watchers" if !endpoints.is_empty() => watchers::run(&endpoints, &arguments).await,
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(64);

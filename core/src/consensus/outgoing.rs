@@ -70,11 +70,22 @@ impl Consensus {
     }
 
     /// Tells one follower at once that an entry is committed, if nothing has: with what
-    /// leaves for it in this turn, if anything does.
+    /// leaves for it in this turn, if anything does. One that takes no appends now hears
+    /// of it with the next that it takes.
     pub(crate) fn tell_commit_to(&mut self, follower: NodeId, entry: Index) {
         let told = self.told.get(&follower.0).copied().unwrap_or(0);
         if told < entry && self.raw.raft.prs().get(follower.0).is_some() {
             self.raw.raft.send_append(follower.0);
+        }
+    }
+
+    /// The same for all followers.
+    pub(crate) fn tell_commit_to_all(&mut self, entry: Index) {
+        let raft = &self.raw.raft;
+        let others = raft.prs().iter().filter(|(id, _)| **id != raft.id);
+        let others: Vec<_> = others.map(|(id, _)| NodeId(*id)).collect();
+        for follower in others {
+            self.tell_commit_to(follower, entry);
         }
     }
 }

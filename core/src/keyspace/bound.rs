@@ -102,6 +102,9 @@ impl Keys {
         match self.recent.iter().rposition(|recent| recent == key) {
             Some(at) => {
                 self.recent.remove(at);
+                if self.recent.len() <= RECENT_MAX / 4 {
+                    self.recent.shrink_to(RECENT_MAX / 2);
+                }
             }
             None => {
                 self.rest.remove(key);

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 /// Items that are allocated, and freed, together.
-pub(super) const CHUNK: usize = 512;
+const CHUNK: usize = 512;
 
 /// See the module. A plain ring would move millions of items at once to grow.
 #[derive(Clone, Debug)]

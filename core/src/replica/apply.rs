@@ -42,29 +42,31 @@ impl<M: Machine> Replica<M> {
             lives,
             work,
         } = applied;
-        let mut asked_elsewhere = BTreeSet::new();
+        // Places of requests that came with this entry: those who passed them on hear of it
+        // at once anyway.
+        let mut is_new = BTreeSet::new();
         for (origin, outcome) in outcomes {
-            match outcome {
-                Outcome::Waiting(place) if !self.is_mine(&origin) => {
-                    if self.leadership.is_some() {
-                        asked_elsewhere.insert(place);
-                    }
+            if !self.is_mine(&origin) {
+                if let (Outcome::Waiting(place), Some(_)) = (outcome, &self.leadership) {
+                    is_new.insert(place);
                 }
-                _ if !self.is_mine(&origin) => {}
-                _ if self.pending.remove(&origin.number).is_none() => {}
+                continue;
+            }
+            if self.pending.remove(&origin.number).is_none() {
+                continue;
+            }
+            match outcome {
                 Outcome::Done(answer) => self.output.answers.push((origin.number, Ok(answer))),
                 Outcome::Waiting(place) => self.wait_at(place, origin.number),
             }
         }
         let mut is_awaited = false;
         for resolved in resolved {
-            // Who asked with this entry hears of it at once anyway.
-            let is_old = !asked_elsewhere.contains(&resolved.place);
-            is_awaited |= !self.resolve(resolved, entry.term) && is_old;
+            let elsewhere = !is_new.contains(&resolved.place) && M::may_be_awaited(&resolved.place);
+            is_awaited |= !self.resolve(resolved, entry.term) && elsewhere;
         }
-        if is_awaited && let Some(leadership) = &mut self.leadership {
-            // A client of another member may wait for it.
-            leadership.tell_commit_us = Some(self.now.boot_us);
+        if is_awaited && self.leadership.is_some() {
+            self.consensus.tell_commit_to_all(entry.index);
         }
         self.output.events.extend(events);
         self.follow_lives(entry.term, &lives);

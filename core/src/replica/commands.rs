@@ -59,10 +59,6 @@ impl<M: Machine> Replica<M> {
             self.take_renewal(wish);
         }
         let commands = self.without_unhurried(commands);
-        let origins = commands
-            .iter()
-            .filter_map(|command| command.origin.as_ref());
-        let askers: BTreeSet<_> = origins.map(|origin| NodeId(origin.node)).collect();
         let keyspace = self.state.keyspace();
         let touched = |command: &Command| {
             let session = match &command.body {
@@ -76,13 +72,6 @@ impl<M: Machine> Replica<M> {
         };
         for commands in packed(commands, touched) {
             self.propose(commands);
-        }
-        let last = self.consensus.last_index();
-        if let Some(leadership) = &mut self.leadership {
-            let others = askers
-                .into_iter()
-                .filter(|asker| *asker != self.config.node);
-            leadership.awaited.extend(others.map(|asker| (last, asker)));
         }
         self.expire();
         self.publish_self();
@@ -126,11 +115,19 @@ impl<M: Machine> Replica<M> {
             stamp: Some(stamp),
             commands,
         };
-        if self.consensus.propose(entry.encode_to_vec()) {
-            return true;
+        if !self.consensus.propose(entry.encode_to_vec()) {
+            self.refuse_commands(entry.commands);
+            return false;
         }
-        self.refuse_commands(entry.commands);
-        false
+        let index = self.consensus.last_index();
+        let origins = entry.commands.into_iter().filter_map(|it| it.origin);
+        let mut askers: BTreeSet<_> = origins.map(|origin| NodeId(origin.node)).collect();
+        askers.remove(&self.config.node);
+        if let Some(leadership) = &mut self.leadership {
+            let awaited = askers.into_iter().map(|asker| (index, asker));
+            leadership.awaited.extend(awaited);
+        }
+        true
     }
 
     /// They are not in the log, and will not be.
@@ -314,7 +311,9 @@ impl<M: Machine> Replica<M> {
             self.refusals.entry(sender).or_default().push(origin.number);
             return;
         }
-        self.pending.remove(&origin.number);
+        if self.pending.remove(&origin.number).is_none() {
+            return;
+        }
         let is_over = self.consensus.role() != Role::Leader;
         let failure = if is_over || self.consensus.is_handing_over() {
             Failure::NotLeader { leader: None }

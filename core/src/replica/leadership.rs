@@ -11,8 +11,8 @@ use crate::{
 };
 
 /// How long followers may not know of a commit, if no append tells them. Watchers at a
-/// follower see it that much later on an idle cluster; those who wait there for an answer
-/// or a lock are not delayed.
+/// follower see it that much later on an idle cluster. Those who wait there for an answer
+/// or a lock are not delayed, but for one whose request another member has passed on before.
 const TELL_COMMIT_WITHIN_US: u64 = 1_000;
 
 /// See the module.

@@ -1,10 +1,12 @@
 //! Commands that a leader holds back for a moment, since nobody gains by haste.
 //!
-//! Who asks for a lock that others hold and wait for gets it after all of them, each of whom
-//! gives it up by a command of its own. So a request for a place in a queue goes into the
+//! Who asks for a lock that others hold and wait for gets it after all of them, and most
+//! give it up by a command of their own. So a request for a place in a queue goes into the
 //! log with the next command that comes, in front of it, and has the place that it would
 //! have had. For a contended lock that halves the entries, and the one that hands it on does
-//! not wait for the disk behind the one that only queues.
+//! not wait for the disk behind the one that only queues. Where all in front go without a
+//! command, since their sessions or waits end, the lock is free for
+//! `limits::UNHURRIED_WITHIN_US` at most.
 
 use conclave_proto::internal::{Command, command};
 

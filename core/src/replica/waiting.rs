@@ -10,7 +10,7 @@ use crate::{
     state::Resolved,
 };
 
-/// A command that was proposed, or passed on.
+/// A command that was proposed or soon will be, or was passed on.
 #[derive(Debug)]
 pub(super) struct Pending {
     /// The leader and term under which it was proposed or passed on.
