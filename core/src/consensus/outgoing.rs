@@ -4,11 +4,14 @@
 use bytes::Bytes;
 use protobuf::Message as _;
 use raft::{
-    StateRole,
+    Raft, StateRole,
     eraftpb::{Message, MessageType},
 };
 
-use super::{Consensus, memory::fitting};
+use super::{
+    Consensus,
+    memory::{MemoryLog, fitting},
+};
 use crate::{
     ids::{Index, NodeId},
     limits,
@@ -23,9 +26,7 @@ impl Consensus {
             self.told.clear();
             return messages;
         }
-        let others = raft.prs().iter().filter(|(id, _)| **id != raft.id);
-        let matched = others.map(|(id, progress)| (*id, progress.matched));
-        self.deferral.choose(matched, now_us);
+        self.deferral.choose(followers(raft), now_us);
         let mut leaving = self.deferral.pass(messages, now_us);
         for message in &mut leaving {
             self.note_told(message);
@@ -54,12 +55,14 @@ impl Consensus {
     /// says no more than the follower has acknowledged.
     pub(crate) fn has_untold_commit(&self) -> bool {
         let raft = &self.raw.raft;
-        let is_untold = |id: u64, matched: Index| {
-            let told = self.told.get(&id).copied().unwrap_or(0);
-            told < matched.min(raft.raft_log.committed) && !self.deferral.holds(id)
+        let is_untold = |(id, matched): (u64, Index)| {
+            self.told_to(id) < matched.min(raft.raft_log.committed) && !self.deferral.holds(id)
         };
-        let mut followers = raft.prs().iter().filter(|(id, _)| **id != raft.id);
-        raft.state == StateRole::Leader && followers.any(|(id, p)| is_untold(*id, p.matched))
+        raft.state == StateRole::Leader && followers(raft).any(is_untold)
+    }
+
+    fn told_to(&self, follower: u64) -> Index {
+        self.told.get(&follower).copied().unwrap_or(0)
     }
 
     /// Tells followers how much is committed, without waiting for an append that
@@ -73,21 +76,27 @@ impl Consensus {
     /// leaves for it in this turn, if anything does. One that takes no appends now hears
     /// of it with the next that it takes.
     pub(crate) fn tell_commit_to(&mut self, follower: NodeId, entry: Index) {
-        let told = self.told.get(&follower.0).copied().unwrap_or(0);
-        if told < entry && self.raw.raft.prs().get(follower.0).is_some() {
+        let is_told = self.told_to(follower.0) >= entry;
+        if !is_told && self.raw.raft.prs().get(follower.0).is_some() {
             self.raw.raft.send_append(follower.0);
         }
     }
 
     /// The same for all followers.
     pub(crate) fn tell_commit_to_all(&mut self, entry: Index) {
-        let raft = &self.raw.raft;
-        let others = raft.prs().iter().filter(|(id, _)| **id != raft.id);
-        let others: Vec<_> = others.map(|(id, _)| NodeId(*id)).collect();
-        for follower in others {
+        let followers: Vec<_> = followers(&self.raw.raft)
+            .map(|(id, _)| NodeId(id))
+            .collect();
+        for follower in followers {
             self.tell_commit_to(follower, entry);
         }
     }
+}
+
+/// All members but this leader, and up to where each has acknowledged the log.
+fn followers(raft: &Raft<MemoryLog>) -> impl Iterator<Item = (u64, Index)> {
+    let others = raft.prs().iter().filter(|(id, _)| **id != raft.id);
+    others.map(|(id, progress)| (*id, progress.matched))
 }
 
 pub(super) fn encode(messages: Vec<Message>) -> Vec<(NodeId, Bytes)> {
